@@ -1,0 +1,188 @@
+"""Axes: one legend, one declaration of every parameter, one map from axes to the mesh.
+
+Legend. Arrays are named after their axes (``hidden_BGD``), and the same letters are the logical
+axes of the sharding rules:
+
+    B slots (requests)   S cache positions      T rows of a flat ragged batch
+    G block size         C = G + 1              A anchors of a training sequence
+    L layers             F feature layers       D width            M MLP width
+    N query heads        K key/value heads      H head dimension   R Markov rank
+    V vocabulary         U draft vocabulary     E width of the target's features (= D)
+    I, O inputs and outputs of a small head     X any leading axes
+
+A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
+initialisation, sharding, restoring and the name tables are derived from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+logger = logging.getLogger(__name__)
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Param:
+    """Declaration of one parameter.
+
+    Attributes:
+        axes: one letter per dimension, in our layout; a leading ``L`` is the stacked layer axis.
+        shape: sizes in the order of ``axes``.
+        init: ``"normal"`` (standard deviation ``fan_in ** -0.5``), ``"embed"`` (standard
+            deviation 0.02), ``"ones"`` or ``"zeros"``.
+        fan_in: number of inputs that one output sums over (``"normal"`` only).
+        name: Hugging Face tensor name; ``{layer}`` stands for the layer where ``L`` is stacked.
+        file_axes: the axes in the order in which the file stores them (torch linear layers are
+            ``[out, in]``), without ``L``. Axes that the file fuses (heads and head dimension) are
+            adjacent there, so that a reshape separates them.
+        file_rank: number of dimensions of the tensor in the file.
+    """
+
+    axes: str
+    shape: tuple[int, ...]
+    name: str
+    file_axes: str
+    file_rank: int
+    init: str = "normal"
+    fan_in: int = 1
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis is the stacked layer axis."""
+        return self.axes.startswith("L")
+
+
+def declare(
+    axes: str,
+    sizes: Mapping[str, int],
+    name: str,
+    *,
+    out: str = "",
+    init: str = "normal",
+) -> Param:
+    """A :class:`Param` with sizes looked up by axis letter.
+
+    Args:
+        axes: our layout, e.g. ``"LDNH"``.
+        sizes: axis letter -> size.
+        name: Hugging Face tensor name.
+        out: axes on the output side of a linear layer (``"NH"``); the file holds them, fused, in
+            front of the fused inputs (of a bias: alone). Empty: the file holds our layout.
+        init: see :class:`Param`.
+    """
+    letters = axes.removeprefix("L")
+    inputs = "".join(letter for letter in letters if letter not in out)
+    if out:
+        file_axes, file_rank = out + inputs, 2 if inputs else 1
+    else:
+        file_axes, file_rank = letters, len(letters)
+    fan_in = math.prod(sizes[letter] for letter in inputs)
+    shape = tuple(sizes[letter] for letter in axes)
+    return Param(axes, shape, name, file_axes, file_rank, init, fan_in)
+
+
+def is_param(leaf: object) -> bool:
+    """Whether a leaf of a declaration tree is a :class:`Param`."""
+    return isinstance(leaf, Param)
+
+
+def map_params(function: Any, declared: Tree, *trees: Tree) -> Tree:
+    """``jax.tree.map`` over a declaration tree, whose leaves are :class:`Param`."""
+    return jax.tree.map(function, declared, *trees, is_leaf=is_param)
+
+
+def init_params(key: jax.Array, declared: Tree, dtype: Any = jnp.float32) -> Tree:
+    """Random parameters for a declaration tree, leaf by leaf from ``key``.
+
+    Args:
+        key: a ``jax.random`` key.
+        declared: pytree of :class:`Param`.
+        dtype: dtype of the parameters.
+    """
+    leaves, structure = jax.tree.flatten(declared, is_leaf=is_param)
+    keys = jax.random.split(key, len(leaves))
+
+    def init(param: Param, leaf_key: jax.Array) -> jax.Array:
+        if param.init == "ones":
+            return jnp.ones(param.shape, dtype)
+        if param.init == "zeros":
+            return jnp.zeros(param.shape, dtype)
+        scale = 0.02 if param.init == "embed" else param.fan_in**-0.5
+        return (scale * jax.random.normal(leaf_key, param.shape)).astype(dtype)
+
+    return jax.tree.unflatten(structure, [init(p, k) for p, k in zip(leaves, keys, strict=True)])
+
+
+def abstract_params(declared: Tree, dtype: Any = jnp.float32) -> Tree:
+    """``jax.ShapeDtypeStruct`` for every declared parameter."""
+    return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
+
+
+# Logical axis -> mesh axis. Everything that is not named here is replicated.
+MESH_RULES: Mapping[str, str] = {
+    "B": "data",
+    "N": "tensor",
+    "K": "tensor",
+    "M": "tensor",
+    "V": "tensor",
+    "U": "tensor",
+}
+MESH_AXES = ("data", "tensor")
+
+
+def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (data, tensor) mesh over the first ``data * tensor`` devices.
+
+    Raises:
+        ValueError: there are fewer devices than ``data * tensor``.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data < 1 or tensor < 1 or data * tensor > len(devices):
+        raise ValueError(
+            f"mesh data={data} x tensor={tensor} needs {data * tensor} devices, "
+            f"but {len(devices)} are here: choose sizes whose product is at most {len(devices)}"
+        )
+    return Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), MESH_AXES)
+
+
+_replicated: set[tuple[str, int, int]] = set()
+
+
+def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The :class:`PartitionSpec` of an array with these logical axes.
+
+    An axis that does not divide over its mesh axis (9 heads over 2 devices) is replicated, and
+    that is logged once. A mesh axis is used once an array, by the first axis that asks for it.
+    """
+    spec: list[str | None] = []
+    for letter, size in zip(axes, shape, strict=True):
+        mesh_axis = MESH_RULES.get(letter)
+        if mesh_axis is None or mesh.shape[mesh_axis] == 1 or mesh_axis in spec:
+            spec.append(None)
+        elif size % mesh.shape[mesh_axis]:
+            fact = (letter, size, mesh.shape[mesh_axis])
+            if fact not in _replicated:
+                _replicated.add(fact)
+                logger.info("axis %s of size %d is replicated over %d devices", *fact)
+            spec.append(None)
+        else:
+            spec.append(mesh_axis)
+    return PartitionSpec(*spec)
+
+
+def param_shardings(declared: Tree, mesh: Mesh) -> Tree:
+    """A ``NamedSharding`` for every declared parameter."""
+    return map_params(
+        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh)), declared
+    )

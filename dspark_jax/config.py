@@ -1,0 +1,312 @@
+"""Frozen configurations: targets, drafters, training; typed ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; ``factor`` > 1 selects the Llama-3 frequency scaling.
+
+    Attributes:
+        theta: base of the geometric series of frequencies.
+        factor: how much the low frequencies are slowed down; 1 is plain RoPE.
+        low_freq_factor, high_freq_factor: the band (in wavelengths per original context) that is
+            interpolated between slowed and plain frequencies.
+        original_max_positions: context length before the scaling.
+    """
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What target and drafter have in common: the sizes of a decoder block."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    max_positions: int = 2048
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}: it must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}: every key/value head serves the same number of queries"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis letter -> size, for the declaration of parameters."""
+        return {
+            "L": self.num_layers,
+            "D": self.hidden_size,
+            "M": self.intermediate_size,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_dim,
+            "V": self.vocab_size,
+        }
+
+
+@dataclass(frozen=True)
+class TargetConfig(TransformerConfig):
+    """A decoder-only target of the Llama, Qwen2 or Qwen3 family.
+
+    Attributes:
+        family: which Hugging Face ``model_type`` the weights are named after.
+        tied: the LM head is the embedding.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3"] = "llama"
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class DrafterConfig(TransformerConfig):
+    """A DSpark drafter (paper, section 3; DFlash where ``markov_rank`` is 0).
+
+    ``vocab_size`` and ``hidden_size`` are the target's; everything else is the drafter's own.
+
+    Attributes:
+        block_size: draft tokens a round, the paper's gamma.
+        mask_token_id: the token that fills the block behind its anchor.
+        target_layer_ids: strictly increasing feature layers; l is the residual stream after
+            decoder layer l, -1 the embedding output.
+        num_target_layers: layers of the target; its last layer is not a feature layer.
+        markov_rank: rank of the sequential head, 0 for none.
+        markov_head: which sequential head.
+        confidence: whether there is a confidence head.
+        confidence_with_markov: whether it sees the Markov embedding of the previous token.
+        draft_vocab_size: size U of the reduced draft vocabulary, None for the whole vocabulary.
+        owns_vocab: whether the checkpoint carries the target's embedding and head.
+    """
+
+    block_size: int = 7
+    mask_token_id: int = 0
+    target_layer_ids: tuple[int, ...] = (0,)
+    num_target_layers: int = 2
+    markov_rank: int = 0
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = True
+    draft_vocab_size: int | None = None
+    owns_vocab: bool = True
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = self.target_layer_ids
+        if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+            raise ValueError(f"target_layer_ids {ids} must be strictly increasing and not empty")
+        if ids[0] < -1 or ids[-1] > self.num_target_layers - 2:
+            raise ValueError(
+                f"target_layer_ids {ids} must lie in -1..{self.num_target_layers - 2}: the last "
+                f"of the target's {self.num_target_layers} layers is not a feature layer"
+            )
+        if self.block_size < 1:
+            raise ValueError(f"block_size {self.block_size} must be at least 1")
+        if self.markov_rank < 0:
+            raise ValueError(f"markov_rank {self.markov_rank} must be 0 (no head) or positive")
+        if self.markov_head not in ("vanilla", "gated", "rnn"):
+            raise ValueError(
+                f"markov_head {self.markov_head!r} must be 'vanilla', 'gated' or 'rnn'"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} must lie in the vocabulary, "
+                f"0..{self.vocab_size - 1}"
+            )
+        draft = self.draft_vocab_size
+        if draft is not None and not 0 < draft <= self.vocab_size:
+            raise ValueError(f"draft_vocab_size {draft} must lie in 1..{self.vocab_size}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis letter -> size, for the declaration of parameters."""
+        return super().sizes | {
+            "F": len(self.target_layer_ids),
+            "R": self.markov_rank,
+            "U": self.draft_vocab_size or self.vocab_size,
+        }
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Recipe of a drafter (spec section 8). Lengths in tokens, times in seconds.
+
+    Attributes:
+        target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
+        data: JSON-lines file of conversations answered by the target.
+        out: directory of checkpoints, metrics and the final drafter.
+        num_layers, block_size, markov_rank, markov_head, confidence, confidence_with_markov,
+            intermediate_size, num_heads, num_kv_heads, head_dim: of the drafter; a size of 0 is
+            the target's.
+        draft_vocab_size: 0 for the whole vocabulary, else the most frequent ids of the answers.
+        target_layer_ids: empty for five layers spread evenly from 1 to L - 3.
+        mask_token_id: -1 looks for an unused special token of the target's tokenizer.
+        max_length: longest sequence; longer ones are cut.
+        length_buckets: sequence lengths that are compiled; the last one is ``max_length``.
+        tokens_per_batch: positions of one step: a bucket of length S takes tokens_per_batch // S
+            sequences.
+        num_anchors: training blocks a sequence, for a bucket of max_length; shorter buckets get
+            proportionally fewer.
+        steps: optimiser steps; 0 is ``epochs`` passes over the data.
+        ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
+        loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
+        eval_sequences: held-out sequences (the last ones of the file).
+        eval_every, checkpoint_every, log_every: in steps.
+        keep_checkpoints: how many checkpoints stay.
+        dtype: of the frozen target; the drafter's parameters are float32.
+    """
+
+    target: str = "default"
+    data: str = "responses.jsonl"
+    out: str = "runs/drafter"
+    num_layers: int = 2
+    block_size: int = 7
+    markov_rank: int = 64
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence: bool = True
+    confidence_with_markov: bool = True
+    intermediate_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    draft_vocab_size: int = 0
+    target_layer_ids: tuple[int, ...] = ()
+    mask_token_id: int = -1
+    max_length: int = 448
+    length_buckets: tuple[int, ...] = (128, 256, 448)
+    tokens_per_batch: int = 1792
+    num_anchors: int = 128
+    min_loss_tokens: int = 8
+    steps: int = 0
+    epochs: float = 1.0
+    learning_rate: float = 6e-4
+    warmup_fraction: float = 0.04
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ce_weight: float = 0.1
+    l1_weight: float = 0.9
+    confidence_weight: float = 1.0
+    loss_decay: float = 4.0
+    seed: int = 0
+    eval_sequences: int = 64
+    eval_every: int = 500
+    checkpoint_every: int = 200
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("tokens_per_batch", "num_anchors", "eval_every", "checkpoint_every",
+                      "log_every", "keep_checkpoints", "max_length", "block_size"):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        buckets = self.length_buckets
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length:
+            raise ValueError(
+                f"length_buckets {buckets} must increase and end with max_length {self.max_length}"
+            )
+        if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} must be positive and warmup_fraction "
+                f"{self.warmup_fraction} in [0, 1)"
+            )
+        if self.steps < 0 or self.epochs <= 0:
+            raise ValueError(f"steps {self.steps} must be >= 0 and epochs {self.epochs} positive")
+
+
+def _convert(field: str, text: str, annotation: object) -> object:
+    """``text`` as a value of the annotated type.
+
+    Raises:
+        ValueError: the text does not spell such a value.
+    """
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return None if text.lower() == "none" else _convert(field, text, options[0])
+    if origin is Literal:
+        if text in typing.get_args(annotation):
+            return text
+        raise ValueError(f"{field}={text}: choose one of {', '.join(typing.get_args(annotation))}")
+    if annotation is str:
+        return text
+    if annotation is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"{field}={text}: must be true or false")
+    if origin is tuple:
+        try:
+            return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
+        except ValueError:
+            raise ValueError(f"{field}={text}: must be integers with commas") from None
+    try:
+        number = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError(f"{field}={text}: must be a number")
+    if annotation is int and number != int(number):
+        raise ValueError(f"{field}={text}: must be an integer")
+    return int(number) if annotation is int else float(number)
+
+
+def override(config: ConfigT, settings: Sequence[str]) -> ConfigT:
+    """A copy of a configuration with ``key=value`` settings applied.
+
+    Raises:
+        ValueError: a setting is not ``key=value``, names no field, or has a value of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, object] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"setting {setting!r}: write it as key=value")
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(hints)}"
+            raise ValueError(f"unknown configuration key {key!r}{hint}")
+        changes[key] = _convert(key, text, hints[key])
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]

@@ -1,0 +1,1 @@
+"""Targets, drafter and sequential heads as pure functions over pytrees of weights."""

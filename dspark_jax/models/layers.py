@@ -1,0 +1,197 @@
+"""Building blocks that targets and drafter share: norm, RoPE, attention, gated MLP, layer loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dspark_jax.axes import Param, declare
+from dspark_jax.config import RopeConfig, TransformerConfig
+
+Tree = Any
+
+
+@struct.dataclass
+class Layer:
+    """Weights of one decoder block, or of all of them stacked on a leading L.
+
+    Optional parts are None: biases (Qwen2), norms of q and k (Qwen3).
+    """
+
+    input_norm_D: Any
+    q_DNH: Any
+    k_DKH: Any
+    v_DKH: Any
+    o_NHD: Any
+    q_bias_NH: Any
+    k_bias_KH: Any
+    v_bias_KH: Any
+    o_bias_D: Any
+    q_norm_H: Any
+    k_norm_H: Any
+    mlp_norm_D: Any
+    gate_DM: Any
+    up_DM: Any
+    down_MD: Any
+
+
+def declare_layers(cfg: TransformerConfig, prefix: str) -> Layer:
+    """Declaration of all blocks, stacked on L, under the Hugging Face names ``prefix.{layer}``."""
+
+    def param(axes: str, name: str, out: str = "", init: str = "normal") -> Param:
+        return declare("L" + axes, cfg.sizes, f"{prefix}.{{layer}}.{name}", out=out, init=init)
+
+    def optional(present: bool, axes: str, name: str, init: str) -> Param | None:
+        if not present:
+            return None
+        bias = name.endswith("bias")
+        return param(axes, name, out=axes if bias and len(axes) > 1 else "", init=init)
+
+    attention = "self_attn"
+    return Layer(
+        input_norm_D=param("D", "input_layernorm.weight", init="ones"),
+        q_DNH=param("DNH", f"{attention}.q_proj.weight", out="NH"),
+        k_DKH=param("DKH", f"{attention}.k_proj.weight", out="KH"),
+        v_DKH=param("DKH", f"{attention}.v_proj.weight", out="KH"),
+        o_NHD=param("NHD", f"{attention}.o_proj.weight", out="D"),
+        q_bias_NH=optional(cfg.qkv_bias, "NH", f"{attention}.q_proj.bias", "zeros"),
+        k_bias_KH=optional(cfg.qkv_bias, "KH", f"{attention}.k_proj.bias", "zeros"),
+        v_bias_KH=optional(cfg.qkv_bias, "KH", f"{attention}.v_proj.bias", "zeros"),
+        o_bias_D=optional(cfg.out_bias, "D", f"{attention}.o_proj.bias", "zeros"),
+        q_norm_H=optional(cfg.qk_norm, "H", f"{attention}.q_norm.weight", "ones"),
+        k_norm_H=optional(cfg.qk_norm, "H", f"{attention}.k_norm.weight", "ones"),
+        mlp_norm_D=param("D", "post_attention_layernorm.weight", init="ones"),
+        gate_DM=param("DM", "mlp.gate_proj.weight", out="M"),
+        up_DM=param("DM", "mlp.up_proj.weight", out="M"),
+        down_MD=param("MD", "mlp.down_proj.weight", out="D"),
+    )
+
+
+def unstack_layers(layers: Layer) -> tuple[Layer, ...]:
+    """Stacked blocks as a tuple of single ones; decoding on a CPU is 1.3x faster with these."""
+    count = layers.input_norm_D.shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
+
+
+def loop_layers(
+    body: Callable[[Tree, Layer, Any], Tree], carry: Tree, layers: Layer | tuple[Layer, ...]
+) -> Tree:
+    """``carry = body(carry, layer, index)`` over all blocks.
+
+    Stacked blocks are scanned (``index`` is traced), a tuple of blocks is unrolled (``index`` is
+    an ``int``). State that is written per layer, like a cache, belongs in the carry: a scan that
+    takes it in and gives it out per layer copies all of it each step.
+    """
+    if isinstance(layers, tuple):
+        for index, layer in enumerate(layers):
+            carry = body(carry, layer, index)
+        return carry
+    count = layers.input_norm_D.shape[0]
+
+    def step(carry: Tree, xs: tuple[Layer, jax.Array]) -> tuple[Tree, None]:
+        layer, index = xs
+        return body(carry, layer, index), None
+
+    return jax.lax.scan(step, carry, (layers, jnp.arange(count, dtype=jnp.int32)))[0]
+
+
+def rms_norm(x_XD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis: statistics in float32, result in the dtype of ``x_XD``."""
+    x32 = x_XD.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight_D * (x32 * scale).astype(x_XD.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Inverse frequencies [H/2], float32, with the Llama-3 scaling where ``factor`` > 1."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    if rope.factor == 1.0:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    turns = rope.original_max_positions / wavelength
+    band = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(band, 0.0, 1.0)
+    return (frequency * (keep + (1 - keep) / rope.factor)).astype(np.float32)
+
+
+def rope_table(position_X: jax.Array, cfg: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [X, 1, H/2], float32, to be shared by all layers and heads."""
+    frequency = jnp.asarray(rope_frequencies(cfg.rope, cfg.head_dim))
+    angle = position_X[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_XNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE in the rotate-half convention, computed in float32."""
+    cos, sin = table
+    first, second = jnp.split(x_XNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_XNH.dtype)
+
+
+def project_qkv(
+    layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [X, N, H], keys and values [X, K, H] of normalised inputs, rotated."""
+    q_XNH = jnp.einsum("...d,dnh->...nh", x_XD, layer.q_DNH)
+    if layer.q_bias_NH is not None:
+        q_XNH = q_XNH + layer.q_bias_NH
+    if layer.q_norm_H is not None:
+        q_XNH = rms_norm(q_XNH, layer.q_norm_H, cfg.rms_norm_eps)
+    k_XKH, v_XKH = project_kv(layer, x_XD, table, cfg)
+    return rotate(q_XNH, table), k_XKH, v_XKH
+
+
+def project_kv(
+    layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [X, K, H]; the keys normalised (Qwen3) and rotated."""
+    k_XKH = jnp.einsum("...d,dkh->...kh", x_XD, layer.k_DKH)
+    v_XKH = jnp.einsum("...d,dkh->...kh", x_XD, layer.v_DKH)
+    if layer.k_bias_KH is not None:
+        k_XKH, v_XKH = k_XKH + layer.k_bias_KH, v_XKH + layer.v_bias_KH
+    if layer.k_norm_H is not None:
+        k_XKH = rms_norm(k_XKH, layer.k_norm_H, cfg.rms_norm_eps)
+    return rotate(k_XKH, table), v_XKH
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Grouped-query attention with a boolean mask; softmax in float32.
+
+    Args:
+        q_BTNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
+        k_BSKH, v_BSKH: keys and values.
+        mask_BTS: True where query t may read key s; every query needs at least one such key.
+
+    Returns:
+        [B, T, N, H] in the dtype of the queries.
+    """
+    batch, rows, heads, dim = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q = q_BTNH.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
+    score = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32)
+    score = jnp.where(mask_BTS[:, None, None], score * dim**-0.5, -jnp.inf)
+    weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weight, v_BSKH)
+    return out.reshape(batch, rows, heads, dim)
+
+
+def finish_layer(
+    layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, cfg: TransformerConfig
+) -> jax.Array:
+    """The rest of a block after attention: output projection, residual, SwiGLU MLP, residual."""
+    out_XD = jnp.einsum("...nh,nhd->...d", attended_XNH, layer.o_NHD)
+    if layer.o_bias_D is not None:
+        out_XD = out_XD + layer.o_bias_D
+    x_XD = x_XD + out_XD
+    h_XD = rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps)
+    return x_XD + (jax.nn.silu(h_XD @ layer.gate_DM) * (h_XD @ layer.up_DM)) @ layer.down_MD

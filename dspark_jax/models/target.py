@@ -1,0 +1,212 @@
+"""Decoder-only targets (Llama, Qwen2, Qwen3): dense encoding, cached extension, LM head.
+
+``encode`` reads whole sequences and keeps nothing: training features. ``extend`` reads the rows of
+a flat ragged batch against a cache: prefill and verification are the same operation. Both return
+the residual stream after chosen layers ("features", spec section 2) beside the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dspark_jax.axes import Param, declare
+from dspark_jax.config import TargetConfig
+from dspark_jax.models import cache as kv
+from dspark_jax.models.layers import (
+    Layer,
+    attend,
+    declare_layers,
+    finish_layer,
+    loop_layers,
+    project_qkv,
+    rms_norm,
+    rope_table,
+)
+
+
+@struct.dataclass
+class Vocab:
+    """Embedding and LM head, shared by target and drafter.
+
+    Attributes:
+        embed_VD: token embeddings.
+        unembed_VD: rows of the LM head; None where it is the embedding (tied). A drafter's own
+            view of a reduced vocabulary holds the U rows of ``d2t_U`` here.
+        d2t_U: int32 target ids of the draft vocabulary; None for all of V.
+    """
+
+    embed_VD: Any
+    unembed_VD: Any = None
+    d2t_U: Any = None
+
+
+@struct.dataclass
+class TargetParams:
+    """Weights of a target: vocabulary, blocks (stacked on L, or a tuple), final norm."""
+
+    vocab: Vocab
+    layers: Any
+    norm_D: Any
+
+
+@struct.dataclass
+class Rows:
+    """A flat ragged batch of tokens, prefill and verification alike.
+
+    Attributes:
+        token_T: int32 token ids.
+        slot_T: int32 slots; B marks a padding row.
+        position_T: int32 positions in the slot's sequence; one slot's rows are contiguous.
+    """
+
+    token_T: jax.Array
+    slot_T: jax.Array
+    position_T: jax.Array
+
+
+def declare_target(cfg: TargetConfig) -> TargetParams:
+    """Declaration of every parameter under its Hugging Face name."""
+    sizes = cfg.sizes
+
+    def vector(name: str) -> Param:
+        return declare("D", sizes, name, init="ones")
+
+    unembed = None if cfg.tied else declare("VD", sizes, "lm_head.weight", init="embed")
+    return TargetParams(
+        vocab=Vocab(declare("VD", sizes, "model.embed_tokens.weight", init="embed"), unembed),
+        layers=declare_layers(cfg, "model.layers"),
+        norm_D=vector("model.norm.weight"),
+    )
+
+
+def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
+    """Token embeddings [X, D]."""
+    return jnp.take(vocab.embed_VD, token_X, axis=0, mode="clip")
+
+
+def unembed(vocab: Vocab, hidden_XD: jax.Array) -> jax.Array:
+    """Logits [X, V] (or [X, U] under a reduced draft vocabulary), float32."""
+    head_VD = vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
+    return jnp.einsum("...d,vd->...v", hidden_XD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _keep_feature(
+    feature_FXD: jax.Array, x_XD: jax.Array, layer: Any, feature_layers: Sequence[int]
+) -> jax.Array:
+    """The features with the residual stream after ``layer``, if it is one of the chosen."""
+    if isinstance(layer, int):
+        if layer not in feature_layers:
+            return feature_FXD
+        return feature_FXD.at[feature_layers.index(layer)].set(x_XD)
+    hit_F = jnp.asarray(np.array(feature_layers, np.int32)) == layer
+    place = jnp.where(hit_F.any(), jnp.argmax(hit_F), len(feature_layers))
+    return feature_FXD.at[place].set(x_XD, mode="drop")
+
+
+def _start_features(x_XD: jax.Array, feature_layers: Sequence[int]) -> jax.Array:
+    """Room for the features, the embedding output (layer -1) already in its place."""
+    feature_FXD = jnp.zeros((len(feature_layers), *x_XD.shape), x_XD.dtype)
+    return _keep_feature(feature_FXD, x_XD, -1, feature_layers)
+
+
+def encode(
+    target: TargetParams,
+    token_BS: jax.Array,
+    cfg: TargetConfig,
+    feature_layers: Sequence[int] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """Read whole sequences from position 0, causally, without a cache.
+
+    Padding belongs at the end: nothing before it ever sees it.
+
+    Args:
+        target: weights.
+        token_BS: int32 token ids.
+        cfg: sizes.
+        feature_layers: layers whose residual stream is returned; -1 is the embedding output.
+
+    Returns:
+        hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.
+    """
+    length = token_BS.shape[1]
+    position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_BS.shape)
+    table = rope_table(position_BS, cfg)
+    mask_BTS = jnp.broadcast_to(
+        jnp.tril(jnp.ones((length, length), bool)), (token_BS.shape[0], length, length)
+    )
+    x_BSD = embed(target.vocab, token_BS)
+
+    def block(carry: Any, layer: Layer, index: Any) -> Any:
+        x_BSD, feature_FBSD = carry
+        h_BSD = rms_norm(x_BSD, layer.input_norm_D, cfg.rms_norm_eps)
+        q, k, v = project_qkv(layer, h_BSD, table, cfg)
+        x_BSD = finish_layer(layer, x_BSD, attend(q, k, v, mask_BTS), cfg)
+        return x_BSD, _keep_feature(feature_FBSD, x_BSD, index, feature_layers)
+
+    carry = (x_BSD, _start_features(x_BSD, feature_layers))
+    x_BSD, feature_FBSD = loop_layers(block, carry, target.layers)
+    hidden_BSD = rms_norm(x_BSD, target.norm_D, cfg.rms_norm_eps)
+    return hidden_BSD, jnp.moveaxis(feature_FBSD, 0, 2)
+
+
+def extend(
+    target: TargetParams,
+    cache: kv.KVCache,
+    rows: Rows,
+    cfg: TargetConfig,
+    feature_layers: Sequence[int] = (),
+    *,
+    rows_per_slot: int,
+) -> tuple[jax.Array, jax.Array, kv.KVCache]:
+    """Read T rows: write their keys and values, attend to everything up to their position.
+
+    The dense layers see T flat rows; for the attention alone they are scattered to
+    [B, rows_per_slot], so that every slot's cache is read once. Donate the cache: it is written
+    in place.
+
+    Args:
+        target: weights.
+        cache: valid before each slot's first row.
+        rows: the batch; at most ``rows_per_slot`` (static) rows a slot, positions contiguous.
+        cfg: sizes.
+        feature_layers: as in :func:`encode`.
+        rows_per_slot: the most rows that one slot has here.
+
+    Returns:
+        hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows of
+        padding hold garbage.
+    """
+    num_slots = kv.read(cache, 0)[0].shape[0]
+    num_positions = kv.num_positions(cache)
+    slot_T, position_T = rows.slot_T, rows.position_T
+    # A slot without rows gets a harmless first position instead of the minimum of nothing.
+    first_B = jnp.minimum(jax.ops.segment_min(position_T, slot_T, num_slots + 1), num_positions)
+    column_T = position_T - first_B[slot_T]
+    position_BC = first_B[:num_slots, None] + jnp.arange(rows_per_slot, dtype=jnp.int32)
+    mask_BCS = jnp.arange(num_positions, dtype=jnp.int32) <= position_BC[..., None]
+    table = rope_table(position_T, cfg)
+    x_TD = embed(target.vocab, rows.token_T)
+
+    def block(carry: Any, layer: Layer, index: Any) -> Any:
+        x_TD, feature_FTD, cache = carry
+        h_TD = rms_norm(x_TD, layer.input_norm_D, cfg.rms_norm_eps)
+        q_TNH, k_TKH, v_TKH = project_qkv(layer, h_TD, table, cfg)
+        cache = kv.write(cache, index, slot_T, position_T, k_TKH, v_TKH)
+        k_BSKH, v_BSKH = kv.read(cache, index)
+        q_BCNH = jnp.zeros((num_slots, rows_per_slot, *q_TNH.shape[1:]), q_TNH.dtype)
+        q_BCNH = q_BCNH.at[slot_T, column_T].set(q_TNH, mode="drop")
+        out_BCNH = attend(q_BCNH, k_BSKH, v_BSKH, mask_BCS)
+        out_TNH = out_BCNH.at[slot_T, column_T].get(mode="clip")
+        x_TD = finish_layer(layer, x_TD, out_TNH, cfg)
+        return x_TD, _keep_feature(feature_FTD, x_TD, index, feature_layers), cache
+
+    carry = (x_TD, _start_features(x_TD, feature_layers), cache)
+    x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers)
+    hidden_TD = rms_norm(x_TD, target.norm_D, cfg.rms_norm_eps)
+    return hidden_TD, jnp.moveaxis(feature_FTD, 0, 1), cache
