@@ -1,0 +1,174 @@
+"""The DSpark drafter's backbone: KV injection and bidirectional blocks (spec section 2).
+
+The target's features are projected once to ``c_j``, and every draft layer turns them into keys and
+values with the same projections that serve its block: the context. A block is the anchor followed
+by mask tokens; its slots see the context strictly before the anchor, and each other in both
+directions. The same functions serve training (A anchors a sequence) and decoding (A = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dspark_jax.axes import declare
+from dspark_jax.config import DrafterConfig
+from dspark_jax.models import cache as kv
+from dspark_jax.models.heads import declare_confidence_head, declare_markov_head
+from dspark_jax.models.layers import (
+    Layer,
+    declare_layers,
+    finish_layer,
+    loop_layers,
+    project_kv,
+    project_qkv,
+    rms_norm,
+    rope_table,
+)
+from dspark_jax.models.target import Vocab, embed
+
+
+@struct.dataclass
+class DrafterParams:
+    """Trainable weights of a drafter; embedding and LM head are the target's (``Vocab``).
+
+    Attributes:
+        fc_FED: projection of the concatenated features; hidden_norm_D follows it.
+        layers: blocks, stacked on L or a tuple.
+        norm_D: final norm.
+        head: ``MarkovHead`` or None.
+        confidence: ``ConfidenceHead`` or None.
+    """
+
+    fc_FED: Any
+    hidden_norm_D: Any
+    layers: Any
+    norm_D: Any
+    head: Any
+    confidence: Any
+
+
+def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
+    """Declaration of every trainable parameter under its name in the reference layout."""
+    sizes = cfg.sizes | {"E": cfg.hidden_size}
+    return DrafterParams(
+        fc_FED=declare("FED", sizes, "fc.weight", out="D"),
+        hidden_norm_D=declare("D", sizes, "hidden_norm.weight", init="ones"),
+        layers=declare_layers(cfg, "layers"),
+        norm_D=declare("D", sizes, "norm.weight", init="ones"),
+        head=declare_markov_head(cfg),
+        confidence=declare_confidence_head(cfg),
+    )
+
+
+def inject(
+    drafter: DrafterParams, feature_XFD: jax.Array, position_X: jax.Array, cfg: DrafterConfig
+) -> tuple[Any, Any]:
+    """Keys and values of the context for every draft layer.
+
+    Args:
+        drafter: weights.
+        feature_XFD: features of the chosen target layers.
+        position_X: int32 positions of these tokens.
+        cfg: sizes.
+
+    Returns:
+        k and v, [L, X, K, H] each, or tuples of L arrays where the layers are unstacked.
+    """
+    feature_XFD = feature_XFD.astype(drafter.fc_FED.dtype)
+    context_XD = jnp.einsum("...fe,fed->...d", feature_XFD, drafter.fc_FED)
+    context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
+    table = rope_table(position_X, cfg)
+    if isinstance(drafter.layers, tuple):
+        pairs = [project_kv(layer, context_XD, table, cfg) for layer in drafter.layers]
+        k, v = zip(*pairs, strict=True)
+        return k, v
+    return jax.vmap(lambda layer: project_kv(layer, context_XD, table, cfg))(drafter.layers)
+
+
+def extend_context(
+    drafter: DrafterParams,
+    context: kv.KVCache,
+    feature_TFD: jax.Array,
+    slot_T: jax.Array,
+    position_T: jax.Array,
+    cfg: DrafterConfig,
+) -> kv.KVCache:
+    """The context cache with T positions injected at (slot, position); padding is dropped."""
+    k, v = inject(drafter, feature_TFD, position_T, cfg)
+    for layer in range(cfg.num_layers):
+        context = kv.write(context, layer, slot_T, position_T, k[layer], v[layer])
+    return context
+
+
+def _attend_block(
+    q_BAGNH: jax.Array,
+    context_BSKH: tuple[jax.Array, jax.Array],
+    block_BAGKH: tuple[jax.Array, jax.Array],
+    visible_BAS: jax.Array,
+    keep_BA: jax.Array,
+) -> jax.Array:
+    """Attention of block slots to the visible context and to their own block.
+
+    The scores of the two parts share one softmax; the cost is A x G x (S + G), never (A x G)^2.
+    Blocks that are not kept attend to nothing and give 0.
+    """
+    (k_BSKH, v_BSKH), (k_BAGKH, v_BAGKH) = context_BSKH, block_BAGKH
+    *lead, heads, dim = q_BAGNH.shape
+    kv_heads, length = k_BSKH.shape[2:0:-1]
+    q = q_BAGNH.reshape(*lead, kv_heads, heads // kv_heads, dim)
+    to_context = jnp.einsum("bagkrh,bskh->bakrgs", q, k_BSKH, preferred_element_type=jnp.float32)
+    to_block = jnp.einsum("bagkrh,bawkh->bakrgw", q, k_BAGKH, preferred_element_type=jnp.float32)
+    to_context = jnp.where(visible_BAS[:, :, None, None, None], to_context, -jnp.inf)
+    score = jnp.concatenate([to_context, to_block], axis=-1) * dim**-0.5
+    weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("bakrgs,bskh->bagkrh", weight[..., :length], v_BSKH)
+    out = out + jnp.einsum("bakrgw,bawkh->bagkrh", weight[..., length:], v_BAGKH)
+    out_BAGNH = out.reshape(q_BAGNH.shape)
+    return jnp.where(keep_BA[:, :, None, None, None], out_BAGNH, 0)
+
+
+def block_hidden(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_BA: jax.Array,
+    position_BA: jax.Array,
+    context: kv.KVCache,
+    cfg: DrafterConfig,
+    keep_BA: jax.Array | None = None,
+) -> jax.Array:
+    """Backbone states of the blocks behind the given anchors.
+
+    Args:
+        drafter: weights.
+        vocab: the drafter's vocabulary (embeddings).
+        anchor_BA: int32 anchor tokens.
+        position_BA: int32 positions of the anchors; context positions before them are visible.
+        context: valid at least before each anchor.
+        cfg: sizes.
+        keep_BA: False marks a dummy block: mask tokens only, attending to nothing.
+
+    Returns:
+        hidden_BAGD after the final norm.
+    """
+    if keep_BA is None:
+        keep_BA = jnp.ones(anchor_BA.shape, bool)
+    slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
+    first_BAG = (slot_G == 0) & keep_BA[..., None]
+    token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
+    table = rope_table(position_BA[..., None] + slot_G, cfg)
+    length = kv.num_positions(context)
+    visible_BAS = jnp.arange(length, dtype=jnp.int32) < position_BA[..., None]
+    x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FED.dtype)
+
+    def block(x_BAGD: jax.Array, layer: Layer, index: Any) -> jax.Array:
+        h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
+        q, k, v = project_qkv(layer, h_BAGD, table, cfg)
+        out = _attend_block(q, kv.read(context, index), (k, v), visible_BAS, keep_BA)
+        return finish_layer(layer, x_BAGD, out, cfg)
+
+    x_BAGD = loop_layers(block, x_BAGD, drafter.layers)
+    return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)
