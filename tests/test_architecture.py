@@ -1,0 +1,182 @@
+"""The shape of the source tree: who imports whom, what lies where, what no module may do."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("dspark_jax", "pallas_kernels")
+
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "configs",
+    "dspark_jax",
+    "notebooks",
+    "pallas_kernels",
+    "pyproject.toml",
+    "tests",
+}
+IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the repository
+
+# Each layer of the tree, lowest first, and what of the project it may import besides itself.
+FOUNDATION = {"dspark_jax.axes", "dspark_jax.config"}
+NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
+LAYERS: dict[str, set[str]] = {
+    "pallas_kernels": set(),
+    "dspark_jax.axes": set(),
+    "dspark_jax.config": {"dspark_jax.axes"},
+    "dspark_jax.sampling": FOUNDATION | {"pallas_kernels.random"},
+    "dspark_jax.models": NUMERICS,
+    "dspark_jax.decoding": NUMERICS,
+    "dspark_jax.checkpoint": FOUNDATION,
+    "dspark_jax.engine": NUMERICS | {"dspark_jax.decoding", "dspark_jax.models"},
+    "dspark_jax.training": NUMERICS | {"dspark_jax.checkpoint", "dspark_jax.models"},
+    "dspark_jax.evaluation": NUMERICS
+    | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "engine", "models", "training")},
+    "dspark_jax.cli": set(PACKAGES),
+    "dspark_jax": set(),  # the package's __init__: a docstring and the version
+}
+
+# Third-party libraries of the layers that compute; the others may use any dependency, with
+# those below only where they are named.
+PURE = {
+    "pallas_kernels": {"jax", "numpy"},
+    "dspark_jax.axes": {"flax", "jax", "numpy"},
+    "dspark_jax.sampling": {"flax", "jax", "numpy"},
+    "dspark_jax.decoding": {"flax", "jax", "numpy"},
+}
+CONFINED = {
+    "gguf": {"dspark_jax.models.gguf"},
+    "transformers": {
+        "dspark_jax.config",
+        "dspark_jax.models.gguf",
+        "dspark_jax.models.hf",
+        "dspark_jax.models.tokenizer",
+    },
+}
+THIRD_PARTY = {
+    "flax",
+    "gguf",
+    "jax",
+    "jinja2",
+    "matplotlib",
+    "ml_dtypes",
+    "numpy",
+    "optax",
+    "orbax",
+    "platformdirs",
+    "safetensors",
+    "scipy",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+}
+
+VAGUE_NAMES = {"base", "common", "helpers", "misc", "utils"}
+MAX_LINES = 400
+MAX_KERNEL_LINES = 800  # a kernel is one long function by nature
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """'dspark_jax/models/hf.py' -> 'dspark_jax.models.hf'."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that the file imports, at any depth, by its absolute dotted name."""
+    package = name_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*parent, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def is_within(module: str, parents: set[str]) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def layer_of(module: str) -> str:
+    """The longest entry of LAYERS that holds the module."""
+    found = [layer for layer in LAYERS if is_within(module, {layer})]
+    assert found, f"{module} belongs to no layer"
+    return max(found, key=len)
+
+
+def each_file(*folders: str):
+    files = python_files(*folders)
+    return pytest.mark.parametrize("path", files, ids=[str(f.relative_to(ROOT)) for f in files])
+
+
+@each_file(*PACKAGES)
+def test_imports_only_from_layers_below(path):
+    module = name_of(path)
+    layer = layer_of(module)
+    assert layer != "dspark_jax" or module == "dspark_jax", f"{module} has no place in LAYERS"
+    allowed = LAYERS[layer] | {layer} if layer != "dspark_jax" else set()
+    for imported in imports_of(path):
+        if is_within(imported, set(PACKAGES)):
+            assert is_within(imported, allowed), f"{module} ({layer}) imports {imported}"
+
+
+@each_file(*PACKAGES)
+def test_third_party_libraries_stay_where_they_belong(path):
+    module = name_of(path)
+    for imported in imports_of(path):
+        library = imported.split(".")[0]
+        if library in CONFINED:
+            assert module in CONFINED[library], f"{module} imports {library}"
+        if library in THIRD_PARTY and layer_of(module) in PURE:
+            assert library in PURE[layer_of(module)], f"{module} imports {library}"
+
+
+@each_file(*PACKAGES, "configs", "tests")
+def test_no_torch_and_nothing_private_of_jax(path):
+    for imported in imports_of(path):
+        assert not is_within(imported, {"torch", "torchvision", "jax._src"}), imported
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "_src", f"line {node.lineno}"
+
+
+@each_file(*PACKAGES)
+def test_no_print_and_no_environment_variable(path):
+    module = name_of(path)
+    may_print = is_within(module, {"dspark_jax.cli", "dspark_jax.evaluation"})
+    may_print = may_print or (is_within(module, {"pallas_kernels"}) and path.name == "bench.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert may_print or node.func.id != "print", f"print on line {node.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"environ", "environb", "getenv"}, f"line {node.lineno}"
+    assert {"os.environ", "os.getenv"}.isdisjoint(imports_of(path))
+
+
+@each_file(*PACKAGES, "configs", "tests")
+def test_module_is_named_for_what_it_holds(path):
+    assert VAGUE_NAMES.isdisjoint(name_of(path).split("."))
+
+
+@each_file(*PACKAGES, "configs")
+def test_module_is_short_enough_to_read(path):
+    is_kernel = path.name in {"mosaic_gpu.py", "triton.py"}
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= (MAX_KERNEL_LINES if is_kernel else MAX_LINES)
+
+
+def test_top_level_is_fixed():
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert found - IGNORED_OUTPUT - {"__pycache__"} <= TOP_LEVEL
+    assert found >= TOP_LEVEL - {"configs"}  # until the first experiment is there
