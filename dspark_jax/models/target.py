@@ -100,6 +100,8 @@ def _keep_feature(
     feature_FXD: jax.Array, x_XD: jax.Array, layer: Any, feature_layers: Sequence[int]
 ) -> jax.Array:
     """The features with the residual stream after ``layer``, if it is one of the chosen."""
+    if not feature_layers:
+        return feature_FXD
     if isinstance(layer, int):
         if layer not in feature_layers:
             return feature_FXD

@@ -1,0 +1,238 @@
+"""Tokenizers: loading, chat prompts, stop tokens, and text that streams in whole characters.
+
+A Hugging Face directory or hub id brings its tokenizer along and transformers reads it; from a
+GGUF file the byte-level BPE is rebuilt out of the vocabulary and the merges. Either way the result
+is a transformers tokenizer, and no code that came with a model is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from tokenizers.models import BPE
+
+from dspark_jax.models.gguf import GgufFile, open_gguf
+from dspark_jax.models.hf import LoadError
+
+# Token types of GGUF that are matched in the text before the BPE sees it.
+CONTROL, USER_DEFINED = 3, 4
+# How llama.cpp's named pre-tokenizers cut a text before the merges.
+SPLITS = {
+    "gpt-2": None,
+    "smollm": None,
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+UNUSED_NAME = re.compile(r"mask|empty_output|reserved|unused", re.IGNORECASE)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory, a hub id or a GGUF file.
+
+    Raises:
+        LoadError: there is none, or it is broken or of a kind that is not supported.
+    """
+    if str(source).endswith(".gguf"):
+        return gguf_tokenizer(open_gguf(source), str(source))
+    with _quiet():
+        from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # transformers raises anything at all on a broken tokenizer
+        raise LoadError(f"{source}: no usable tokenizer ({_first_line(error)})") from None
+
+
+def gguf_tokenizer(file: GgufFile, origin: str) -> Any:
+    """The byte-level BPE tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Raises:
+        LoadError: another kind of tokenizer, or a broken one.
+    """
+    kind, split = file.value("tokenizer.ggml.model"), file.value("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or split not in SPLITS:
+        raise LoadError(
+            f"{origin}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported (only "
+            f"byte-level BPE with {', '.join(SPLITS)}): use the model's Hugging Face directory"
+        )
+    with _quiet():
+        from transformers import PreTrainedTokenizerFast
+    try:
+        tokens = file.value("tokenizer.ggml.tokens")
+        special = {
+            f"{role}_token": tokens[file.value(key)]
+            for role, key in (
+                ("bos", "tokenizer.ggml.bos_token_id"),
+                ("eos", "tokenizer.ggml.eos_token_id"),
+                ("unk", "tokenizer.ggml.unknown_token_id"),
+                ("pad", "tokenizer.ggml.padding_token_id"),
+            )
+            if file.value(key) is not None
+        }
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_byte_level_bpe(file, tokens, split),
+            clean_up_tokenization_spaces=False,
+            **special,
+        )
+    except Exception as error:  # the Rust library raises bare exceptions
+        raise LoadError(f"{origin}: broken tokenizer ({_first_line(error)})") from None
+    tokenizer.chat_template = file.value("tokenizer.chat_template")
+    return tokenizer
+
+
+def _byte_level_bpe(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
+    """Vocabulary, merges and pre-tokenizer put together."""
+    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None)
+    steps: list[Any] = [byte_level]
+    if split == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    elif SPLITS[split] is not None:
+        steps = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated"), byte_level]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    types = file.value("tokenizer.ggml.token_type", [])
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type == CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    if file.value("tokenizer.ggml.add_bos_token", False):
+        first = file.value("tokenizer.ggml.bos_token_id")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
+        )
+    return tokenizer
+
+
+def chat_prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins.
+
+    Args:
+        tokenizer: a transformers tokenizer. One without a chat template (a base model) reads the
+            prompt as plain text.
+        prompt: the user's message, or turns with ``role`` and ``content``.
+
+    Raises:
+        ValueError: the prompt is empty, or the template refuses it.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not turns or not turns[-1]["content"].strip():
+        raise ValueError("the prompt is empty: write some text")
+    if not tokenizer.chat_template:
+        return list(tokenizer.encode("\n".join(turn["content"] for turn in turns)))
+    try:
+        return list(
+            tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+    except Exception as error:  # templates are programs that came with the model
+        raise LoadError(f"the chat template refuses the prompt: {_first_line(error)}") from None
+
+
+def stop_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Sorted ids that end a text: the tokenizer's, and ``eos_token_id`` of the configurations."""
+    ids: set[int] = set()
+    for value in (tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)):
+        if value is not None:
+            ids.update([value] if isinstance(value, int) else value)
+    return tuple(sorted(ids))
+
+
+def unused_token(tokenizer: Any, vocab_size: int) -> int:
+    """An id that no text contains, for the masked places of a draft block.
+
+    The tokenizer's own mask token, else the first row of the embedding behind the tokenizer's
+    last token, else a special token that its name marks as unused.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    if len(tokenizer) < vocab_size:
+        return len(tokenizer)
+    for index, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.special and UNUSED_NAME.search(token.content):
+            return int(index)
+    raise ValueError(
+        "mask_token_id is -1, but the target's tokenizer has no unused special token: "
+        "set mask_token_id to an id that never occurs in its text"
+    )
+
+
+@dataclass
+class TextStream:
+    """Text of a token stream, given out as soon as its characters are complete.
+
+    A token may end in the middle of a UTF-8 character; that text waits for the rest. The pieces
+    add up to what decoding all tokens at once would give.
+    """
+
+    tokenizer: Any
+    _ids: list[int] = field(default_factory=list)
+    _shown: int = 0  # tokens whose text has been given out
+    _context: int = 0  # where decoding starts: some decoders treat the first token differently
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these further tokens complete."""
+        self._ids.extend(ids)
+        text = self._pending()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """Whatever is left, complete or not."""
+        text = self._pending()
+        self._context = self._shown = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        known = self._decode(self._ids[self._context : self._shown])
+        return self._decode(self._ids[self._context :])[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings: transformers says on import that there is no torch; none is wanted."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
