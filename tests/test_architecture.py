@@ -1,6 +1,9 @@
 """The shape of the source tree: who imports whom, what lies where, what no module may do."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax": set(),  # the package's __init__: a docstring and the version
 }
 
-# Third-party libraries of the layers that compute; the others may use any dependency, with
-# those below only where they are named.
+# Third-party libraries: the layers that compute take few, and some have one place alone.
 PURE = {
     "pallas_kernels": {"jax", "numpy"},
     "dspark_jax.axes": {"flax", "jax", "numpy"},
@@ -50,6 +52,7 @@ PURE = {
 }
 CONFINED = {
     "gguf": {"dspark_jax.models.gguf"},
+    "tokenizers": {"dspark_jax.models.tokenizer"},
     "transformers": {
         "dspark_jax.config",
         "dspark_jax.models.gguf",
@@ -57,23 +60,7 @@ CONFINED = {
         "dspark_jax.models.tokenizer",
     },
 }
-THIRD_PARTY = {
-    "flax",
-    "gguf",
-    "jax",
-    "jinja2",
-    "matplotlib",
-    "ml_dtypes",
-    "numpy",
-    "optax",
-    "orbax",
-    "platformdirs",
-    "safetensors",
-    "scipy",
-    "tokenizers",
-    "tqdm",
-    "transformers",
-}
+OPTIONAL = {"matplotlib"}
 
 VAGUE_NAMES = {"base", "common", "helpers", "misc", "utils"}
 MAX_LINES = 400
@@ -131,15 +118,21 @@ def test_imports_only_from_layers_below(path):
             assert is_within(imported, allowed), f"{module} ({layer}) imports {imported}"
 
 
+def declared_libraries() -> set[str]:
+    """The dependencies in pyproject.toml, by the names they are imported under."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
+    return {name.split("-")[0] for name in names}  # orbax-checkpoint is imported as orbax
+
+
 @each_file(*PACKAGES)
 def test_third_party_libraries_stay_where_they_belong(path):
     module = name_of(path)
-    for imported in imports_of(path):
-        library = imported.split(".")[0]
-        if library in CONFINED:
-            assert module in CONFINED[library], f"{module} imports {library}"
-        if library in THIRD_PARTY and layer_of(module) in PURE:
-            assert library in PURE[layer_of(module)], f"{module} imports {library}"
+    own = set(PACKAGES) | sys.stdlib_module_names
+    for library in {imported.split(".")[0] for imported in imports_of(path)} - own:
+        assert library in declared_libraries() | OPTIONAL, f"{library} is not a dependency"
+        assert module in CONFINED.get(library, {module}), f"{module} imports {library}"
+        assert library in PURE.get(layer_of(module), {library}), f"{module} imports {library}"
 
 
 @each_file(*PACKAGES, "configs", "tests")
