@@ -1,0 +1,99 @@
+"""Counter-based random numbers: Threefry-2x32 with 20 rounds.
+
+A number is a pure function of (key, counter), so a tile of a kernel and the whole-array reference
+draw the same bits without sharing any state:
+
+    word(key, i)     = Threefry(key, (i, 0))[0]          the i-th 32 bits below a key
+    fold_in(key, d)  = Threefry(key, (d, 1))             a child key
+
+The second counter word separates the two uses, so no child key is ever also a drawn word.
+Everything here is elementwise uint32 and float32 arithmetic (no gather, no 64-bit integers, no
+log1p, which Mosaic GPU lacks): the same function bodies run inside a Pallas kernel.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+Axes: X any leading axes, U explicit indices, 2 the two words of a key.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA  # the key-schedule constant of Threefry (Skein's C240, low word)
+
+Words = tuple[jax.Array, jax.Array]
+
+
+def threefry2x32(key: Words, counter: Words) -> Words:
+    """Encrypts two counter words under two key words; uint32 arrays that broadcast together."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x0 = counter[0] + schedule[0]
+    x1 = counter[1] + schedule[1]
+    for group in range(5):
+        for distance in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ _rotate_left(x1, distance)
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
+
+
+def _rotate_left(x: jax.Array, distance: int) -> jax.Array:
+    return (x << jnp.uint32(distance)) | (x >> jnp.uint32(32 - distance))
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The root key uint32[2] of a seed: its high and its low 32 bits."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: give an integer in [0, 2**64)")
+    return jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
+
+
+def fold_in(key_X2: jax.Array, data_X: jax.Array | int) -> jax.Array:
+    """A child key [X, 2] for each integer; key and data broadcast over X."""
+    data_X = jnp.asarray(data_X).astype(jnp.uint32)
+    words = threefry2x32((key_X2[..., 0], key_X2[..., 1]), (data_X, jnp.uint32(1)))
+    return jnp.stack(words, axis=-1)
+
+
+def bits_at(key_X2: jax.Array, index_XU: jax.Array) -> jax.Array:
+    """uint32 [X, U]: the words of each key at the given indices. `index_XU` may be [U]."""
+    key = (key_X2[..., :1], key_X2[..., 1:])
+    return threefry2x32(key, (index_XU.astype(jnp.uint32), jnp.uint32(0)))[0]
+
+
+def bits(key_X2: jax.Array, n: int) -> jax.Array:
+    """uint32 [X, n]. Element i depends on (key, i) alone: a larger n keeps the prefix."""
+    return bits_at(key_X2, jnp.arange(n, dtype=jnp.uint32))
+
+
+def uniform(key_X2: jax.Array, n: int) -> jax.Array:
+    """float32 [X, n], multiples of 2^-24 in [0, 1)."""
+    return (bits(key_X2, n) >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def gumbel(key_X2: jax.Array, n: int) -> jax.Array:
+    """float32 [X, n], standard Gumbel, always finite; the prefix rule of `bits` holds."""
+    return gumbel_from_bits(bits(key_X2, n))
+
+
+def gumbel_at(key_X2: jax.Array, index_XU: jax.Array) -> jax.Array:
+    """float32 [X, U]: `gumbel(key, n)[..., index]` for any n, without drawing the rest.
+
+    A reduced draft vocabulary reads the target's noise field at its target ids this way.
+    """
+    return gumbel_from_bits(bits_at(key_X2, index_XU))
+
+
+def gumbel_from_bits(word_X: jax.Array) -> jax.Array:
+    """-log(E) with E = -log(1 - u) exponential and u in [2^-33, 1 - 2^-24].
+
+    Large noise decides an argmax over a large vocabulary, and it comes from small E, hence from
+    small u, where a float32 is finest: all 32 bits count, values reach 22.8, and two tokens tie
+    with a chance of about 2^-32. (Taking u near 1 instead stops at 16.6 in steps of 1.)
+    """
+    u_X = (word_X.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
+    u_X = jnp.minimum(u_X, jnp.float32(1.0 - 2.0**-24))
+    # Below 2^-6 the rounding of 1 - u would show; four terms of the series are exact to float32.
+    series_X = u_X * (1.0 + u_X * (1 / 2 + u_X * (1 / 3 + u_X * (1 / 4))))
+    return -jnp.log(jnp.where(u_X < 2.0**-6, series_X, -jnp.log(1.0 - u_X)))
