@@ -52,6 +52,7 @@ PURE = {
 }
 CONFINED = {
     "gguf": {"dspark_jax.models.gguf"},
+    "huggingface_hub": {"dspark_jax.models.hf"},
     "tokenizers": {"dspark_jax.models.tokenizer"},
     "transformers": {
         "dspark_jax.config",
