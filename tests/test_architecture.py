@@ -172,5 +172,4 @@ def test_module_is_short_enough_to_read(path):
 
 def test_top_level_is_fixed():
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
-    assert found - IGNORED_OUTPUT - {"__pycache__"} <= TOP_LEVEL
-    assert found >= TOP_LEVEL - {"configs"}  # until the first experiment is there
+    assert found - IGNORED_OUTPUT - {"__pycache__"} == TOP_LEVEL
