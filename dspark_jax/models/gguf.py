@@ -9,7 +9,6 @@ as a tensor of divisors, which is turned back into its four parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +16,10 @@ import gguf
 import numpy as np
 
 from dspark_jax.config import RopeConfig, TargetConfig
-from dspark_jax.models.hf import EMBEDDING, FAMILIES, HEAD, LoadError, Tensors, read_params
+from dspark_jax.models.hf import EMBEDDING, FAMILIES, HEAD
 from dspark_jax.models.layers import rope_frequencies
 from dspark_jax.models.target import TargetParams, declare_target
+from dspark_jax.models.tensors import LoadError, Tensors, read_params
 
 ROPE_FACTORS = "rope_freqs.weight"
 GLOBAL_NAMES = {
@@ -40,30 +40,58 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# What the gguf package raises, from wherever it happens to be, on a broken file.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+# What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
+BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
+
+
+class _Bytes:
+    """The bytes of a file; a slice that reaches past the end is an error, not shorter.
+
+    Being no ``np.memmap``, it also makes the reader, which slices once for every string of the
+    vocabulary, three times faster.
+    """
+
+    def __init__(self, mapped: np.ndarray) -> None:
+        self._array = mapped.view(np.ndarray)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if part.stop > self._array.size:
+            raise IndexError("it ends in the middle of its contents")
+        return self._array[part]
 
 
 class GgufFile(gguf.GGUFReader):
-    """A memory-mapped GGUF file.
-
-    The reader slices its data once for every string of the vocabulary, which takes five times
-    longer on ``np.memmap`` than on a plain array view of the same memory.
-    """
+    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping."""
 
     @property
-    def data(self) -> np.ndarray:
-        """The bytes of the file."""
+    def data(self) -> Any:
+        """The bytes of the file, as the reader slices them."""
         return self._data
 
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
-        self._data = mapped.view(np.ndarray)
+        self._data = _Bytes(mapped)
 
-    def value(self, key: str, default: Any = None) -> Any:
-        """A metadata value as a Python object, ``default`` where it is not there."""
-        field = self.fields.get(key)
-        return default if field is None else field.contents()
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """A metadata value.
+
+        Args:
+            key: its key.
+            kind: the type that it must have; an integer will do for a float.
+            default: what a missing key gives; None is a default, too.
+
+        Raises:
+            LoadError: the value is of another type.
+        """
+        found = self.fields.get(key)
+        if found is None:
+            return default
+        value = found.contents()
+        if kind is float and isinstance(value, int):
+            return float(value)
+        if not isinstance(value, kind):
+            raise LoadError(f"metadata {key} is not of type {kind.__name__}")
+        return value
 
 
 def open_gguf(path: str | Path) -> GgufFile:
@@ -75,13 +103,15 @@ def open_gguf(path: str | Path) -> GgufFile:
     if not Path(path).is_file():
         raise LoadError(f"{path}: no such file; name an existing GGUF file")
     try:
-        file = GgufFile(path)
+        with np.errstate(over="raise"):
+            file = GgufFile(path)
+        parts = file.value("split.count", int, 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}") from None
     except BROKEN as error:
         raise LoadError(f"{path}: broken or truncated GGUF file ({error})") from None
-    if file.value("split.count", 1) not in (0, 1):
-        raise LoadError(f"{path}: one part of a split GGUF; merge the parts into one file first")
+    if parts > 1:
+        raise LoadError(f"{path}: one of {parts} parts; merge them into one GGUF file first")
     return file
 
 
@@ -101,12 +131,14 @@ def load_gguf_target(
     file = open_gguf(path) if file is None else file
     try:
         cfg = gguf_config(file)
-        tensors = _tensors(file, cfg, str(path))
-        return cfg, read_params(declare_target(cfg), tensors, dtype)
+    except BROKEN as error:
+        raise LoadError(f"{path}: {error}") from None
+    try:
+        return cfg, read_params(declare_target(cfg), _tensors(file, cfg, str(path)), dtype)
     except LoadError:
         raise
-    except (*BROKEN, NotImplementedError) as error:
-        raise LoadError(f"{path}: {error}") from None
+    except BROKEN as error:
+        raise LoadError(f"{path}: broken tensors ({error})") from None
 
 
 def gguf_config(file: GgufFile) -> TargetConfig:
@@ -115,39 +147,39 @@ def gguf_config(file: GgufFile) -> TargetConfig:
     Raises:
         LoadError: an architecture or a RoPE scaling that is not supported, or a missing key.
     """
-    family = file.value("general.architecture")
+    family = file.value("general.architecture", str)
     if family not in FAMILIES:
         raise LoadError(
             f"general.architecture {family!r} is not supported: use a model of "
             f"{', '.join(FAMILIES)}"
         )
 
-    def get(key: str, default: Any = None) -> Any:
-        value = file.value(f"{family}.{key}", default)
+    def get(key: str, default: int | float | None = None, kind: type = int) -> Any:
+        value = file.value(f"{family}.{key}", kind, default)
         if value is None:
-            raise LoadError(f"metadata key {family}.{key} is missing")
+            raise LoadError(f"metadata {family}.{key} is missing")
         return value
 
-    shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
-    heads, width = get("attention.head_count"), get("embedding_length")
     for key in ("expert_count", "attention.sliding_window"):
         if get(key, 0):
             raise LoadError(f"{family}.{key} is {get(key)}: such models are not supported")
-    head_dim = get("attention.key_length", width // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise LoadError(
-            f"{family}.rope.dimension_count {get('rope.dimension_count')} is not the head "
-            f"dimension {head_dim}: partial RoPE is not supported"
-        )
+    shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
+    heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // max(heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if get(key, head_dim) != head_dim:
+            raise LoadError(
+                f"{family}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
+            )
     return TargetConfig(
-        vocab_size=shapes["token_embd.weight"][0],
+        vocab_size=shapes.get("token_embd.weight", (0,))[0],
         hidden_size=width,
         intermediate_size=get("feed_forward_length"),
         num_layers=get("block_count"),
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon", kind=float),
         rope=_rope(file, family, head_dim),
         max_positions=get("context_length"),
         qk_norm="blk.0.attn_q_norm.weight" in shapes,
@@ -160,10 +192,12 @@ def gguf_config(file: GgufFile) -> TargetConfig:
 
 def _rope(file: GgufFile, family: str, head_dim: int) -> RopeConfig:
     """RoPE parameters; Llama-3 scaling is recognised by the divisors that it leaves."""
-    theta = float(file.value(f"{family}.rope.freq_base", 10000.0))
-    kind = file.value(f"{family}.rope.scaling.type", "none")
-    if kind != "none":
-        raise LoadError(f"{family}.rope.scaling.type {kind!r} is not supported")
+    theta = file.value(f"{family}.rope.freq_base", float, 10000.0)
+    kind = file.value(f"{family}.rope.scaling.type", str, "none")
+    if kind != "none" or file.value(f"{family}.rope.scale_linear", float, 1.0) != 1.0:
+        raise LoadError(f"{family}.rope.scaling of type {kind!r} is not supported")
+    if not theta > 0:
+        raise LoadError(f"{family}.rope.freq_base is {theta}: it must be positive")
     plain = RopeConfig(theta=theta)
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
@@ -217,18 +251,3 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of every head from interleaved pairs back to two halves, rotated against each other."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return cast(np.ndarray, pairs.swapaxes(1, 2).reshape(rows.shape))
-
-
-def gguf_stop_ids(file: GgufFile) -> tuple[int, ...]:
-    """Ids that end a text, as the metadata names them."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return tuple(sorted({file.value(key) for key in keys} - {None}))
-
-
-def gguf_vocabulary(file: GgufFile) -> Mapping[str, Any]:
-    """The ``tokenizer.*`` metadata without that prefix."""
-    return {
-        key.removeprefix("tokenizer."): file.value(key)
-        for key in file.fields
-        if key.startswith("tokenizer.")
-    }

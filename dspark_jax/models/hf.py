@@ -1,156 +1,179 @@
-"""Hugging Face checkpoints of targets, in both directions.
+"""Hugging Face directories and hub ids of Llama, Qwen2 and Qwen3 targets.
 
-A :class:`~dspark_jax.axes.Param` knows its tensor's name and layout in a file, so one pair of
-functions maps any declaration tree: ``read_params`` (file tensor -> split axes -> transpose ->
-stack on L) and ``write_params``, its exact inverse. Only what names alone cannot say is spelled
-out here: which ``config.json`` means which :class:`TargetConfig`, and which tensors may be left
-over. Files are untrusted: safetensors and JSON alone are read, everything is checked against the
-declaration, and whatever is wrong with them is a :class:`LoadError` of one line.
+The tensors follow from the declaration (``tensors.py``). What is spelled out here is what names
+alone cannot say: which ``config.json``, of this or an older transformers, means which
+:class:`TargetConfig`, and what in it is not supported and must not be ignored in silence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.axes import Param, Tree, is_param
+from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.models.target import TargetParams, declare_target
+from dspark_jax.models.tensors import LoadError, read_json, read_params, read_tensors
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-HEAD = "lm_head.weight"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
-class LoadError(ValueError):
-    """A model file that cannot be used; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a checkpoint under their Hugging Face names, read when asked for.
-
-    Attributes:
-        origin: where they lie, for messages.
-        shapes: name -> shape in the file.
-        read: name -> array of that shape.
-    """
-
-    origin: str
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
-
-
-def file_shape(param: Param) -> tuple[int, ...]:
-    """Shape of one of the parameter's tensors in the file."""
-    size = dict(zip(param.axes, param.shape, strict=True))
-    dims = tuple(size[axis] for axis in param.file_axes)
-    if param.file_rank == len(dims):
-        return dims
-    total = math.prod(dims)
-    # A linear layer fuses its outputs in front of its fused inputs.
-    return (total,) if param.file_rank == 1 else (total // param.fan_in, param.fan_in)
-
-
-def file_names(param: Param) -> list[str]:
-    """Names of the parameter's tensors in the file: one, or one per stacked layer."""
-    count = param.shape[0] if param.stacked else 1
-    return [param.name.format(layer=layer) for layer in range(count)]
-
-
-def from_file(param: Param, tensor: np.ndarray) -> np.ndarray:
-    """A file tensor as a view in our layout, without L."""
-    size = dict(zip(param.axes, param.shape, strict=True))
-    split = tensor.reshape([size[axis] for axis in param.file_axes])
-    return split.transpose([param.file_axes.index(a) for a in param.axes.removeprefix("L")])
-
-
-def to_file(param: Param, value: np.ndarray) -> np.ndarray:
-    """Inverse of :func:`from_file`: contiguous, in the shape of the file."""
-    letters = param.axes.removeprefix("L")
-    turned = value.transpose([letters.index(axis) for axis in param.file_axes])
-    return np.ascontiguousarray(turned).reshape(file_shape(param))
-
-
-def read_params(
-    declared: Tree, tensors: Tensors, dtype: Any, *, optional: Iterable[str] = ()
-) -> Tree:
-    """The parameters of a declaration tree out of a checkpoint.
+def field(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """A value of an untrusted configuration, checked for its type.
 
     Args:
-        declared: pytree of Param.
-        tensors: the checkpoint.
-        dtype: dtype of the result; None keeps what the file has.
-        optional: tensors that the checkpoint may hold although nothing declares them.
+        config: the configuration.
+        key: its key.
+        kind: ``int`` and ``float`` must be positive and finite; an integer will do for a float.
+        default: for a key that is missing or null; None makes the key required.
 
     Raises:
-        LoadError: a tensor is missing, left over, or has another shape.
+        LoadError: the key is missing or its value is of another kind.
     """
-    params = jax.tree.leaves(declared, is_leaf=is_param)
-    wanted = {name: file_shape(param) for param in params for name in file_names(param)}
-    _check(wanted, tensors, set(optional))
-
-    def load(param: Param) -> jax.Array:
-        names = file_names(param)
-        if not param.stacked:
-            view = from_file(param, tensors.read(names[0]))
-            return jnp.asarray(np.ascontiguousarray(view), dtype)
-        first = from_file(param, tensors.read(names[0]))
-        stacked = np.empty(param.shape, first.dtype if dtype is None else dtype)
-        stacked[0] = first
-        for layer, name in enumerate(names[1:], 1):
-            stacked[layer] = from_file(param, tensors.read(name))
-        return jnp.asarray(stacked)
-
-    return jax.tree.map(load, declared, is_leaf=is_param)
+    value: Any = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise LoadError(f"{key} is missing")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:  # isinstance would take True for an integer
+        raise LoadError(f"{key} is {value!r}: it must be of type {kind.__name__}")
+    if kind in (int, float) and not (math.isfinite(value) and value > 0):
+        raise LoadError(f"{key} is {value!r}: it must be positive")
+    return value
 
 
-def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
-    """Inverse of :func:`read_params`: file name -> array in the layout of the file."""
-    tensors: dict[str, np.ndarray] = {}
-    params = jax.tree.leaves(declared, is_leaf=is_param)
-    for param, value in zip(params, jax.tree.leaves(values), strict=True):
-        array = np.asarray(value)
-        layers = array if param.stacked else array[None]
-        for name, layer in zip(file_names(param), layers, strict=True):
-            tensors[name] = to_file(param, layer)
-    return tensors
+def block_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``TransformerConfig`` that all families spell alike.
+
+    Raises:
+        LoadError: a field is missing or wrong, or the blocks are of a kind that is not supported.
+    """
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise LoadError(f"hidden_act {activation!r} is not supported: only silu")
+    for key in ("mlp_bias", "quantization_config"):
+        if config.get(key):
+            raise LoadError(f"{key} is set: such models are not supported")
+    width, heads = field(config, "hidden_size", int), field(config, "num_attention_heads", int)
+    layers, kinds = field(config, "num_hidden_layers", int), config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise LoadError(f"layer_types {kinds}: only full attention in every layer is supported")
+    windows = not kinds and config.get("use_sliding_window") and config.get("sliding_window")
+    if windows and field(config, "max_window_layers", int, 28) < layers:
+        raise LoadError("use_sliding_window is set: only full attention is supported")
+    head_dim = 128 if config.get("model_type") == "qwen3" else max(width // heads, 1)
+    return {
+        "vocab_size": field(config, "vocab_size", int),
+        "hidden_size": width,
+        "intermediate_size": field(config, "intermediate_size", int),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": field(config, "num_key_value_heads", int, heads),
+        "head_dim": field(config, "head_dim", int, head_dim),
+        "rms_norm_eps": field(config, "rms_norm_eps", float, 1e-6),
+        "rope": rope_config(config),
+        "max_positions": field(config, "max_position_embeddings", int),
+    }
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], tensors: Tensors, optional: set[str]) -> None:
-    """Compare names and shapes with the declaration before anything is read."""
-    missing = sorted(wanted.keys() - tensors.shapes.keys())
-    if missing:
+def rope_config(config: Mapping[str, Any]) -> RopeConfig:
+    """RoPE out of ``rope_parameters``, or of the older ``rope_theta`` and ``rope_scaling``.
+
+    Raises:
+        LoadError: a kind of RoPE that is not supported.
+    """
+    rope = field(config, "rope_parameters", dict, config.get("rope_scaling") or {})
+    theta = field(rope, "rope_theta", float, config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise LoadError("rope_parameters differ by layer: not supported")
+    for options in (rope, config):
+        if options.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise LoadError("partial_rotary_factor is not 1: not supported")
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind != "llama3":
+        raise LoadError(f"rope_type {kind!r} is not supported: only default and llama3")
+    low, high = field(rope, "low_freq_factor", float), field(rope, "high_freq_factor", float)
+    if low >= high:
+        raise LoadError(f"low_freq_factor {low} must be below high_freq_factor {high}")
+    positions = field(rope, "original_max_position_embeddings", int)
+    return RopeConfig(theta, field(rope, "factor", float), low, high, positions)
+
+
+def target_config(config: Mapping[str, Any]) -> TargetConfig:
+    """The configuration of a Llama, Qwen2 or Qwen3 target out of its ``config.json``.
+
+    Raises:
+        ValueError: a field is missing or wrong, or asks for something that is not supported.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
         raise LoadError(
-            f"{tensors.origin}: {_some(missing)} missing: the weights do not belong to the "
-            f"configuration, or the download is incomplete"
+            f"model_type {family!r} is not supported: use a model of {', '.join(FAMILIES)}"
         )
-    for name, shape in wanted.items():
-        if tuple(tensors.shapes[name]) != shape:
-            raise LoadError(
-                f"{tensors.origin}: {name} has shape {list(tensors.shapes[name])}, but the "
-                f"configuration says {list(shape)}: the two files do not belong together"
-            )
-    # Old Llama checkpoints store the RoPE frequencies, which follow from the configuration.
-    left = sorted(
-        name
-        for name in tensors.shapes.keys() - wanted.keys() - optional
-        if not name.endswith("rotary_emb.inv_freq")
+    bias = field(config, "attention_bias", bool, False)
+    return TargetConfig(
+        **block_config(config),
+        qk_norm=family == "qwen3",
+        qkv_bias=bias or family == "qwen2",
+        out_bias=bias and family != "qwen2",
+        family=family,
+        tied=field(config, "tie_word_embeddings", bool, False),
     )
-    if left:
+
+
+def model_directory(source: str | Path) -> Path:
+    """The directory of a model: ``source`` itself, or a snapshot of that hub id.
+
+    Raises:
+        LoadError: it is neither a directory nor a model that the hub gives out.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise LoadError(f"{source}: no such directory; name a model directory or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+    except Exception as error:  # its own errors, the HTTP library's, the operating system's
         raise LoadError(
-            f"{tensors.origin}: {_some(left)} left over: the model has parts that are not supported"
-        )
+            f"{source}: no such directory, and the Hugging Face hub did not give it out "
+            f"({type(error).__name__}): check the name, the network and your access"
+        ) from None
 
 
-def _some(names: list[str]) -> str:
-    """A few names for a message."""
-    rest = f" and {len(names) - 3} more tensors are" if len(names) > 3 else " is"
-    return ", ".join(names[:3]) + (rest if len(names) != 2 and len(names) != 3 else " are")
+def load_hf_target(source: str | Path, dtype: Any) -> tuple[TargetConfig, TargetParams]:
+    """A target out of a Hugging Face directory or hub id.
+
+    Args:
+        source: the directory, or ``owner/name`` on the hub.
+        dtype: dtype of the parameters.
+
+    Raises:
+        LoadError: something is missing, broken or not supported.
+    """
+    directory = model_directory(source)
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        cfg = target_config(config)
+    except ValueError as error:
+        raise LoadError(f"{directory / CONFIG_FILE}: {error}") from None
+    tensors = read_tensors(directory)
+    if cfg.tied and HEAD in tensors.shapes and EMBEDDING in tensors.shapes:
+        if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
+            raise LoadError(
+                f"{directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+            )
+        tensors = tensors.without(HEAD)
+    return cfg, read_params(declare_target(cfg), tensors, dtype)

@@ -27,7 +27,7 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from dspark_jax.models.gguf import GgufFile, open_gguf
-from dspark_jax.models.hf import LoadError
+from dspark_jax.models.tensors import LoadError
 
 # Token types of GGUF that are matched in the text before the BPE sees it.
 CONTROL, USER_DEFINED = 3, 4
@@ -44,6 +44,7 @@ SPLITS = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+ROLES = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 UNUSED_NAME = re.compile(r"mask|empty_output|reserved|unused", re.IGNORECASE)
 
 
@@ -69,7 +70,8 @@ def gguf_tokenizer(file: GgufFile, origin: str) -> Any:
     Raises:
         LoadError: another kind of tokenizer, or a broken one.
     """
-    kind, split = file.value("tokenizer.ggml.model"), file.value("tokenizer.ggml.pre", "gpt-2")
+    kind = file.value("tokenizer.ggml.model", str)
+    split = file.value("tokenizer.ggml.pre", str, "gpt-2")
     if kind != "gpt2" or split not in SPLITS:
         raise LoadError(
             f"{origin}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported (only "
@@ -78,52 +80,44 @@ def gguf_tokenizer(file: GgufFile, origin: str) -> Any:
     with _quiet():
         from transformers import PreTrainedTokenizerFast
     try:
-        tokens = file.value("tokenizer.ggml.tokens")
-        special = {
-            f"{role}_token": tokens[file.value(key)]
-            for role, key in (
-                ("bos", "tokenizer.ggml.bos_token_id"),
-                ("eos", "tokenizer.ggml.eos_token_id"),
-                ("unk", "tokenizer.ggml.unknown_token_id"),
-                ("pad", "tokenizer.ggml.padding_token_id"),
-            )
-            if file.value(key) is not None
-        }
+        tokens = file.value("tokenizer.ggml.tokens", list)
+        ids = {role: file.value(f"tokenizer.ggml.{key}_token_id", int) for role, key in ROLES}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=_byte_level_bpe(file, tokens, split),
             clean_up_tokenization_spaces=False,
-            **special,
+            **{f"{role}_token": tokens[index] for role, index in ids.items() if index is not None},
         )
+        tokenizer.chat_template = file.value("tokenizer.chat_template", str)
     except Exception as error:  # the Rust library raises bare exceptions
         raise LoadError(f"{origin}: broken tokenizer ({_first_line(error)})") from None
-    tokenizer.chat_template = file.value("tokenizer.chat_template")
     return tokenizer
 
 
 def _byte_level_bpe(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
     """Vocabulary, merges and pre-tokenizer put together."""
-    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", list)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
     tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None)
+    pattern = SPLITS[split]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     steps: list[Any] = [byte_level]
-    if split == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    elif SPLITS[split] is not None:
-        steps = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated"), byte_level]
+    if pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    elif split == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    types = file.value("tokenizer.ggml.token_type", [])
+    types = file.value("tokenizer.ggml.token_type", list, [])
     for token, token_type in zip(tokens, types, strict=False):
         if token_type == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif token_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if file.value("tokenizer.ggml.add_bos_token", False):
-        first = file.value("tokenizer.ggml.bos_token_id")
+    if file.value("tokenizer.ggml.add_bos_token", bool, False):
+        first = file.value("tokenizer.ggml.bos_token_id", int)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
         )
@@ -157,11 +151,17 @@ def chat_prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -
 
 
 def stop_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Sorted ids that end a text: the tokenizer's, and ``eos_token_id`` of the configurations."""
+    """Sorted ids that end a text: the tokenizer's, and ``eos_token_id`` of the configurations.
+
+    Raises:
+        LoadError: an ``eos_token_id`` is neither an id nor a list of ids.
+    """
     ids: set[int] = set()
     for value in (tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)):
-        if value is not None:
-            ids.update([value] if isinstance(value, int) else value)
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(index, int) for index in several):
+            raise LoadError(f"eos_token_id is {value!r}: it must be an id or a list of ids")
+        ids.update(several)
     return tuple(sorted(ids))
 
 

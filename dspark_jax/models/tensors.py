@@ -1,0 +1,231 @@
+"""Tensors in files and declared parameters, both ways; safetensors and JSON as untrusted input.
+
+A :class:`~dspark_jax.axes.Param` knows its tensor's name and layout in a file, so one pair of
+functions maps any declaration tree: ``read_params`` (file tensor -> split axes -> transpose ->
+stack on L) and ``write_params``, its exact inverse. Nothing here knows a model family. Files are
+checked against the declaration before they are read, and whatever is wrong with them is a
+:class:`LoadError` of one line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dspark_jax.axes import Param, Tree, is_param
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
+
+
+class LoadError(ValueError):
+    """A model file that cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint under their Hugging Face names, read when asked for.
+
+    Attributes:
+        origin: where they lie, for messages.
+        shapes: name -> shape in the file.
+        read: name -> array of that shape.
+    """
+
+    origin: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+    def without(self, *names: str) -> Tensors:
+        """The same checkpoint with these tensors left out of the table."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
+        return Tensors(self.origin, shapes, self.read)
+
+
+def file_shape(param: Param) -> tuple[int, ...]:
+    """Shape of one of the parameter's tensors in the file."""
+    size = dict(zip(param.axes, param.shape, strict=True))
+    dims = tuple(size[axis] for axis in param.file_axes)
+    if param.file_rank == len(dims):
+        return dims
+    total = math.prod(dims)
+    # A linear layer fuses its outputs in front of its fused inputs.
+    return (total,) if param.file_rank == 1 else (total // param.fan_in, param.fan_in)
+
+
+def file_names(param: Param) -> Iterator[str]:
+    """Names of the parameter's tensors in the file: one, or one per stacked layer."""
+    count = param.shape[0] if param.stacked else 1
+    return (param.name.format(layer=layer) for layer in range(count))
+
+
+def from_file(param: Param, tensor: np.ndarray) -> np.ndarray:
+    """A file tensor as a view in our layout, without L."""
+    size = dict(zip(param.axes, param.shape, strict=True))
+    split = tensor.reshape([size[axis] for axis in param.file_axes])
+    return split.transpose([param.file_axes.index(a) for a in param.axes.removeprefix("L")])
+
+
+def to_file(param: Param, value: np.ndarray) -> np.ndarray:
+    """Inverse of :func:`from_file`: contiguous, in the shape of the file."""
+    letters = param.axes.removeprefix("L")
+    turned = value.transpose([letters.index(axis) for axis in param.file_axes])
+    return np.ascontiguousarray(turned).reshape(file_shape(param))
+
+
+def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
+    """The parameters of a declaration tree out of a checkpoint.
+
+    Args:
+        declared: pytree of Param.
+        tensors: the checkpoint.
+        dtype: dtype of the result; None keeps that of the file.
+
+    Raises:
+        LoadError: a tensor is missing, left over, or has another shape.
+    """
+    params = jax.tree.leaves(declared, is_leaf=is_param)
+    _check_tensors(params, tensors)
+
+    def load(param: Param) -> jax.Array:
+        names = list(file_names(param))
+        first = from_file(param, tensors.read(names[0]))
+        if not param.stacked:
+            return jnp.asarray(np.ascontiguousarray(first), dtype)
+        stacked = np.empty(param.shape, first.dtype if dtype is None else dtype)
+        stacked[0] = first
+        for layer, name in enumerate(names[1:], 1):
+            stacked[layer] = from_file(param, tensors.read(name))
+        return jnp.asarray(stacked)
+
+    return jax.tree.map(load, declared, is_leaf=is_param)
+
+
+def _check_tensors(params: list[Param], tensors: Tensors) -> None:
+    """Compare names and shapes with the declaration before anything is read."""
+    wanted = ((name, param) for param in params for name in file_names(param))
+    # An absurd number of layers must not become a list of names before it is refused.
+    missing = [
+        name
+        for name, _ in itertools.islice(wanted, len(tensors.shapes) + 4)
+        if name not in tensors.shapes
+    ]
+    if missing:
+        raise LoadError(
+            f"{tensors.origin}: {_some(missing)} missing: the weights do not belong to the "
+            f"configuration, or the download is incomplete"
+        )
+    shapes = {name: file_shape(param) for param in params for name in file_names(param)}
+    for name, shape in shapes.items():
+        if tuple(tensors.shapes[name]) != shape:
+            raise LoadError(
+                f"{tensors.origin}: {name} has shape {list(tensors.shapes[name])}, but the "
+                f"configuration says {list(shape)}: the two files do not belong together"
+            )
+    # Old checkpoints store the RoPE frequencies, which follow from the configuration.
+    left = sorted(
+        name
+        for name in tensors.shapes
+        if name not in shapes and not name.endswith("rotary_emb.inv_freq")
+    )
+    if left:
+        raise LoadError(
+            f"{tensors.origin}: {_some(left)} left over: the model has parts that are not "
+            f"supported, or the configuration is another model's"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first few names and a verb, for a message."""
+    if len(names) == 1:
+        return f"tensor {names[0]} is"
+    more = ", ..." if len(names) > 3 else ""
+    return f"tensors {', '.join(names[:3])}{more} are"
+
+
+def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
+    """Inverse of :func:`read_params`: file name -> array in the layout of the file."""
+    tensors: dict[str, np.ndarray] = {}
+    params = jax.tree.leaves(declared, is_leaf=is_param)
+    for param, value in zip(params, jax.tree.leaves(values), strict=True):
+        array = np.asarray(value)
+        layers = array if param.stacked else array[None]
+        for name, layer in zip(file_names(param), layers, strict=True):
+            tensors[name] = to_file(param, layer)
+    return tensors
+
+
+def read_tensors(directory: str | Path) -> Tensors:
+    """The tensors of a checkpoint directory, one safetensors file or several with an index.
+
+    Raises:
+        LoadError: a file is missing, truncated or otherwise broken, or a dtype is not supported.
+    """
+    directory = Path(directory)
+    if (directory / INDEX_FILE).is_file():
+        places = read_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+            raise LoadError(f"{directory / INDEX_FILE}: weight_map must map tensors to files")
+        files = sorted(set(places.values()))
+    elif (directory / WEIGHTS_FILE).is_file():
+        files = [WEIGHTS_FILE]
+    else:
+        raise LoadError(
+            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there (pickled *.bin "
+            f"weights are not read: convert them to safetensors)"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    handles: dict[str, Any] = {}
+    for file in files:
+        if Path(file).name != file:
+            raise LoadError(f"{directory / INDEX_FILE}: {file!r} is not a plain file name")
+        handle, found = _open_safetensors(directory / file)
+        shapes |= found
+        handles |= dict.fromkeys(found, handle)
+    return Tensors(str(directory), shapes, lambda name: handles[name].get_tensor(name))
+
+
+def _open_safetensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A lazily read safetensors file and the shapes of its tensors."""
+    if not path.is_file():
+        raise LoadError(f"{path}: no such file; the download is incomplete")
+    try:
+        handle = safe_open(path, framework="numpy")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{path}: broken or truncated safetensors file ({error})") from None
+    for name, part in slices.items():
+        if part.get_dtype() not in DTYPES:
+            raise LoadError(
+                f"{path}: {name} has dtype {part.get_dtype()}; supported are "
+                f"{', '.join(DTYPES.values())}: use a checkpoint that is not quantised"
+            )
+    return handle, {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        LoadError: the file is missing, or not that.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{path}: no such file; is this a model directory?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{path}: must hold a JSON object")
+    return content
