@@ -118,6 +118,7 @@ class DrafterConfig(TransformerConfig):
         confidence_with_markov: whether it sees the Markov embedding of the previous token.
         draft_vocab_size: size U of the reduced draft vocabulary, None for the whole vocabulary.
         owns_vocab: whether the checkpoint carries the target's embedding and head.
+        num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
     """
 
     block_size: int = 7
@@ -130,6 +131,7 @@ class DrafterConfig(TransformerConfig):
     confidence_with_markov: bool = True
     draft_vocab_size: int | None = None
     owns_vocab: bool = True
+    num_anchors: int = 512
     qk_norm: bool = True
 
     def __post_init__(self) -> None:

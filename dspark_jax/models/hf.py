@@ -26,7 +26,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
-def field(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+def field(config: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
     """A value of an untrusted configuration, checked for its type.
 
     Args:
@@ -43,7 +43,7 @@ def field(config: Mapping[str, Any], key: str, kind: type, default: Any = None) 
     if value is None:
         raise LoadError(f"{key} is missing")
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind:  # isinstance would take True for an integer
         raise LoadError(f"{key} is {value!r}: it must be of type {kind.__name__}")
     if kind in (int, float) and not (math.isfinite(value) and value > 0):

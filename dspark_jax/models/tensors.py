@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dspark_jax.axes import Param, Tree, is_param
+from dspark_jax.axes import Param, Tree, is_param, map_params
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,7 +109,7 @@ def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
             stacked[layer] = from_file(param, tensors.read(name))
         return jnp.asarray(stacked)
 
-    return jax.tree.map(load, declared, is_leaf=is_param)
+    return map_params(load, declared)
 
 
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:
@@ -155,14 +155,25 @@ def _some(names: list[str]) -> str:
 
 
 def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
-    """Inverse of :func:`read_params`: file name -> array in the layout of the file."""
+    """Inverse of :func:`read_params`: file name -> array in the layout of the file.
+
+    Raises:
+        ValueError: a value is missing or has another shape than declared.
+    """
     tensors: dict[str, np.ndarray] = {}
-    params = jax.tree.leaves(declared, is_leaf=is_param)
-    for param, value in zip(params, jax.tree.leaves(values), strict=True):
+
+    def put(param: Param, value: Any) -> None:
         array = np.asarray(value)
+        if array.shape != param.shape:
+            raise ValueError(
+                f"{param.name} has shape {list(array.shape)}, but is declared as "
+                f"{list(param.shape)}"
+            )
         layers = array if param.stacked else array[None]
         for name, layer in zip(file_names(param), layers, strict=True):
             tensors[name] = to_file(param, layer)
+
+    map_params(put, declared, values)
     return tensors
 
 
