@@ -25,8 +25,8 @@ from flax import struct
 
 from pallas_kernels import random
 
-# First data folded into a request's key: what a random number is for.
-DRAFT, ACCEPT, RESIDUAL, FIELD = range(4)
+# What a random number is for, folded into a request's key together with a slot: 4 * slot + stream.
+DRAFT, ACCEPT, RESIDUAL, FIELD = 1, 2, 3, 4
 
 
 @struct.dataclass
@@ -183,8 +183,7 @@ def stream_key(
     Folding the anchor's position and the slot, not their sum: the same token position in a later
     round is another draw. Arguments broadcast.
     """
-    key_B2 = random.fold_in(random.fold_in(key_B2, stream), anchor_position_B)
-    return random.fold_in(key_B2, slot)
+    return random.fold_in(key_B2, anchor_position_B, 4 * slot + stream)
 
 
 def noise_key(key_B2: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -193,7 +192,7 @@ def noise_key(key_B2: jax.Array, position_B: jax.Array) -> jax.Array:
     Target, drafter, prefill and plain decoding all read `gumbel` (or `gumbel_at`, for a reduced
     vocabulary) of this key over the ids of the whole target vocabulary.
     """
-    return random.fold_in(random.fold_in(key_B2, FIELD), position_B)
+    return random.fold_in(key_B2, position_B, FIELD)
 
 
 def residual_logprob(

@@ -3,8 +3,8 @@
 A number is a pure function of (key, counter), so a tile of a kernel and the whole-array reference
 draw the same bits without sharing any state:
 
-    word(key, i)     = Threefry(key, (i, 0))[0]          the i-th 32 bits below a key
-    fold_in(key, d)  = Threefry(key, (d, 1))             a child key
+    word(key, i)             = Threefry(key, (i, 0))[0]           the i-th 32 bits below a key
+    fold_in(key, data, tag)  = Threefry(key, (data, 1 + tag))     a child key
 
 The second counter word separates the two uses, so no child key is ever also a drawn word.
 Everything here is elementwise uint32 and float32 arithmetic (no gather, no 64-bit integers, no
@@ -49,10 +49,15 @@ def seed_key(seed: int) -> jax.Array:
     return jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
 
 
-def fold_in(key_X2: jax.Array, data_X: jax.Array | int) -> jax.Array:
-    """A child key [X, 2] for each integer; key and data broadcast over X."""
-    data_X = jnp.asarray(data_X).astype(jnp.uint32)
-    words = threefry2x32((key_X2[..., 0], key_X2[..., 1]), (data_X, jnp.uint32(1)))
+def fold_in(key_X2: jax.Array, data_X: jax.Array | int, tag_X: jax.Array | int = 0) -> jax.Array:
+    """A child key [X, 2] for each pair of integers; key, data and tag broadcast over X.
+
+    One block cipher call takes in both: folding twice would cost two, in time and in compilation.
+    `tag` is below 2^32 - 1.
+    """
+    data_X, tag_X = jnp.asarray(data_X), jnp.asarray(tag_X)
+    counter = (data_X.astype(jnp.uint32), tag_X.astype(jnp.uint32) + jnp.uint32(1))
+    words = threefry2x32((key_X2[..., 0], key_X2[..., 1]), counter)
     return jnp.stack(words, axis=-1)
 
 

@@ -66,7 +66,9 @@ def test_fold_in_broadcasts_and_no_two_children_agree():
     children = fold_in(roots[:, None], jnp.arange(50))
     assert children.shape == (20, 50, 2)
     np.testing.assert_array_equal(children[4, 9], fold_in(roots[4], 9))
-    assert len(np.unique(np.asarray(children).reshape(-1, 2), axis=0)) == 1000
+    tagged = fold_in(roots[:, None], jnp.arange(50), jnp.array(3))
+    both = np.concatenate([children, tagged]).reshape(-1, 2)
+    assert len(np.unique(both, axis=0)) == 2000
     drawn = bits(roots, 50)
     assert not np.isin(np.asarray(children)[..., 0], np.asarray(drawn)).any()
 
