@@ -1,4 +1,4 @@
-"""Finding models: the default target and drafter, directories, hub ids and GGUF files."""
+"""One entrance for models: the defaults, directories, hub ids and GGUF files, ready to use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.deepspec import bind_vocab, load_drafter
+from dspark_jax.models.default import default_drafter_path, default_target_path
+from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.models.gguf import load_gguf_target, open_gguf
 from dspark_jax.models.hf import load_hf_target, model_directory
-from dspark_jax.models.target import TargetParams
-from dspark_jax.models.tensors import read_json
+from dspark_jax.models.target import TargetParams, Vocab
+from dspark_jax.models.tensors import LoadError, read_json
 from dspark_jax.models.tokenizer import gguf_tokenizer, load_tokenizer, stop_ids
 
 
@@ -35,25 +38,45 @@ class Target:
     stop_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Drafter:
+    """A drafter that is bound to a target.
+
+    Attributes:
+        cfg: sizes.
+        params: weights, layers stacked.
+        vocab: the target's embedding and head, or the rows that the drafter uses.
+        name: short name for messages and reports.
+    """
+
+    cfg: DrafterConfig
+    params: DrafterParams
+    vocab: Vocab
+    name: str
+
+
 def load_target(source: str | Path, dtype: Any = jnp.float32) -> Target:
     """A target with its tokenizer.
 
     Args:
-        source: a GGUF file, a Hugging Face directory or a hub id.
+        source: ``"default"``, a GGUF file, a Hugging Face directory or a hub id.
         dtype: dtype of the parameters.
 
     Raises:
         LoadError: the source is not there, broken or not supported.
     """
+    if str(source) == "default":
+        source = default_target_path()
     if str(source).endswith(".gguf"):
-        return _gguf_target(Path(source), dtype)
-    directory = model_directory(source)
-    cfg, params = load_hf_target(directory, dtype)
-    tokenizer = load_tokenizer(directory)
-    generation = directory / "generation_config.json"
-    configs = [read_json(generation)] if generation.is_file() else []
-    stops = stop_ids(tokenizer, *configs)
-    return Target(cfg, params, tokenizer, Path(source).name, stops)
+        target = _gguf_target(Path(source), dtype)
+    else:
+        target = _hf_target(source, dtype)
+    if len(target.tokenizer) > target.cfg.vocab_size:
+        raise LoadError(
+            f"{source}: the tokenizer has {len(target.tokenizer)} tokens, but vocab_size is "
+            f"{target.cfg.vocab_size}: they do not belong together"
+        )
+    return target
 
 
 def _gguf_target(path: Path, dtype: Any) -> Target:
@@ -63,3 +86,38 @@ def _gguf_target(path: Path, dtype: Any) -> Target:
     tokenizer = gguf_tokenizer(file, str(path))
     end_of_turn = {"eos_token_id": file.value("tokenizer.ggml.eot_token_id", int)}
     return Target(cfg, params, tokenizer, path.stem, stop_ids(tokenizer, end_of_turn))
+
+
+def _hf_target(source: str | Path, dtype: Any) -> Target:
+    """A target out of a directory or hub id."""
+    directory = model_directory(source)
+    cfg, params = load_hf_target(directory, dtype)
+    tokenizer = load_tokenizer(directory)
+    generation = directory / "generation_config.json"
+    configs = [read_json(generation)] if generation.is_file() else []
+    name = Path(source).resolve().name
+    return Target(cfg, params, tokenizer, name, stop_ids(tokenizer, *configs))
+
+
+def load_drafter_for(
+    target: Target, source: str | Path, *, use_target_vocab: bool = False
+) -> Drafter:
+    """A drafter for a loaded target, in the target's dtype.
+
+    Args:
+        target: the target.
+        source: ``"default"``, a directory or a hub id.
+        use_target_vocab: whether to ignore an embedding and head of the drafter's own.
+
+    Raises:
+        ValueError: the source is not there, broken or not supported, or it does not fit.
+    """
+    if str(source) == "default":
+        found = default_drafter_path()
+        if found is None:
+            raise LoadError("this installation has no default drafter: name one, or use none")
+        source = found
+    dtype = target.params.norm_D.dtype
+    cfg, params, own = load_drafter(source, dtype)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
+    return Drafter(cfg, params, vocab, Path(source).resolve().name)
