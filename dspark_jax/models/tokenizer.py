@@ -116,7 +116,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif token_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if file.value("tokenizer.ggml.add_bos_token", bool, False):
+    if file.value("tokenizer.ggml.add_bos_token", bool, split == "llama-bpe"):
         first = file.value("tokenizer.ggml.bos_token_id", int)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
