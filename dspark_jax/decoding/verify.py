@@ -131,6 +131,19 @@ def accept_coupled(
     key_BC2 = sampling.noise_key(key_B2[:, None], anchor_position_B[:, None] + 1 + row_C)
     noise_BCV = random.gumbel(key_BC2, target_logprob_BCV.shape[-1])
     token_BC = sampling.sample_logprob(target_logprob_BCV, noise_BCV)
+    return accept_equal(token_BC, draft_token_BG, length_B)
+
+
+def accept_equal(
+    token_BC: jax.Array, draft_token_BG: jax.Array, length_B: jax.Array
+) -> Acceptance:
+    """Drafts stand while they equal the target's own tokens: greedy and coupled decoding.
+
+    Args:
+        token_BC: int32 the target's token after the anchor and after every draft.
+        draft_token_BG: int32 target ids.
+        length_B: int32 number of slots verified, 0 to G.
+    """
     accepted_B = _leading(draft_token_BG == token_BC[:, :-1], length_B)
     return Acceptance(accepted_B, token_BC[jnp.arange(accepted_B.shape[0]), accepted_B])
 
@@ -166,7 +179,7 @@ def truncate_at_stop(
     stop_BG = jnp.any(draft_token_BG[..., None] == stop_id_BK[:, None], axis=-1) & accepted_BG
     by_draft_B = jnp.any(stop_BG, axis=1)
     by_next_B = jnp.any(acceptance.next_B[:, None] == stop_id_BK, axis=1)
-    until_stop_B = jnp.argmax(stop_BG, axis=1).astype(jnp.int32) + 1
+    until_stop_B = 1 + jnp.sum(jnp.cumsum(stop_BG, axis=1) == 0, axis=1, dtype=jnp.int32)
     accepted_B = jnp.where(by_draft_B, until_stop_B, acceptance.accepted_B)
     count_B = jnp.where(by_draft_B, accepted_B, accepted_B + 1)
     return accepted_B, count_B, by_draft_B | by_next_B

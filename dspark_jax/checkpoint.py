@@ -1,0 +1,78 @@
+"""Training checkpoints through Orbax: asynchronous, atomic, the last N kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+Tree = Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not JSON; the message names it and ``what`` it is.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{what} {path} is not readable JSON: {error}") from None
+
+
+class Checkpoints:
+    """Checkpoints of one run, by step; a context manager that waits for the last write."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """Open (and create) a directory of checkpoints of which the last ``keep`` stay."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Tree) -> None:
+        """Write ``state`` in the background, unless this step is there already."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """The state of a step, with the structure, shapes, dtypes and shardings of ``like``.
+
+        Raises:
+            ValueError: the checkpoint is damaged or was made by another configuration.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {self.directory}/{step} does not fit this configuration or is "
+                f"damaged ({str(error).splitlines()[0]}): train into another directory, or remove "
+                "that step to go on from the one before"
+            ) from None

@@ -1,0 +1,1 @@
+"""Training of drafters: data, anchors, losses, the step, and the loop around it."""

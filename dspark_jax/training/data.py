@@ -1,0 +1,160 @@
+"""Training data: answered conversations as token sequences, in a stateless order of batches.
+
+A line of the file is one conversation: ``conversations`` (turns with ``role`` and ``content``, the
+last one the target's answer) and optionally ``response_ids``, the answer's own token ids, and
+``finish`` (``"stop"``: the answer ended with the end-of-turn token, which is then supervised too).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.config import TrainConfig
+from dspark_jax.training.step import Batch
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenised conversation: int32 ids, and where the supervised answer begins."""
+
+    token_S: np.ndarray
+    answer_start: int
+
+
+def read_conversations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line of a JSON-lines file.
+
+    Raises:
+        ValueError: the file is missing, or a line is not a conversation.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"training data {path} is not readable: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = row["conversations"]
+            if turns[-1]["role"] != "assistant" or len(turns) < 2:
+                raise KeyError("the last of at least two turns must be the assistant's")
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{path}:{number} is not a conversation ({error}): every line needs "
+                '"conversations", turns with "role" and "content" that end with an answer'
+            ) from None
+        yield number, row
+
+
+def tokenize(
+    rows: Iterator[tuple[int, dict[str, Any]]],
+    tokenizer: Any,
+    prompt_ids: Any,
+    end_id: int,
+    recipe: TrainConfig,
+) -> tuple[list[TokenSequence], int]:
+    """Conversations as sequences, cut at ``max_length``.
+
+    Args:
+        rows: of :func:`read_conversations`.
+        tokenizer: the target's.
+        prompt_ids: ``(tokenizer, turns) -> ids`` up to where the answer begins.
+        end_id: the token that ends an answer.
+        recipe: limits.
+
+    Returns:
+        The sequences with at least ``min_loss_tokens`` supervised tokens, in file order, and how
+        many were dropped for having fewer.
+    """
+    kept, dropped = [], 0
+    for _, row in rows:
+        *turns, answer = row["conversations"]
+        prompt = list(prompt_ids(tokenizer, turns))
+        ids = row.get("response_ids")
+        if ids is None:
+            ids = tokenizer.encode(answer["content"], add_special_tokens=False)
+        if row.get("finish", "stop") == "stop":
+            ids = [*ids, end_id]
+        token_S = np.array([*prompt, *ids][: recipe.max_length], np.int32)
+        if len(token_S) - len(prompt) < recipe.min_loss_tokens:
+            dropped += 1
+        else:
+            kept.append(TokenSequence(token_S, len(prompt)))
+    return kept, dropped
+
+
+def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarray:
+    """The ``count`` most frequent answer tokens, as sorted int32 target ids.
+
+    Where the answers have fewer distinct tokens, the smallest unseen ids fill up: in byte-level
+    vocabularies these are the bytes and the commonest merges.
+    """
+    counts: Counter[int] = Counter()
+    for sequence in sequences:
+        counts.update(sequence.token_S[sequence.answer_start :].tolist())
+    chosen = [token for token, _ in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))]
+    chosen = chosen[:count]
+    unseen = (token for token in range(count + len(counts)) if token not in counts)
+    chosen += [next(unseen) for _ in range(count - len(chosen))]
+    return np.array(sorted(chosen), np.int32)
+
+
+def bucket_of(sequence: TokenSequence, recipe: TrainConfig) -> int:
+    """The smallest length bucket that holds a sequence."""
+    return next(size for size in recipe.length_buckets if size >= len(sequence.token_S))
+
+
+def epoch_batches(
+    sequences: Sequence[TokenSequence], recipe: TrainConfig, epoch: int
+) -> list[tuple[int, list[int]]]:
+    """Batches (bucket, indices of sequences) of one epoch, a function of (seed, epoch) alone.
+
+    The last batch of a bucket may have fewer sequences; it is filled with empty ones.
+    """
+    random = np.random.Generator(np.random.Philox([recipe.seed, epoch]))
+    members: dict[int, list[int]] = {bucket: [] for bucket in recipe.length_buckets}
+    for index in random.permutation(len(sequences)):
+        members[bucket_of(sequences[index], recipe)].append(int(index))
+    batches = []
+    for bucket, indices in members.items():
+        size = batch_size(recipe, bucket)
+        batches += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def batch_size(recipe: TrainConfig, bucket: int) -> int:
+    """Sequences a step in a bucket of this length."""
+    return max(1, recipe.tokens_per_batch // bucket)
+
+
+def make_batch(
+    sequences: Sequence[TokenSequence], indices: Sequence[int], bucket: int, size: int
+) -> Batch:
+    """A batch of static shape [size, bucket], padded at the end of sequences and of the batch."""
+    token_BS = np.zeros((size, bucket), np.int32)
+    mask_BS = np.zeros((size, bucket), bool)
+    for row, index in enumerate(indices):
+        sequence = sequences[index]
+        token_BS[row, : len(sequence.token_S)] = sequence.token_S
+        mask_BS[row, sequence.answer_start : len(sequence.token_S)] = True
+    return Batch(token_BS, mask_BS)
+
+
+def batches_from(
+    sequences: Sequence[TokenSequence], recipe: TrainConfig, start_step: int
+) -> Iterator[Batch]:
+    """The endless stream of batches from a step on; resuming needs no state but the step."""
+    step, epoch = 0, 0
+    while True:
+        batches = epoch_batches(sequences, recipe, epoch)
+        for bucket, indices in batches[max(0, start_step - step) :]:
+            yield make_batch(sequences, indices, bucket, batch_size(recipe, bucket))
+        step, epoch = step + len(batches), epoch + 1

@@ -1,0 +1,249 @@
+"""The training loop, read top to bottom: load, resume, step, log, save, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from dspark_jax.axes import init_params
+from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
+from dspark_jax.config import DrafterConfig, RopeConfig, TrainConfig
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.load import Target, load_target
+from dspark_jax.models.target import Vocab
+from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
+from dspark_jax.training import data
+from dspark_jax.training.step import TrainState, evaluation_step, make_optimizer, train_step
+
+logger = logging.getLogger(__name__)
+
+
+def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
+    """Layers spread evenly from 1 to L - 3 (spec section 5); fewer where the target is shallow."""
+    last = max(num_target_layers - 3, 0)
+    first = min(1, last)
+    return tuple(sorted({round(x) for x in np.linspace(first, last, count)}))
+
+
+def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
+    """The drafter that a recipe describes, with the target's sizes where it names none."""
+    cfg = target.cfg
+    mask = recipe.mask_token_id
+    return DrafterConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=recipe.intermediate_size or cfg.intermediate_size,
+        num_layers=recipe.num_layers,
+        num_heads=recipe.num_heads or cfg.num_heads,
+        num_kv_heads=recipe.num_kv_heads or cfg.num_kv_heads,
+        head_dim=recipe.head_dim or cfg.head_dim,
+        rms_norm_eps=cfg.rms_norm_eps,
+        rope=RopeConfig(theta=cfg.rope.theta),
+        max_positions=cfg.max_positions,
+        block_size=recipe.block_size,
+        mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
+        target_layer_ids=recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
+        num_target_layers=cfg.num_layers,
+        markov_rank=recipe.markov_rank,
+        markov_head=recipe.markov_head,
+        confidence=recipe.confidence,
+        confidence_with_markov=recipe.confidence_with_markov,
+        draft_vocab_size=recipe.draft_vocab_size or None,
+        owns_vocab=False,
+    )
+
+
+def reduced_vocab(target: Target, d2t_U: np.ndarray | None) -> tuple[Vocab, jax.Array | None]:
+    """The drafter's view of the target's vocabulary, and the map from target to draft ids."""
+    vocab = target.params.vocab
+    if d2t_U is None:
+        return vocab, None
+    head_VD = vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
+    t2d_V = np.full(target.cfg.vocab_size, -1, np.int32)
+    t2d_V[d2t_U] = np.arange(len(d2t_U))
+    return Vocab(vocab.embed_VD, head_VD[d2t_U], jnp.asarray(d2t_U)), jnp.asarray(t2d_V)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM fills, so that the loop can save and leave.
+
+    A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line a logged step; steps that a resumed run repeats are cut first."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Open a log for the steps after ``start_step``."""
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; a line torn by a crash counts as never reached."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Metrics as JSON numbers and lists, rounded to 6 digits."""
+    return {
+        name.removesuffix("_G"): np.round(np.asarray(value, np.float64), 6).tolist()
+        for name, value in jax.device_get(metrics).items()
+    }
+
+
+def mean_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, Any]:
+    """Mean of several batches' metrics, weighted by their blocks."""
+    rows = jax.device_get(rows)
+    weight = np.array([row["blocks"] for row in rows], np.float64)
+    return {
+        name.removesuffix("_G"): np.round(
+            np.average([row[name] for row in rows], axis=0, weights=weight), 6
+        ).tolist()
+        for name in rows[0]
+        if name != "blocks"
+    }
+
+
+def check_same_recipe(path: Path, recipe: TrainConfig) -> None:
+    """Write the recipe beside a new run; refuse to resume a run of another recipe.
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if path.exists():
+        before = read_json(path, "recipe")
+        may_change = {"out", "data", "eval_every", "checkpoint_every", "log_every"}
+        differ = [k for k in now if k not in may_change and before.get(k, now[k]) != now[k]]
+        if differ:
+            changes = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in differ)
+            raise ValueError(
+                f"{path.parent} holds a run of another recipe ({changes}): "
+                "set another out, or restore these values"
+            )
+    write_atomically(path, json.dumps(now, indent=2) + "\n")
+
+
+def fit(recipe: TrainConfig) -> Path:
+    """Train a drafter, or go on where an interrupted run stopped.
+
+    Returns:
+        The directory of the exported drafter, ``out/drafter``.
+
+    Raises:
+        ValueError: bad data or configuration; the message names the field and the remedy.
+        FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+    """
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    check_same_recipe(out / "recipe.json", recipe)
+    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
+    cfg = drafter_config(recipe, target)
+
+    rows = data.read_conversations(Path(recipe.data))
+    end_id = target.tokenizer.eos_token_id
+    sequences, dropped = data.tokenize(rows, target.tokenizer, chat_prompt_ids, end_id, recipe)
+    if len(sequences) <= recipe.eval_sequences:
+        raise ValueError(
+            f"{recipe.data} has {len(sequences)} usable conversations, eval_sequences takes "
+            f"{recipe.eval_sequences} of them: give more data or lower eval_sequences"
+        )
+    cut = len(sequences) - recipe.eval_sequences
+    train_set, held_out = sequences[:cut], sequences[cut:]
+    per_epoch = len(data.epoch_batches(train_set, recipe, 0))
+    total = recipe.steps or max(1, round(recipe.epochs * per_epoch))
+    logger.info("%d sequences, %d dropped, %d steps", len(train_set), dropped, total)
+
+    d2t_U = (
+        data.frequent_tokens(train_set, recipe.draft_vocab_size)
+        if recipe.draft_vocab_size
+        else None
+    )
+    vocab, t2d_V = reduced_vocab(target, d2t_U)
+    optimizer = make_optimizer(recipe, total)
+    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    static: dict[str, Any] = {"target_cfg": target.cfg, "cfg": cfg, "recipe": recipe}
+    step_fn = jax.jit(partial(train_step, optimizer=optimizer, **static), donate_argnums=0)
+    eval_fn = jax.jit(partial(evaluation_step, **static))
+
+    def evaluate(params: DrafterParams) -> dict[str, Any]:
+        batches = [
+            data.make_batch(held_out, indices, bucket, data.batch_size(recipe, bucket))
+            for bucket, indices in data.epoch_batches(held_out, recipe, 0)
+        ]
+        return mean_metrics([eval_fn(params, target.params, vocab, t2d_V, b) for b in batches])
+
+    with Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved, stop_on_signals() as stop:
+        start = saved.latest or 0
+        if start:
+            state = saved.restore(start, state)
+        log = MetricsLog(out / "metrics.jsonl", start)
+        batches = data.batches_from(train_set, recipe, start)
+        bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
+        began, blocks = time.monotonic(), 0.0
+        for step in range(start + 1, total + 1):
+            state, metrics = step_fn(state, target.params, vocab, t2d_V, next(batches))
+            values = plain(metrics)
+            if not math.isfinite(values["loss"]):
+                terms = {k: values[k] for k in ("ce", "l1", "confidence") if k in values}
+                raise FloatingPointError(
+                    f"the loss of step {step} is not finite ({terms}): the checkpoint of step "
+                    f"{saved.latest} in {saved.directory} is the last good one"
+                )
+            blocks += values["blocks"]
+            rate = blocks / (time.monotonic() - began)
+            bar.update()
+            bar.set_postfix(loss=values["loss"], length=values["accepted_length"], blocks_s=rate)
+            if step % recipe.log_every == 0 or step == total:
+                log.write(step, blocks_per_s=round(rate, 2), **values)
+            if step % recipe.eval_every == 0 or step == total:
+                log.write(step, split="held-out", **evaluate(state.params))
+            if step % recipe.checkpoint_every == 0 or step == total or stop:
+                saved.save(step, state)
+            if stop and step < total:
+                bar.close()
+                raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
+        bar.close()
+    return export(out / "drafter", cfg, state.params, d2t_U)

@@ -1,0 +1,153 @@
+"""One training step: frozen target, drafter, loss, AdamW (spec section 8)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
+from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.target import TargetParams, Vocab, encode
+from dspark_jax.training.anchors import block_labels, sample_anchors
+from dspark_jax.training.losses import Teacher, draft_blocks, dspark_loss, teacher_probs
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes: optimiser steps done, trainable weights, optimiser state."""
+
+    step: jax.Array
+    params: DrafterParams
+    optimizer: Any
+
+
+@struct.dataclass
+class Batch:
+    """Sequences of one length bucket: token_BS int32, loss_mask_BS bool; padding at the end."""
+
+    token_BS: Any
+    loss_mask_BS: Any
+
+
+def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up, then cosine to 0, with the reference's constants.
+
+    With W = int(warmup_fraction * total) and T = total - W, step i >= W has
+    lr (1 + cos(pi t / T)) / (1 + cos(pi / T)), t = i - W: t counts from 1 to T, so that the last
+    step has 0 and the first one after the warm-up lr (spec section 10).
+    """
+    warmup = int(recipe.warmup_fraction * total_steps)
+    decay = max(total_steps - warmup, 1)
+    scale = 1.0 + math.cos(math.pi / decay)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        ramp = count / max(warmup, 1)
+        cosine = 1.0 + jnp.cos(jnp.pi * jnp.minimum(count - warmup, decay) / decay)
+        factor = jnp.where(count < warmup, ramp, cosine / scale if scale > 0 else 1.0)
+        return recipe.learning_rate * factor
+
+    return schedule
+
+
+def make_optimizer(recipe: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.adamw(learning_rate(recipe, total_steps), weight_decay=recipe.weight_decay),
+    )
+
+
+def anchors_of(recipe: TrainConfig, length: int) -> int:
+    """Blocks a sequence in a bucket of this length."""
+    return max(1, recipe.num_anchors * length // recipe.max_length)
+
+
+def batch_loss(
+    params: DrafterParams,
+    vocab: Vocab,
+    t2d_V: jax.Array | None,
+    batch: Batch,
+    feature_BSFD: jax.Array,
+    teacher: Teacher,
+    key: jax.Array,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss and metrics of a batch whose target features are given."""
+    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
+    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors)
+    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
+    return dspark_loss(
+        outputs,
+        teacher,
+        labels,
+        keep_BA,
+        t2d_V,
+        ce_weight=recipe.ce_weight,
+        l1_weight=recipe.l1_weight,
+        confidence_weight=recipe.confidence_weight,
+        decay=recipe.loss_decay,
+    )
+
+
+def target_outputs(
+    target: TargetParams,
+    vocab: Vocab,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+) -> tuple[jax.Array, Teacher]:
+    """Features and distributions of the frozen target for a batch."""
+    hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    return feature_BSFD, teacher_probs(target.vocab, hidden_BSD, vocab.d2t_U)
+
+
+def train_step(
+    state: TrainState,
+    target: TargetParams,
+    vocab: Vocab,
+    t2d_V: jax.Array | None,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step with online features: the target runs in the same program.
+
+    The anchors depend on (seed, step) alone, so a resumed run draws the same ones.
+
+    Returns:
+        The next state and the metrics of this step, ``gradient_norm`` (before the clip) included.
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    feature_BSFD, teacher = target_outputs(target, vocab, batch, target_cfg, cfg)
+    (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
+        state.params, vocab, t2d_V, batch, feature_BSFD, teacher, key, cfg, recipe
+    )
+    update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    metrics["gradient_norm"] = optax.global_norm(gradient)
+    params = optax.apply_updates(state.params, update)
+    return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def evaluation_step(
+    params: DrafterParams,
+    target: TargetParams,
+    vocab: Vocab,
+    t2d_V: jax.Array | None,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+) -> dict[str, jax.Array]:
+    """Metrics of held-out sequences, always with the same anchors."""
+    feature_BSFD, teacher = target_outputs(target, vocab, batch, target_cfg, cfg)
+    key = jax.random.key(recipe.seed)
+    return batch_loss(params, vocab, t2d_V, batch, feature_BSFD, teacher, key, cfg, recipe)[1]
