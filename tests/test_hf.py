@@ -1,0 +1,224 @@
+"""Hugging Face directories of targets: old and new configurations, shards, and broken files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dspark_jax.config import RopeConfig
+from dspark_jax.models.hf import load_hf_target, target_config
+from dspark_jax.models.load import load_target
+from dspark_jax.models.tensors import LoadError
+
+DATA = Path(__file__).parent / "data"
+CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")
+
+
+def golden_config(case):
+    return json.loads((DATA / "hf_targets" / case / "checkpoint" / "config.json").read_text())
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A copy of the tied Llama checkpoint, to be changed."""
+    source = DATA / "hf_targets" / "llama_tied" / "checkpoint"
+    return Path(shutil.copytree(source, tmp_path / "target"))
+
+
+def change_config(directory, changes):
+    """Set keys of config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(directory, changes):
+    """Set tensors of model.safetensors."""
+    path = directory / "model.safetensors"
+    save_file(load_file(path) | changes, path)
+
+
+def refusal(source):
+    """The message with which a target is refused: one line, an error of our own."""
+    with pytest.raises(LoadError) as caught:
+        load_hf_target(source, jnp.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_configurations_of_the_four_families():
+    llama, llama3, qwen3, qwen2 = (target_config(golden_config(case)) for case in CASES)
+    assert llama.tied
+    assert not llama3.tied
+    assert llama3.rope == RopeConfig(50000.0, 8.0, 1.0, 4.0, 64)
+    assert llama.rope == RopeConfig(10000.0)
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.out_bias) == (True, False, False)
+    assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.out_bias) == (False, True, False)
+    assert (qwen2.head_dim, qwen3.head_dim, qwen3.max_positions) == (16, 16, 256)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configurations_of_older_transformers_mean_the_same(case):
+    config = golden_config(case)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config.pop("layer_types", None)
+    assert target_config(config) == target_config(golden_config(case))
+    if config["rope_scaling"]:
+        rope["type"] = rope.pop("rope_type")
+        assert target_config(config) == target_config(golden_config(case))
+
+
+def test_defaults_of_missing_fields():
+    config = golden_config("llama_tied")
+    for key in ("head_dim", "num_key_value_heads", "rope_parameters", "rms_norm_eps", "mlp_bias"):
+        del config[key]
+    cfg = target_config(config)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.rope.theta, cfg.rms_norm_eps) == (12, 4, 1e4, 1e-6)
+    assert target_config(config | {"attention_bias": True}).out_bias
+    qwen3 = golden_config("qwen3")
+    del qwen3["head_dim"]
+    assert target_config(qwen3).head_dim == 128
+
+
+UNSUPPORTED = {
+    "a family": ({"model_type": "mamba"}, "model_type 'mamba'"),
+    "MLP biases": ({"mlp_bias": True}, "mlp_bias"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "quantised weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "windows": ({"layer_types": ["sliding_attention"] * 4}, "only full attention"),
+    "windows by flag": (
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        "use_sliding_window",
+    ),
+    "another RoPE": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+    "partial RoPE": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "RoPE by layer": ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
+    "a missing size": ({"hidden_size": None}, "hidden_size is missing"),
+    "a size of text": ({"vocab_size": "131"}, "vocab_size is '131'"),
+    "a size of no use": ({"intermediate_size": 0}, "intermediate_size is 0"),
+    "an epsilon that is none": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    "a number beyond floats": ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is inf"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_is_not_supported_is_named(case, directory):
+    changes, expected = UNSUPPORTED[case]
+    change_config(directory, changes)
+    message = refusal(directory)
+    assert expected in message
+    assert "config.json" in message
+
+
+def test_windows_that_no_layer_uses_are_fine():
+    config = golden_config("qwen2_bias") | {"sliding_window": 8, "max_window_layers": 28}
+    del config["layer_types"]
+    assert target_config(config) == target_config(golden_config("qwen2_bias"))
+    config["use_sliding_window"] = True
+    assert target_config(config) == target_config(golden_config("qwen2_bias"))
+
+
+def shard(directory):
+    """Split model.safetensors into two files with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    places = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for file in set(places.values()):
+        part = {name: value for name, value in tensors.items() if places[name] == file}
+        save_file(part, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_shards_give_the_same_weights_as_one_file(directory):
+    _, whole = load_hf_target(directory, jnp.float32)
+    shard(directory)
+    _, parts = load_hf_target(directory, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_broken_shards_are_refused(directory):
+    index = shard(directory)
+    (directory / "part-1.safetensors").unlink()
+    assert "part-1.safetensors: no such file" in refusal(directory)
+    index.write_text(json.dumps({"weight_map": {"x": "../target/part-0.safetensors"}}))
+    assert "not a plain file name" in refusal(directory)
+    index.write_text(json.dumps({"weight_map": ["x"]}))
+    assert "weight_map must map" in refusal(directory)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_files_load_as_any_dtype(dtype, directory):
+    half = {
+        name: value.astype(dtype)
+        for name, value in load_file(directory / "model.safetensors").items()
+    }
+    change_tensors(directory, half)
+    for wanted in (jnp.float32, jnp.bfloat16):
+        _, params = load_hf_target(directory, wanted)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(wanted)}
+        expected = half["model.norm.weight"].astype(wanted)
+        np.testing.assert_array_equal(np.asarray(params.norm_D), expected)
+
+
+def test_harmless_leftovers_are_ignored_and_others_are_not(directory):
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    change_tensors(directory, {"lm_head.weight": embedding, **frequencies})
+    cfg, _ = load_hf_target(directory, jnp.float32)
+    assert cfg.tied
+    change_tensors(directory, {"lm_head.weight": embedding + 1})
+    assert "differs from model.embed_tokens.weight" in refusal(directory)
+    change_tensors(directory, {"lm_head.weight": embedding, "model.extra": embedding})
+    assert "model.extra is left over" in refusal(directory)
+
+
+def test_weights_of_another_configuration_are_refused(directory):
+    change_config(directory, {"num_hidden_layers": 5})
+    assert "are missing" in refusal(directory)
+    change_config(directory, {"num_hidden_layers": 3})
+    assert "are left over" in refusal(directory)
+    change_config(directory, {"num_hidden_layers": 4, "intermediate_size": 95})
+    assert "has shape [96, 48], but the configuration says [95, 48]" in refusal(directory)
+
+
+def test_pickled_weights_are_not_read(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert "convert them to safetensors" in refusal(directory)
+
+
+def test_an_unreachable_hub_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "did not give it out" in refusal("nobody/no-such-model")
+    assert "no such directory" in refusal(tmp_path / "nowhere")
+
+
+def test_a_directory_with_its_tokenizer_is_a_target(directory):
+    for path in (DATA / "tokenizer_qwen_plain").iterdir():
+        shutil.copy(path, directory)
+    with pytest.raises(LoadError, match="the tokenizer has 419 tokens, but vocab_size is 131"):
+        load_target(directory)
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(419, 48)).astype(np.float32)
+    change_tensors(directory, {"model.embed_tokens.weight": embedding})
+    change_config(directory, {"vocab_size": 419})
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    target = load_target(directory)
+    assert target.name == "target"
+    assert target.tokenizer.eos_token_id == 2
+    assert target.stop_ids == (2, 5, 7)
+    (directory / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(LoadError, match="eos_token_id is 'stop'"):
+        load_target(directory)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(LoadError, match="no usable tokenizer"):
+        load_target(directory)
