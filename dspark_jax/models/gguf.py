@@ -81,12 +81,15 @@ class GgufFile(gguf.GGUFReader):
             default: what a missing key gives; None is a default, too.
 
         Raises:
-            LoadError: the value is of another type.
+            LoadError: the value is of another type, or broken.
         """
         found = self.fields.get(key)
         if found is None:
             return default
-        value = found.contents()
+        try:
+            value = found.contents()
+        except BROKEN as error:
+            raise LoadError(f"metadata {key} is broken ({error})") from None
         if kind is float and isinstance(value, int):
             return float(value)
         if not isinstance(value, kind):
