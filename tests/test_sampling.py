@@ -11,6 +11,13 @@ from pallas_kernels import random
 
 target_logprob = jax.jit(sampling.target_logprob)
 draft_logprob = jax.jit(sampling.draft_logprob)
+first_argmax = jax.jit(sampling.first_argmax)
+sample_logprob = jax.jit(sampling.sample_logprob)
+residual_logprob = jax.jit(sampling.residual_logprob)
+acceptance_rate = jax.jit(sampling.acceptance_rate)
+stream_key = jax.jit(sampling.stream_key)
+fold_in = jax.jit(random.fold_in)
+gumbel = jax.jit(random.gumbel, static_argnums=1)
 
 # temperature, top_k, top_p, min_p
 SETTINGS = [
@@ -41,6 +48,10 @@ def arguments(settings):
     )
 
 
+def random_logits(seed, *shape):
+    return 3 * np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def reference_law(logits, temperature, top_k, top_p, min_p):
     """Probabilities of one row in float64: every filter as it is usually written, by sorting."""
     scores = logits.astype(np.float64)
@@ -67,8 +78,8 @@ def assert_is_law(logprob, expected):
 @pytest.mark.smoke
 @pytest.mark.parametrize("seed", range(8))
 def test_target_law_matches_the_reference(seed):
-    logits = 3 * np.random.default_rng(seed).standard_normal((len(SETTINGS), 97), np.float32)
-    law = target_logprob(jnp.array(logits), *arguments(SETTINGS))
+    logits = random_logits(seed, len(SETTINGS), 97)
+    law = target_logprob(logits, *arguments(SETTINGS))
     assert law.dtype == jnp.float32
     for row, settings in enumerate(SETTINGS):
         assert_is_law(law[row], reference_law(logits[row], *settings))
@@ -106,7 +117,7 @@ def test_a_whole_vocabulary():
 
 
 def test_leading_axes_broadcast():
-    logits = jax.random.normal(jax.random.key(0), (len(SETTINGS), 3, 97)) * 3
+    logits = random_logits(0, len(SETTINGS), 3, 97)
     law = target_logprob(logits, *(field[:, None] for field in arguments(SETTINGS)))
     for column in range(3):
         alone = target_logprob(logits[:, column], *arguments(SETTINGS))
@@ -115,7 +126,7 @@ def test_leading_axes_broadcast():
 
 def test_a_law_does_not_depend_on_its_neighbours():
     """Neighbours decide which passes run at all, and none may touch a row that did not ask."""
-    logits = jax.random.normal(jax.random.key(1), (len(SETTINGS), 997)) * 3
+    logits = random_logits(1, len(SETTINGS), 997)
     together = target_logprob(logits, *arguments(SETTINGS))
     for row, settings in enumerate(SETTINGS):
         same = target_logprob(logits, *arguments([settings] * len(SETTINGS)))
@@ -142,7 +153,7 @@ def test_extreme_temperatures_logits_and_dtypes():
 
 
 def test_the_draft_law_is_the_unfiltered_target_law():
-    logits = jax.random.normal(jax.random.key(2), (6, 97)) * 3
+    logits = random_logits(2, 6, 97)
     for temperatures in ([0, 0.5, 1, 1.5, 0, 3], [0] * 6, [1] * 6):
         temperature = jnp.array(temperatures, jnp.float32)
         off = (jnp.zeros(6, jnp.int32), jnp.ones(6), jnp.zeros(6))
@@ -184,10 +195,10 @@ def test_sampling_is_frozen():
 
 
 def test_first_argmax_is_argmax_and_stays_in_range():
-    scores = jax.random.randint(jax.random.key(3), (50, 4, 33), 0, 9).astype(jnp.float32)
-    np.testing.assert_array_equal(sampling.first_argmax(scores), scores.argmax(-1))
+    scores = np.random.default_rng(3).integers(0, 9, (50, 4, 33)).astype(np.float32)
+    np.testing.assert_array_equal(first_argmax(scores), scores.argmax(-1))
     odd = jnp.array([[-jnp.inf] * 3, [jnp.nan] * 3, [0.0, jnp.nan, 1.0], [-jnp.inf, 2.0, jnp.inf]])
-    index = sampling.first_argmax(odd)
+    index = first_argmax(odd)
     assert index.dtype == jnp.int32
     assert ((index >= 0) & (index < 3)).all()
     assert index[3] == 2
@@ -195,10 +206,8 @@ def test_first_argmax_is_argmax_and_stays_in_range():
 
 def test_draws_follow_the_law():
     law = target_logprob(jnp.array([[0.0, 1.0, -1.0, 2.0, 0.5]]), *arguments([(1.0, 4, 1.0, 0.0)]))
-    keys = random.fold_in(random.seed_key(0), jnp.arange(200_000))
-    tokens = jax.jit(lambda law, keys: sampling.sample_logprob(law, random.gumbel(keys, 5)))(
-        law, keys
-    )
+    keys = fold_in(random.seed_key(0), jnp.arange(200_000))
+    tokens = sample_logprob(law, gumbel(keys, 5))
     expected = 200_000 * np.exp(np.asarray(law[0], np.float64))
     counts = np.bincount(tokens, minlength=5)
     assert counts[expected == 0].sum() == 0
@@ -207,16 +216,16 @@ def test_draws_follow_the_law():
 
 
 def test_a_one_hot_law_ignores_the_noise():
-    logits = jax.random.normal(jax.random.key(4), (300, 41))
-    noise = random.gumbel(random.fold_in(random.seed_key(1), jnp.arange(300)), 41)
-    tokens = sampling.sample_logprob(draft_logprob(logits, jnp.zeros(300)), noise)
+    logits = random_logits(4, 300, 41)
+    noise = gumbel(fold_in(random.seed_key(1), jnp.arange(300)), 41)
+    tokens = sample_logprob(draft_logprob(logits, jnp.zeros(300)), noise)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
 def test_streams_are_independent_and_keyed_by_anchor_and_slot():
     key = random.seed_key(2)
     anchor, slot = jnp.arange(12)[:, None], jnp.arange(7)
-    keys = [sampling.stream_key(key, stream, anchor, slot) for stream in (DRAFT, ACCEPT, RESIDUAL)]
+    keys = [stream_key(key, stream, anchor, slot) for stream in (DRAFT, ACCEPT, RESIDUAL)]
     assert keys[0].shape == (12, 7, 2)
     field = sampling.noise_key(key, jnp.arange(20))
     assert FIELD not in (DRAFT, ACCEPT, RESIDUAL)
@@ -233,9 +242,9 @@ def test_residual_and_acceptance_rate():
     with np.errstate(divide="ignore"):
         laws = jnp.log(jnp.array(target)), jnp.log(jnp.array(draft))
     excess = np.maximum(target - draft, 0)
-    residual = np.exp(sampling.residual_logprob(*laws, None))
+    residual = np.exp(residual_logprob(*laws, None))
     np.testing.assert_allclose(residual, excess / excess.sum(-1, keepdims=True), atol=2e-6)
-    rate = sampling.acceptance_rate(*laws, None)
+    rate = acceptance_rate(*laws, None)
     np.testing.assert_allclose(rate, 1 - abs(target - draft).sum(-1) / 2, atol=2e-6)
     np.testing.assert_allclose(rate, 1 - excess.sum(-1), atol=2e-6)
 
@@ -248,12 +257,12 @@ def test_residual_and_acceptance_rate_of_a_reduced_vocabulary():
     whole[:, d2t] = draft
     laws = jnp.log(jnp.array(target)), jnp.log(jnp.array(draft))
     excess = np.maximum(target - whole, 0)
-    residual = np.exp(sampling.residual_logprob(*laws, d2t))
+    residual = np.exp(residual_logprob(*laws, d2t))
     np.testing.assert_allclose(residual, excess / excess.sum(-1, keepdims=True), atol=2e-6)
-    rate = sampling.acceptance_rate(*laws, d2t)
+    rate = acceptance_rate(*laws, d2t)
     np.testing.assert_allclose(rate, 1 - abs(target - whole).sum(-1) / 2, atol=2e-6)
 
 
 def test_residual_without_mass_is_the_target():
     law = jnp.log(jnp.array([[0.25, 0.75, 0.0]]))
-    np.testing.assert_array_equal(sampling.residual_logprob(law, law, None), law)
+    np.testing.assert_array_equal(residual_logprob(law, law, None), law)
