@@ -94,6 +94,7 @@ def refusal(function, *arguments):
     return message
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafter_checkpoints_survive_a_round_trip_bit_by_bit(name, tmp_path):
     source = DATA / name / "checkpoint"

@@ -110,6 +110,7 @@ def refusal(path):
     return message
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", ["llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias"])
 def test_a_gguf_file_is_the_checkpoint_that_it_was_made_of(case, tmp_path):
     cfg, target = load_gguf_target(write_gguf(tmp_path / "model.gguf", case), jnp.float32)

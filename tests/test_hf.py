@@ -139,6 +139,7 @@ def shard(directory):
     return index
 
 
+@pytest.mark.smoke
 def test_shards_give_the_same_weights_as_one_file(directory):
     _, whole = load_hf_target(directory, jnp.float32)
     shard(directory)

@@ -23,6 +23,7 @@ CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")
 TOLERANCE = 1e-4
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_residual_streams_are_those_of_transformers(case):
     cfg, target = load_hf_target(GOLDEN / case / "checkpoint", jnp.float32)
@@ -144,6 +145,7 @@ def test_padding_at_the_end_changes_nothing_before_it():
     assert np.array_equal(np.asarray(padded_feature_BSFD)[:, :9], np.asarray(feature_BSFD)[:, :9])
 
 
+@pytest.mark.smoke
 def test_stacked_and_unstacked_layers_agree():
     token_BS = jax.random.randint(jax.random.key(6), (2, POSITIONS), 0, TINY.vocab_size)
     outputs = [dense(tiny_target(stacked=stacked), token_BS) for stacked in (True, False)]

@@ -59,7 +59,7 @@ def load_tokenizer(source: str | Path) -> Any:
     with _quiet():
         from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises anything at all on a broken tokenizer
         raise LoadError(f"{source}: no usable tokenizer ({_first_line(error)})") from None
 
