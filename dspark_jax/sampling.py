@@ -122,7 +122,7 @@ def _off(gap_XV: jax.Array, reach_X: jax.Array, _: jax.Array) -> jax.Array:
 
 
 def _top_k(gap_XV: jax.Array, reach_X: jax.Array, top_k_X: jax.Array) -> jax.Array:
-    # Counted in float32: exact below 2^24, and twice as fast as int32 on a CPU.
+    # Counted in float32: exact below 2^24, and 1.2 to 1.7 times as fast as int32 on a CPU.
     need_X = jnp.where(top_k_X > 0, top_k_X, jnp.inf)
     return jnp.minimum(reach_X, _smallest_reach(gap_XV, jnp.float32(1), need_X))
 
