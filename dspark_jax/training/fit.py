@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -22,14 +23,25 @@ from tqdm import tqdm
 from dspark_jax.axes import init_params
 from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
 from dspark_jax.config import DrafterConfig, RopeConfig, TrainConfig
-from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.deepspec import bind_vocab, save_drafter
+from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.load import Target, load_target
 from dspark_jax.models.target import Vocab
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
-from dspark_jax.training.step import TrainState, evaluation_step, make_optimizer, train_step
+from dspark_jax.training.step import (
+    Frozen,
+    TrainState,
+    deployed,
+    evaluation_step,
+    feature_scale,
+    make_optimizer,
+    train_step,
+)
 
 logger = logging.getLogger(__name__)
+
+SCALE_BATCHES = 8  # batches from which the scale of the feature channels is measured
 
 
 def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
@@ -67,15 +79,11 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
     )
 
 
-def reduced_vocab(target: Target, d2t_U: np.ndarray | None) -> tuple[Vocab, jax.Array | None]:
-    """The drafter's view of the target's vocabulary, and the map from target to draft ids."""
-    vocab = target.params.vocab
-    if d2t_U is None:
-        return vocab, None
-    head_VD = vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
-    t2d_V = np.full(target.cfg.vocab_size, -1, np.int32)
+def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:
+    """int32 [V]: the place of every token in the draft vocabulary, -1 outside it."""
+    t2d_V = np.full(vocab_size, -1, np.int32)
     t2d_V[d2t_U] = np.arange(len(d2t_U))
-    return Vocab(vocab.embed_VD, head_VD[d2t_U], jnp.asarray(d2t_U)), jnp.asarray(t2d_V)
+    return jnp.asarray(t2d_V)
 
 
 @contextmanager
@@ -194,37 +202,45 @@ def fit(recipe: TrainConfig) -> Path:
     total = recipe.steps or max(1, round(recipe.epochs * per_epoch))
     logger.info("%d sequences, %d dropped, %d steps", len(train_set), dropped, total)
 
-    d2t_U = (
-        data.frequent_tokens(train_set, recipe.draft_vocab_size)
-        if recipe.draft_vocab_size
-        else None
-    )
-    vocab, t2d_V = reduced_vocab(target, d2t_U)
+    own = t2d_V = None
+    if cfg.draft_vocab_size is not None:
+        d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
+        own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
+    frozen = Frozen(target.params, vocab, t2d_V)
     optimizer = make_optimizer(recipe, total)
     params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    scale_FE = jnp.ones((len(cfg.target_layer_ids), cfg.hidden_size))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), scale_FE)
 
-    static: dict[str, Any] = {"target_cfg": target.cfg, "cfg": cfg, "recipe": recipe}
-    step_fn = jax.jit(partial(train_step, optimizer=optimizer, **static), donate_argnums=0)
-    eval_fn = jax.jit(partial(evaluation_step, **static))
+    static: dict[str, Any] = {"target_cfg": target.cfg, "cfg": cfg}
+    step_fn = jax.jit(
+        partial(train_step, optimizer=optimizer, recipe=recipe, **static), donate_argnums=0
+    )
+    eval_fn = jax.jit(partial(evaluation_step, recipe=recipe, **static))
+    scale_fn = jax.jit(partial(feature_scale, **static))
 
-    def evaluate(params: DrafterParams) -> dict[str, Any]:
+    def evaluate(state: TrainState) -> dict[str, Any]:
         batches = [
             data.make_batch(held_out, indices, bucket, data.batch_size(recipe, bucket))
             for bucket, indices in data.epoch_batches(held_out, recipe, 0)
         ]
-        return mean_metrics([eval_fn(params, target.params, vocab, t2d_V, b) for b in batches])
+        return mean_metrics([eval_fn(state, frozen, batch) for batch in batches])
 
     with Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved, stop_on_signals() as stop:
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
+        else:
+            some = itertools.islice(data.batches_from(train_set, recipe, 0), SCALE_BATCHES)
+            squares = [scale_fn(frozen, batch) for batch in some]
+            state = state.replace(feature_scale_FE=jnp.sqrt(sum(squares) / len(squares) + 1e-6))
         log = MetricsLog(out / "metrics.jsonl", start)
         batches = data.batches_from(train_set, recipe, start)
         bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
         began, blocks = time.monotonic(), 0.0
         for step in range(start + 1, total + 1):
-            state, metrics = step_fn(state, target.params, vocab, t2d_V, next(batches))
+            state, metrics = step_fn(state, frozen, next(batches))
             values = plain(metrics)
             if not math.isfinite(values["loss"]):
                 terms = {k: values[k] for k in ("ce", "l1", "confidence") if k in values}
@@ -239,11 +255,12 @@ def fit(recipe: TrainConfig) -> Path:
             if step % recipe.log_every == 0 or step == total:
                 log.write(step, blocks_per_s=round(rate, 2), **values)
             if step % recipe.eval_every == 0 or step == total:
-                log.write(step, split="held-out", **evaluate(state.params))
+                log.write(step, split="held-out", **evaluate(state))
             if step % recipe.checkpoint_every == 0 or step == total or stop:
                 saved.save(step, state)
             if stop and step < total:
                 bar.close()
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
         bar.close()
-    return export(out / "drafter", cfg, state.params, d2t_U)
+    save_drafter(out / "drafter", cfg, deployed(state), own)
+    return out / "drafter"

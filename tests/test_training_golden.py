@@ -1,0 +1,146 @@
+"""Training numerics against recorded forward passes, losses and gradients of the reference."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.models import deepspec
+from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.tensors import write_params
+from dspark_jax.training import anchors, losses
+
+DATA = Path(__file__).parent / "data"
+CASES = [
+    "qwen3_dspark_train",
+    "qwen3_dspark_train_gated",
+    "qwen3_dspark_train_rnn",
+    "qwen3_dflash_train",
+]
+
+
+class Case:
+    """One recorded training step, and the same computed here."""
+
+    def __init__(self, name: str) -> None:
+        folder = DATA / name
+        self.cfg, self.params, self.vocab = deepspec.load_drafter(folder / "checkpoint")
+        self.batch, self.anchors, self.forward = (
+            np.load(folder / f"{part}.npz") for part in ("batch", "anchors", "forward")
+        )
+        self.record = json.loads((folder / "loss.json").read_text())
+        self.gradient = load_file(folder / "grads.safetensors")
+        self.token_BS = jnp.asarray(self.batch["input_ids"], jnp.int32)
+        self.mask_BS = jnp.asarray(self.batch["loss_mask"]).astype(bool)
+        self.anchor_BA, self.keep_BA = anchors.choose_anchors(
+            jnp.asarray(self.anchors["uniforms"]),
+            anchors.anchor_candidates(self.mask_BS),
+            self.anchors["anchor_positions"].shape[1],
+        )
+        self.labels = anchors.block_labels(
+            self.token_BS, self.mask_BS, self.anchor_BA, self.keep_BA, self.cfg.block_size
+        )
+        feature = jnp.asarray(self.batch["target_hidden_states"])
+        self.feature_BSFD = feature.reshape(
+            *self.token_BS.shape, len(self.cfg.target_layer_ids), -1
+        )
+        self.teacher = losses.teacher_probs(
+            self.vocab, jnp.asarray(self.batch["target_last_hidden_states"]), None
+        )
+
+    def outputs(self, params):
+        return losses.draft_blocks(
+            params,
+            self.vocab,
+            self.feature_BSFD,
+            self.labels,
+            self.anchor_BA,
+            self.keep_BA,
+            self.cfg,
+        )
+
+    def loss(self, params, **weights):
+        return losses.dspark_loss(
+            self.outputs(params), self.teacher, self.labels, self.keep_BA, None, **weights
+        )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return Case(request.param)
+
+
+def weights_of(record):
+    return {
+        "ce_weight": record["ce_loss_alpha"],
+        "l1_weight": record["l1_loss_alpha"],
+        "confidence_weight": record["confidence_head_alpha"],
+        "decay": record["loss_decay_gamma"] or 0.0,
+    }
+
+
+def test_anchors_and_labels(case):
+    np.testing.assert_array_equal(case.anchor_BA, case.anchors["anchor_positions"])
+    np.testing.assert_array_equal(case.keep_BA, case.anchors["block_keep_mask"])
+    np.testing.assert_array_equal(case.labels.supervised_BAG, case.forward["eval_mask"])
+    keep = np.asarray(case.keep_BA)
+    np.testing.assert_array_equal(
+        np.asarray(case.labels.label_BAG)[keep], case.forward["target_ids"][keep]
+    )
+
+
+def test_forward(case):
+    outputs = case.outputs(case.params)
+    keep = np.asarray(case.keep_BA)
+    np.testing.assert_allclose(
+        np.asarray(outputs.logits_BAGU)[keep], case.forward["draft_logits"][keep], rtol=0, atol=3e-5
+    )
+    if case.cfg.confidence:
+        np.testing.assert_allclose(
+            np.asarray(outputs.confidence_logit_BAG)[keep],
+            case.forward["confidence_logits"][keep],
+            rtol=0,
+            atol=3e-5,
+        )
+
+
+def test_loss_and_its_parts(case):
+    loss, metrics = case.loss(case.params, **weights_of(case.record["hyperparameters"]))
+    assert float(loss) == pytest.approx(case.record["loss"], abs=1e-5)
+    for name, part in case.record["components"].items():
+        if part["den"]:
+            assert float(metrics[name]) == pytest.approx(part["value"], abs=1e-5), name
+    recorded = case.record["metrics"]
+    assert float(metrics["accepted_length"]) == pytest.approx(
+        recorded["train/tau_probabilistic"]["value"], abs=1e-5
+    )
+    for slot, rate in enumerate(metrics["accept_rate_G"]):
+        assert float(rate) == pytest.approx(
+            recorded[f"train/accept_rate@{slot}"]["value"], abs=1e-5
+        )
+    for name in ("confidence_abs_error", "confidence_bias"):
+        if name in metrics:
+            assert float(metrics[name]) == pytest.approx(
+                recorded[f"train/{name}"]["value"], abs=1e-5
+            )
+
+
+def test_loss_with_other_weights(case):
+    for variant in case.record["loss_variants"]:
+        loss, _ = case.loss(case.params, **weights_of(variant))
+        assert float(loss) == pytest.approx(variant["loss"], abs=1e-5), variant
+
+
+def test_every_gradient(case):
+    weights = weights_of(case.record["hyperparameters"])
+    gradient = jax.grad(lambda params: case.loss(params, **weights)[0])(case.params)
+    named = write_params(declare_drafter(case.cfg), gradient)
+    assert set(named) == set(case.gradient)
+    for name, value in named.items():
+        np.testing.assert_allclose(
+            value, case.gradient[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
