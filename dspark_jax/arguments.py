@@ -1,0 +1,162 @@
+"""The arguments of the ``dspark`` command, and what can be said against them at a glance.
+
+Imports nothing that takes time: ``--help`` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any, NoReturn
+
+# What the packaged drafter does best with; other drafters verify the whole block.
+DEFAULT_POLICY = "block"
+EXAMPLES = """
+examples:
+  dspark generate "Why is the sky blue?"
+  dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
+  dspark bench speed --prompts prompts.jsonl --limit 8
+  dspark train configs/smollm2_135m_dspark.py --set steps=100
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"dspark: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def make_parser(version: str) -> argparse.ArgumentParser:
+    """The parser; ``command`` of its result is ``generate``, ``bench speed`` or ``train``."""
+    parser = _Parser(
+        prog="dspark",
+        description="Speculative decoding with DSpark drafters: generate, measure, train.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dspark {version}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
+    bench = _add_command(commands, "bench", "measure; the measurement is speed")
+    measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
+    _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
+    return parser
+
+
+def policy(text: str) -> dict[str, Any]:
+    """A value of ``--policy`` as ``num_draft`` and ``threshold`` of the engine.
+
+    Raises:
+        ArgumentTypeError: it is none of the known forms.
+    """
+    kind, _, value = text.partition(":")
+    with contextlib.suppress(ValueError):
+        if kind == "fixed":
+            return {"num_draft": int(value)}
+        if kind == "threshold":
+            return {"threshold": float(value)}
+    if text == "none":
+        return {"num_draft": 0}
+    if text == "block":
+        return {}
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is none of block, none, fixed:K (drafts) and threshold:P (confidence)"
+    )
+
+
+def _count(text: str) -> int:
+    """An argument that counts something, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    return command
+
+
+def _add_generate(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "generate", summary)
+    command.set_defaults(command="generate")
+    add = command.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the user's message; - or nothing reads stdin")
+    add(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='one JSON object a line with "prompt", or "turns" of which the first is used',
+    )
+    _add_models(command)
+    _add_decoding(command)
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+    add("--batch", type=_count, default=1, metavar="N", help="prompts decoded together, unstreamed")
+    add("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def _add_speed(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "speed", summary)
+    command.set_defaults(command="bench speed")
+    add = command.add_argument
+    add(
+        "--prompts",
+        action="append",
+        required=True,
+        metavar="FILE.jsonl",
+        help="as for generate; several files are reported together and each by itself",
+    )
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
+    _add_models(command)
+    _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_train(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "train", summary)
+    command.set_defaults(command="train")
+    add = command.add_argument
+    add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--target",
+        default="default",
+        help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
+    )
+    add(
+        "--drafter",
+        help="directory or hub id, or none (default: the packaged one for the default target, "
+        "none for another)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    add(
+        "--policy",
+        type=policy,
+        help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
+        f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
+        "block with another)",
+    )
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
+    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add(
+        "--acceptance",
+        choices=("rejection", "coupled"),
+        default="rejection",
+        help="lossless rule for drafts; the text under coupled is the same with any drafter",
+    )

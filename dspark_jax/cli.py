@@ -1,0 +1,251 @@
+"""The ``dspark`` command: one function a subcommand, jax and the models loaded when needed.
+
+Exit codes: 0 success; 1 numbers that are not finite; 2 wrong input, said in one line on stderr;
+130 interrupted; 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+import dspark_jax
+from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
+from dspark_jax.config import TrainConfig, override
+from dspark_jax.evaluation.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from dspark_jax.engine.generate import Decoder, Generation
+    from dspark_jax.engine.state import Request
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (wrong usage and ``--help`` raise SystemExit)."""
+    args = make_parser(dspark_jax.__version__).parse_args(argv)
+    run = {"generate": generate, "bench speed": bench_speed, "train": train}[args.command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
+    logging.basicConfig(format="dspark: %(message)s", level=logging.ERROR)
+    logging.getLogger("dspark_jax").setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            code = run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            return 141
+        except KeyboardInterrupt as stop:
+            return _fail(130, str(stop) or "interrupted")
+        except FloatingPointError as error:
+            return _fail(1, str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(2, f"{where}{error.strerror or error}")
+        except (ValueError, OverflowError) as error:
+            return _fail(2, str(error))
+    return code
+
+
+def _fail(code: int, message: str) -> int:
+    """Say in one line what is wrong."""
+    print(f"dspark: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Let the interpreter's own flush at exit succeed where the reader of stdout has gone."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue one prompt or a file of prompts."""
+    prompts = _prompts(args)
+    limits = _limits(args)
+    decoder, stop_ids, _ = _load(args)
+    from dspark_jax.engine import generate as engine
+    from dspark_jax.evaluation.speed import Decode, make_requests, warm_up
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    requests = make_requests(prompts, decoder, limits, args.seed)
+    options = {"acceptance": args.acceptance, **_policy(args)}
+    decode: Decode = partial(engine.generate, decoder, **options)
+    streams = args.batch == 1 and not args.json
+    done: list[Generation] = []
+    total_s = 0.0
+    for start in range(0, len(requests), args.batch):
+        batch = requests[start : start + args.batch]
+        warm_up(decode, batch)
+        began = time.perf_counter()
+        results = decode(batch, on_text=_show if streams else None)
+        seconds = time.perf_counter() - began
+        total_s += seconds
+        for result in results:
+            done.append(result)
+            if args.json:
+                print(json.dumps(_row(result, seconds)), flush=True)
+            else:
+                last = len(done) == len(requests)
+                print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
+    if not args.json:
+        print(_summary(done, total_s), file=sys.stderr)
+    if any(result.finish_reason == "error" for result in done):
+        raise FloatingPointError("the target's logits are not finite: a text ends too early")
+    return 0
+
+
+def _show(_: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _row(result: Generation, seconds: float) -> dict[str, Any]:
+    """One result as JSON; ``seconds`` are those of its whole batch."""
+    return {
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.token_ids),
+        "rounds": result.rounds,
+        "accepted_length": round(result.accepted_length, 4),
+        "seconds": round(seconds, 4),
+        "tokens_per_s": round(len(result.token_ids) / seconds, 2),
+        "finish_reason": result.finish_reason,
+    }
+
+
+def _summary(results: Sequence[Generation], seconds: float) -> str:
+    tokens = sum(len(result.token_ids) for result in results)
+    lengths = [length for result in results for length in result.accepted_lengths]
+    mean = sum(lengths) / max(len(lengths), 1)
+    return (
+        f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, accepted length {mean:.2f}, "
+        f"{len(lengths)} rounds"
+    )
+
+
+def bench_speed(args: argparse.Namespace) -> int:
+    """Measure decoding with drafts against plain decoding."""
+    if _drafter(args) == "none":
+        raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
+    stems = [Path(path).stem for path in args.prompts]
+    labels = stems if len(set(stems)) == len(stems) else args.prompts
+    files = zip(labels, args.prompts, strict=True)
+    sets = {label: read_prompts(path, args.limit) for label, path in files}
+    limits = _limits(args)
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import speed
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
+    report = speed.bench_speed(decoder, sets, limits, **options, **_policy(args)) | names
+    print(json.dumps(report) if args.json else speed.format_report(report))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a drafter from a configuration file."""
+    recipe = override(_recipe(args.config), args.set)
+    _use_compilation_cache()
+    from dspark_jax.training.fit import fit
+
+    print(fit(recipe))
+    return 0
+
+
+def _recipe(path: str) -> TrainConfig:
+    """``config`` of a Python file, which is executed: it is the user's own program."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; name a configuration such as those in configs/")
+    try:
+        config = runpy.run_path(path).get("config")
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, TrainConfig):
+        found = "nothing" if config is None else f"a {type(config).__name__}"
+        raise ValueError(f"{path}: must define config = TrainConfig(...), found {found}")
+    return config
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the file, of the command line or of stdin."""
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise ValueError("PROMPT and --prompts exclude each other: give one of them")
+        return read_prompts(args.prompts)
+    text, origin = args.prompt, "PROMPT"
+    if text == "-" or (text is None and not sys.stdin.isatty()):
+        text, origin = sys.stdin.read(), "stdin"
+    if text is None:
+        raise ValueError("no prompt: give PROMPT or --prompts FILE.jsonl, or pipe text in")
+    if not text.strip():
+        raise ValueError(f"{origin}: the prompt is empty: write some text")
+    return [Prompt(text, origin)]
+
+
+def _limits(args: argparse.Namespace) -> Request:
+    """All of a request that needs no model, checked before one is loaded."""
+    from dspark_jax.engine.state import Request
+    from pallas_kernels import random
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
+    request.check(max_positions=2)
+    random.seed_key(args.seed)
+    return request
+
+
+def _drafter(args: argparse.Namespace) -> str:
+    """The drafter asked for: the packaged one fits the default target alone."""
+    if args.drafter is not None:
+        return str(args.drafter)
+    return "default" if args.target == "default" else "none"
+
+
+def _load(args: argparse.Namespace) -> tuple[Decoder, tuple[int, ...], dict[str, str]]:
+    """The models, the ids that end a text, and the models' names for reports."""
+    import jax.numpy as jnp
+
+    from dspark_jax.engine.generate import make_decoder
+    from dspark_jax.models.load import load_drafter_for, load_target
+
+    _use_compilation_cache()
+    target = load_target(args.target, jnp.dtype(args.dtype))
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
+    names, bound = {"target": target.name, "drafter": "none"}, None
+    if _drafter(args) != "none":
+        drafter = load_drafter_for(target, _drafter(args))
+        names["drafter"], bound = drafter.name, (drafter.cfg, drafter.params, drafter.vocab)
+    decoder = make_decoder((target.cfg, target.params), bound, target.tokenizer)
+    return decoder, target.stop_ids, names
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs for later runs, unless the user has set another place."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = platformdirs.user_cache_dir("dspark-jax", appauthor=False)
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "compiled"))
+
+
+def _policy(args: argparse.Namespace) -> dict[str, Any]:
+    """``num_draft`` and ``threshold`` of the engine."""
+    if args.policy is not None:
+        return dict(args.policy)
+    return policy(DEFAULT_POLICY if _drafter(args) == "default" else "block")

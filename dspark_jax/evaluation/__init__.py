@@ -1,0 +1,1 @@
+"""Measurements: prompt files, and the speed of speculative against plain decoding."""

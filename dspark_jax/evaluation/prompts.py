@@ -1,0 +1,61 @@
+"""Prompt files: one JSON object a line, with ``prompt``, or ``turns`` of which the first counts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user's message, and where it was read (``FILE:LINE``) for error messages."""
+
+    text: str
+    origin: str
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a JSON-lines file in their order; blank lines are skipped.
+
+    Args:
+        path: the file.
+        limit: read no more prompts than this; None reads all.
+
+    Raises:
+        ValueError: the file cannot be read or holds no prompt, or a line is not a prompt; the
+            message names file and line.
+    """
+    try:
+        # Not splitlines: it also cuts at separators that JSON allows inside a string.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; name a JSON-lines file of prompts") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as text ({error})") from None
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    prompts = [
+        Prompt(_prompt_text(line, f"{path}:{number}"), f"{path}:{number}")
+        for number, line in itertools.islice(filled, limit)
+    ]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it; write one JSON object a line")
+    return prompts
+
+
+def _prompt_text(line: str, origin: str) -> str:
+    """The message of one line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not JSON ({error})") from None
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if text is None and isinstance(row, dict):
+        turns = row.get("turns")
+        text = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(text, str):
+        raise ValueError(f'{origin}: needs a string "prompt", or a list of strings "turns"')
+    if not text.strip():
+        raise ValueError(f"{origin}: the prompt is empty: write some text")
+    return text

@@ -1,0 +1,94 @@
+"""A target and a drafter on disk, as small as can be, that read and write ASCII."""
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from dspark_jax.axes import map_params
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.deepspec import save_drafter
+from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.target import declare_target
+from dspark_jax.models.tensors import write_params
+
+PRINTABLE = sorted(set(string.printable) - set("\t\n\r\v\f"))
+CONTEXT = 512
+BLOCK = 3
+SIZES = {
+    "vocab_size": len(PRINTABLE) + 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "max_positions": CONTEXT,
+}
+TARGET = TargetConfig(**SIZES, num_layers=2, tied=True)
+DRAFTER = DrafterConfig(
+    **SIZES,
+    num_layers=1,
+    block_size=BLOCK,
+    mask_token_id=len(PRINTABLE) + 1,
+    target_layer_ids=(-1, 0),
+    markov_rank=4,
+    confidence=True,
+    owns_vocab=False,
+)
+
+
+def random_params(seed, declared):
+    """Normal weights, norms of one; in numpy, as jax would compile a program for each shape.
+
+    At this scale of the embedding the greedy texts vary, and some drafts are accepted.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(param):
+        if param.init == "ones":
+            return np.ones(param.shape, np.float32)
+        scale = 0.6 if param.init == "embed" else param.fan_in**-0.5
+        return (scale * random.standard_normal(param.shape)).astype(np.float32)
+
+    return map_params(draw, declared)
+
+
+def write_target(directory: Path, cfg: TargetConfig = TARGET) -> Path:
+    """A Hugging Face directory: random weights, one token a character, and an end."""
+    directory.mkdir(parents=True)
+    params = random_params(20, declare_target(cfg))
+    save_file(write_params(declare_target(cfg), params), directory / "model.safetensors")
+    config = {
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "max_position_embeddings": cfg.max_positions,
+        "tie_word_embeddings": cfg.tied,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    vocabulary = {text: index for index, text in enumerate([*PRINTABLE, "<end>", "<mask>"])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        mask_token="<mask>",
+        chat_template="{% for turn in messages %}{{ turn.content }}{% endfor %} > ",
+    ).save_pretrained(directory)
+    return directory
+
+
+def write_drafter(directory: Path, cfg: DrafterConfig = DRAFTER) -> Path:
+    """A drafter with random weights in the reference layout."""
+    save_drafter(directory, cfg, random_params(21, declare_drafter(cfg)))
+    return directory
