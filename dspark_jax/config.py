@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ class DrafterConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.target_layer_ids
-        if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+        if not ids or any(b <= a for a, b in itertools.pairwise(ids)):
             raise ValueError(f"target_layer_ids {ids} must be strictly increasing and not empty")
         if ids[0] < -1 or ids[-1] > self.num_target_layers - 2:
             raise ValueError(
@@ -187,11 +188,15 @@ class TrainConfig:
         mask_token_id: -1 looks for an unused special token of the target's tokenizer.
         max_length: longest sequence; longer ones are cut.
         length_buckets: sequence lengths that are compiled; the last one is ``max_length``.
+        bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
+            training begins where it would be after hundreds of updates.
         tokens_per_batch: positions of one step: a bucket of length S takes tokens_per_batch // S
             sequences.
         num_anchors: training blocks a sequence, for a bucket of max_length; shorter buckets get
             proportionally fewer.
-        steps: optimiser steps; 0 is ``epochs`` passes over the data.
+        updates_per_batch: optimiser updates that share one pass of the target, each with other
+            anchors.
+        steps: batches; 0 is ``epochs`` passes over the data.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
         eval_sequences: held-out sequences (the last ones of the file).
@@ -216,10 +221,12 @@ class TrainConfig:
     draft_vocab_size: int = 0
     target_layer_ids: tuple[int, ...] = ()
     mask_token_id: int = -1
+    bigram_init: bool = False
     max_length: int = 448
     length_buckets: tuple[int, ...] = (128, 256, 448)
     tokens_per_batch: int = 1792
     num_anchors: int = 128
+    updates_per_batch: int = 1
     min_loss_tokens: int = 8
     steps: int = 0
     epochs: float = 1.0
@@ -241,7 +248,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("tokens_per_batch", "num_anchors", "eval_every", "checkpoint_every",
-                      "log_every", "keep_checkpoints", "max_length", "block_size"):  # fmt: skip
+                      "log_every", "keep_checkpoints", "max_length", "block_size",
+                      "updates_per_batch"):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
         buckets = self.length_buckets
@@ -253,6 +261,11 @@ class TrainConfig:
             raise ValueError(
                 f"learning_rate {self.learning_rate} must be positive and warmup_fraction "
                 f"{self.warmup_fraction} in [0, 1)"
+            )
+        if self.bigram_init and (self.markov_head != "vanilla" or self.markov_rank < 2):
+            raise ValueError(
+                "bigram_init needs markov_head 'vanilla' with a markov_rank of at least 2, not "
+                f"{self.markov_head!r} with {self.markov_rank}: set bigram_init to false"
             )
         if self.steps < 0 or self.epochs <= 0:
             raise ValueError(f"steps {self.steps} must be >= 0 and epochs {self.epochs} positive")

@@ -50,9 +50,6 @@ def test_readme_names_every_marker_and_extra():
         assert f"[{extra}]" in README
 
 
-@pytest.mark.skipif(
-    not (ROOT / "dspark_jax" / "engine" / "round.py").exists(), reason="no decode round yet"
-)
 def test_pseudocode_in_readme_calls_functions_that_exist():
     (block,) = code_blocks("python")
     called = {

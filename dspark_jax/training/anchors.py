@@ -56,11 +56,16 @@ def choose_anchors(
 
 
 def sample_anchors(
-    key: jax.Array, loss_mask_BS: jax.Array, num_anchors: int
+    key: jax.Array, loss_mask_BS: jax.Array, num_anchors: int, turn: jax.Array | float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Up to ``num_anchors`` distinct anchors a sequence, uniformly; see :func:`choose_anchors`."""
+    """Up to ``num_anchors`` distinct anchors a sequence, uniformly; see :func:`choose_anchors`.
+
+    ``turn`` in [0, 1) turns the random numbers round, so that several draws with one key and
+    evenly spaced turns hardly overlap.
+    """
     candidate_BP = anchor_candidates(loss_mask_BS)
-    return choose_anchors(jax.random.uniform(key, candidate_BP.shape), candidate_BP, num_anchors)
+    uniform_BP = (jax.random.uniform(key, candidate_BP.shape) + turn) % 1.0
+    return choose_anchors(uniform_BP, candidate_BP, num_anchors)
 
 
 def block_labels(

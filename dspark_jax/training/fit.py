@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -24,24 +23,21 @@ from dspark_jax.axes import init_params
 from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
 from dspark_jax.config import DrafterConfig, RopeConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab, save_drafter
-from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
 from dspark_jax.models.load import Target, load_target
 from dspark_jax.models.target import Vocab
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
+from dspark_jax.training.bigram import start_from_bigrams
 from dspark_jax.training.step import (
     Frozen,
     TrainState,
-    deployed,
     evaluation_step,
-    feature_scale,
     make_optimizer,
     train_step,
 )
 
 logger = logging.getLogger(__name__)
-
-SCALE_BATCHES = 8  # batches from which the scale of the feature channels is measured
 
 
 def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
@@ -208,33 +204,29 @@ def fit(recipe: TrainConfig) -> Path:
         own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
     frozen = Frozen(target.params, vocab, t2d_V)
-    optimizer = make_optimizer(recipe, total)
+    optimizer = make_optimizer(recipe, total * recipe.updates_per_batch)
     params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
-    scale_FE = jnp.ones((len(cfg.target_layer_ids), cfg.hidden_size))
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), scale_FE)
+    if recipe.bigram_init:
+        params = start_from_bigrams(params, train_set, t2d_V, cfg)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     static: dict[str, Any] = {"target_cfg": target.cfg, "cfg": cfg}
     step_fn = jax.jit(
         partial(train_step, optimizer=optimizer, recipe=recipe, **static), donate_argnums=0
     )
     eval_fn = jax.jit(partial(evaluation_step, recipe=recipe, **static))
-    scale_fn = jax.jit(partial(feature_scale, **static))
 
-    def evaluate(state: TrainState) -> dict[str, Any]:
+    def evaluate(params: DrafterParams) -> dict[str, Any]:
         batches = [
             data.make_batch(held_out, indices, bucket, data.batch_size(recipe, bucket))
             for bucket, indices in data.epoch_batches(held_out, recipe, 0)
         ]
-        return mean_metrics([eval_fn(state, frozen, batch) for batch in batches])
+        return mean_metrics([eval_fn(params, frozen, batch) for batch in batches])
 
     with Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved, stop_on_signals() as stop:
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
-        else:
-            some = itertools.islice(data.batches_from(train_set, recipe, 0), SCALE_BATCHES)
-            squares = [scale_fn(frozen, batch) for batch in some]
-            state = state.replace(feature_scale_FE=jnp.sqrt(sum(squares) / len(squares) + 1e-6))
         log = MetricsLog(out / "metrics.jsonl", start)
         batches = data.batches_from(train_set, recipe, start)
         bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
@@ -255,12 +247,12 @@ def fit(recipe: TrainConfig) -> Path:
             if step % recipe.log_every == 0 or step == total:
                 log.write(step, blocks_per_s=round(rate, 2), **values)
             if step % recipe.eval_every == 0 or step == total:
-                log.write(step, split="held-out", **evaluate(state))
+                log.write(step, split="held-out", **evaluate(state.params))
             if step % recipe.checkpoint_every == 0 or step == total or stop:
                 saved.save(step, state)
             if stop and step < total:
                 bar.close()
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
         bar.close()
-    save_drafter(out / "drafter", cfg, deployed(state), own)
+    save_drafter(out / "drafter", cfg, state.params, own)
     return out / "drafter"

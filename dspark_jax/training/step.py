@@ -19,20 +19,17 @@ from dspark_jax.training.losses import Teacher, draft_blocks, dspark_loss, teach
 
 @struct.dataclass
 class TrainState:
-    """A run's state: what the steps change, and the scale of the features that they rely on.
+    """Everything that the steps change.
 
     Attributes:
-        step: int32, optimiser steps done.
-        params: trainable weights, float32; ``fc`` reads features in units of ``feature_scale_FE``
-            until :func:`deployed` folds these in.
+        step: int32, batches done, of ``updates_per_batch`` optimiser updates each.
+        params: trainable weights, float32.
         optimizer: state of the optimiser.
-        feature_scale_FE: float32 root mean square of every feature channel (:func:`feature_scale`).
     """
 
     step: jax.Array
     params: DrafterParams
     optimizer: Any
-    feature_scale_FE: jax.Array
 
 
 @struct.dataclass
@@ -86,29 +83,6 @@ def anchors_of(recipe: TrainConfig, length: int) -> int:
     return max(1, recipe.num_anchors * length // recipe.max_length)
 
 
-def feature_scale(
-    frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
-) -> jax.Array:
-    """float32 [F, E]: mean square of every feature channel over the supervised positions.
-
-    A residual stream has a few channels hundreds of times larger than the rest, nearly constant,
-    and late layers are ten times larger than early ones. Unscaled, they drown everything else in
-    ``fc``, and one step of Adam, which moves all weights alike, moves their share of the context
-    by more than its own size. In units of their root mean square all channels learn alike.
-    """
-    _, feature_BSFE = encode(frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
-    weight_BS = batch.loss_mask_BS.astype(jnp.float32)
-    square_BSFE = jnp.square(feature_BSFE.astype(jnp.float32))
-    return jnp.einsum("bs,bsfe->fe", weight_BS, square_BSFE) / weight_BS.sum()
-
-
-def deployed(state: TrainState) -> DrafterParams:
-    """The weights as a checkpoint holds them: ``fc`` reads raw features."""
-    scale_FE1 = state.feature_scale_FE[..., None]
-    params = state.params
-    return params.replace(fc_FED=params.fc_FED / scale_FE1)  # type: ignore[attr-defined]
-
-
 def batch_loss(
     params: DrafterParams,
     frozen: Frozen,
@@ -116,12 +90,13 @@ def batch_loss(
     feature_BSFD: jax.Array,
     teacher: Teacher,
     key: jax.Array,
+    turn: jax.Array | float,
     cfg: DrafterConfig,
     recipe: TrainConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of a batch whose target features are given, in the units of ``params``."""
+    """Loss and metrics of a batch whose target features are given."""
     num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
-    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors)
+    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
     labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
     outputs = draft_blocks(params, frozen.vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
     return dspark_loss(
@@ -138,14 +113,13 @@ def batch_loss(
 
 
 def target_outputs(
-    state: TrainState, frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
+    frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
 ) -> tuple[jax.Array, Teacher]:
-    """Scaled features and distributions of the frozen target for a batch."""
+    """Features and distributions of the frozen target for a batch."""
     hidden_BSD, feature_BSFD = encode(
         frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
     )
-    teacher = teacher_probs(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U)
-    return feature_BSFD.astype(jnp.float32) / state.feature_scale_FE, teacher
+    return feature_BSFD, teacher_probs(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U)
 
 
 def train_step(
@@ -157,26 +131,37 @@ def train_step(
     recipe: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step with online features: the target runs in the same program.
+    """One batch with online features: the target runs in the same program.
 
+    Its features serve ``updates_per_batch`` optimiser updates in turn, each with other anchors:
+    the target's pass, most of the cost, is paid once, and every update still sees all sequences.
     The anchors depend on (seed, step) alone, so a resumed run draws the same ones.
 
     Returns:
-        The next state and the metrics of this step, ``gradient_norm`` (before the clip) included.
+        The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
+        means over the updates, ``blocks`` their sum.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    feature_BSFD, teacher = target_outputs(state, frozen, batch, target_cfg, cfg)
-    (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-        state.params, frozen, batch, feature_BSFD, teacher, key, cfg, recipe
-    )
-    update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-    metrics["gradient_norm"] = optax.global_norm(gradient)
-    params = optax.apply_updates(state.params, update)
-    return TrainState(state.step + 1, params, optimizer_state, state.feature_scale_FE), metrics
+    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
+
+    def update(carry: tuple[DrafterParams, Any], turn: jax.Array) -> Any:
+        params, optimizer_state = carry
+        (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
+            params, frozen, batch, feature_BSFD, teacher, key, turn, cfg, recipe
+        )
+        change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        return (optax.apply_updates(params, change), optimizer_state), metrics
+
+    turn_U = jnp.arange(recipe.updates_per_batch) / recipe.updates_per_batch
+    (params, optimizer_state), each = jax.lax.scan(update, (state.params, state.optimizer), turn_U)
+    metrics = {name: value.mean(0) for name, value in each.items()}
+    metrics["blocks"] = each["blocks"].sum()
+    return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
 def evaluation_step(
-    state: TrainState,
+    params: DrafterParams,
     frozen: Frozen,
     batch: Batch,
     target_cfg: TargetConfig,
@@ -184,6 +169,6 @@ def evaluation_step(
     recipe: TrainConfig,
 ) -> dict[str, jax.Array]:
     """Metrics of held-out sequences, always with the same anchors."""
-    feature_BSFD, teacher = target_outputs(state, frozen, batch, target_cfg, cfg)
+    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
     key = jax.random.key(recipe.seed)
-    return batch_loss(state.params, frozen, batch, feature_BSFD, teacher, key, cfg, recipe)[1]
+    return batch_loss(params, frozen, batch, feature_BSFD, teacher, key, 0.0, cfg, recipe)[1]

@@ -1,0 +1,170 @@
+"""Greedy speculative decoding against recorded runs of the reference, round by round."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax import sampling
+from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.state import Request
+from dspark_jax.models import cache as kv
+from dspark_jax.models import deepspec, hf
+from dspark_jax.models.drafter import block_hidden, extend_context
+from dspark_jax.models.heads import (
+    MarkovHead,
+    bias_logits,
+    block_codes,
+    head_step,
+    sample_block,
+    start_state,
+)
+from dspark_jax.models.target import Rows, extend, unembed
+
+FOLDER = Path(__file__).parent / "data" / "spec_decode_greedy" / "qwen3"
+HEADS = Path(__file__).parent / "data" / "markov_heads"
+DRAFTERS = ["dspark", "dspark_rnn", "dspark_gated", "dflash"]
+MAX_NEW_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def target():
+    return hf.load_hf_target(FOLDER / "target", jnp.float32)
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def drafter(request, target):
+    cfg, params, own = deepspec.load_drafter(FOLDER / request.param / "checkpoint")
+    return request.param, cfg, params, deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
+
+
+def test_runs(target, drafter):
+    name, *parts = drafter
+    decoder = make_decoder(target, tuple(parts))
+    runs = json.loads((FOLDER / name / "runs.json").read_text())["runs"]
+    assert len(runs) >= 6
+    for run in runs:
+        prompt = run["output_ids"][: run["num_input_tokens"]]
+        stops = tuple(run["stop_token_ids"] or ())
+        # The reference looks at the position of the anchor, so that it runs until one token more.
+        request = Request(prompt, MAX_NEW_TOKENS + 1, stop_ids=stops)
+        (got,) = generate(decoder, [request], threshold=run["confidence_threshold"])
+        want = [token for token in run["output_ids"][len(prompt) :] if token not in stops]
+        note = f"{name}, prompt {run['prompt_index']}: {run['note']}"
+        assert got.token_ids[:MAX_NEW_TOKENS] == want, note
+        assert got.accepted_lengths == run["acceptance_lengths"], note
+        assert got.accepted_drafts == run["accepted_draft_lengths"], note
+        proposed = list(got.verified_lengths)
+        if got.accepted_lengths and got.accepted_lengths[-1] == got.accepted_drafts[-1]:
+            proposed[-1] = got.accepted_drafts[-1]  # the record cuts the proposal at its stop token
+        assert proposed == run["proposal_lengths"], note
+
+
+def test_rounds(target, drafter):
+    name, cfg, params, vocab = drafter
+    target_cfg, target_params = target
+    record = np.load(FOLDER / name / "rounds_prompt0.npz")
+    count = len({key.split("/")[0] for key in record})
+    run = json.loads((FOLDER / name / "runs.json").read_text())["runs"][0]
+    tokens = jnp.asarray(run["output_ids"], jnp.int32)
+    context = kv.empty_cache(cfg, 1, 64, jnp.float32, stacked=True)
+    cache = kv.empty_cache(target_cfg, 1, 64, jnp.float32, stacked=True)
+    seen = 0
+    close = {"rtol": 0, "atol": 5e-5}
+    for index in range(count):
+
+        def of(part, prefix=f"round_{index}/"):
+            return record[prefix + part]
+
+        start = int(of("start"))
+        rows = Rows(tokens[seen:start], jnp.zeros(start - seen, int), jnp.arange(seen, start))
+        _, feature, cache = extend(
+            target_params,
+            cache,
+            rows,
+            target_cfg,
+            cfg.target_layer_ids,
+            rows_per_slot=start - seen,
+        )
+        want = of("context_features")
+        np.testing.assert_allclose(feature.reshape(want.shape), want, **close)
+        context = extend_context(params, context, feature, rows.slot_T, rows.position_T, cfg)
+        seen = start
+
+        anchor = tokens[start : start + 1]
+        hidden = block_hidden(params, vocab, anchor[:, None], jnp.array([[start]]), context, cfg)
+        block = sample_block(
+            params,
+            vocab,
+            hidden[:, 0],
+            anchor,
+            lambda logits, slot: sampling.first_argmax(logits),
+            cfg,
+        )
+        np.testing.assert_allclose(hidden[0, 0], of("block_hidden"), **close)
+        np.testing.assert_allclose(unembed(vocab, hidden)[0, 0], of("base_logits"), **close)
+        np.testing.assert_allclose(block.logits_BGU[0], of("corrected_logits"), **close)
+        np.testing.assert_array_equal(block.token_BG[0], of("draft_tokens"))
+        if cfg.confidence:
+            np.testing.assert_allclose(
+                block.confidence_logit_BG[0], of("confidence_logits"), **close
+            )
+
+        verify = jnp.asarray(of("verify_input_ids"), jnp.int32)
+        position = start + jnp.arange(len(verify))
+        rows = Rows(verify, jnp.zeros(len(verify), int), position)
+        hidden, _, _ = extend(
+            target_params, cache, rows, target_cfg, rows_per_slot=len(verify)
+        )
+        np.testing.assert_allclose(
+            unembed(target_params.vocab, hidden), of("target_logits"), **close
+        )
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_sequential_heads(kind):
+    data = np.load(HEADS / f"{kind}.npz")
+    weight = {key.removeprefix("weights/"): data[key] for key in data if "weights/" in key}
+    mix = {"vanilla": None, "gated": "gate_proj", "rnn": "joint_proj"}[kind]
+
+    def head_of(w):
+        return MarkovHead(
+            w["markov_w1.weight"],
+            w["markov_w2.weight"].T,
+            None if mix is None else w[f"{mix}.weight"].T,
+            None if mix is None else w[f"{mix}.bias"],
+        )
+
+    def block_logits(weights, hidden):
+        head = head_of(weights)
+        code, _ = block_codes(head, jnp.asarray(data["block_token_ids"]), hidden, kind)
+        return data["block_base_logits"] + bias_logits(head, code)
+
+    hidden = jnp.asarray(data["block_hidden_states"])
+    weights = {name: jnp.asarray(value) for name, value in weight.items()}
+    logits, pull = jax.vjp(block_logits, weights, hidden)
+    np.testing.assert_allclose(logits, data["block_logits"], rtol=0, atol=1e-5)
+    gradient, hidden_gradient = pull(jnp.asarray(data["block_cotangent"]))
+    for name, value in gradient.items():
+        np.testing.assert_allclose(value, data[f"grads/{name}"], rtol=1e-4, atol=1e-5)
+    if kind != "vanilla":
+        np.testing.assert_allclose(
+            hidden_gradient, data["grads/block_hidden_states"], rtol=1e-4, atol=1e-5
+        )
+
+    head = head_of(weights)
+    previous = jnp.asarray(data["sample_first_prev_token_ids"])
+    state = start_state(head, previous.shape)
+    for slot in range(data["sample_tokens"].shape[1]):
+        state, code, _ = head_step(
+            head, state, previous, jnp.asarray(data["sample_hidden_states"][:, slot]), kind
+        )
+        step = data["sample_base_logits"][:, slot] + bias_logits(head, code)
+        np.testing.assert_allclose(
+            step, data["sample_corrected_logits"][:, slot], rtol=0, atol=1e-5
+        )
+        previous = sampling.first_argmax(step)
+        np.testing.assert_array_equal(previous, data["sample_tokens"][:, slot])

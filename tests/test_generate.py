@@ -1,0 +1,312 @@
+"""Generation end to end on tiny models: the text is the target's own, whatever drafts it."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dspark_jax.axes import init_params, make_mesh
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.state import Request
+from dspark_jax.models.deepspec import bind_vocab
+from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.target import Vocab, declare_target, encode, unembed
+from pallas_kernels import random
+
+TARGET = TargetConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=160,
+    tied=False,
+)
+DRAFTER = DrafterConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    block_size=4,
+    mask_token_id=60,
+    target_layer_ids=(-1, 0, 2),
+    num_target_layers=4,
+    markov_rank=6,
+    confidence=True,
+)
+
+
+def target_of(cfg, seed=0, scale=8.0):
+    """A random target; ``scale`` sharpens its distributions."""
+    params = init_params(jax.random.key(seed), declare_target(cfg))
+    head = params.vocab.unembed_VD * scale
+    return cfg, params.replace(vocab=params.vocab.replace(unembed_VD=head))
+
+
+def drafter_of(target, seed=1, d2t=None, **changes):
+    """A random drafter for it, perhaps with a reduced vocabulary."""
+    size = None if d2t is None else len(d2t)
+    cfg = dataclasses.replace(DRAFTER, draft_vocab_size=size, **changes)
+    params = init_params(jax.random.key(seed), declare_drafter(cfg))
+    own = None if d2t is None else Vocab(None, None, np.array(d2t, np.int32))
+    return cfg, params, bind_vocab(cfg, own, target[0], target[1].vocab)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return target_of(TARGET)
+
+
+PROMPTS = [[3], [5, 9, 2], list(range(1, 40)), [7] * 20, [11, 4]]
+DRAFTERS = {
+    "vanilla": {},
+    "gated": {"markov_head": "gated"},
+    "rnn": {"markov_head": "rnn", "confidence_with_markov": False},
+    "dflash": {"markov_rank": 0, "confidence": False},
+    "reduced": {"d2t": sorted({1, 4, 5, 7, *range(20, 55)})},
+}
+
+
+def requests(max_new_tokens=24, **fields):
+    return [
+        Request(
+            prompt,
+            max_new_tokens,
+            key=np.asarray(random.fold_in(random.seed_key(5), i)),
+            **fields,
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def texts(results):
+    return [result.token_ids for result in results]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_greedy_text_is_the_targets_own(target, kind):
+    plain = generate(make_decoder(target), requests())
+    decoder = make_decoder(target, drafter_of(target, **DRAFTERS[kind]))
+    spec = generate(decoder, requests())
+    assert texts(spec) == texts(plain)
+    assert all(len(result.token_ids) == 24 for result in spec)
+    assert all(result.finish_reason == "length" for result in spec)
+    # A plain dense forward pass agrees, so that both are not wrong in the same way.
+    for prompt, result in zip(PROMPTS, plain, strict=True):
+        tokens = jnp.array([[*prompt, *result.token_ids]])
+        logits = unembed(target[1].vocab, encode(target[1], tokens, TARGET)[0])[0]
+        best = np.argmax(logits[len(prompt) - 1 : -1], -1)
+        np.testing.assert_array_equal(best, result.token_ids)
+
+
+def test_a_perfect_drafter_is_accepted_whole(target):
+    """With the target's text forced as drafts, every block survives: accepted length G + 1."""
+    decoder = make_decoder(target, drafter_of(target))
+    (plain,) = generate(make_decoder(target), [Request([3], 21)])
+    from dspark_jax.engine import round as engine_round
+
+    def oracle(weights, state, anchor_B, position_B, cfg):
+        del weights, anchor_B
+        known = jnp.array([3, *plain.token_ids, 0, 0, 0, 0, 0, 0])
+        token = known[position_B[:, None] + 1 + jnp.arange(4)]
+        zeros = jnp.zeros((1, 4))
+        return engine_round.DraftBlock(token, token, jnp.zeros((1, 4, 61)), zeros)
+
+    original, engine_round.draft = engine_round.draft, oracle
+    try:
+        jax.clear_caches()
+        from dspark_jax.engine import generate as module
+
+        module._round_fn.cache_clear()
+        (spec,) = generate(decoder, [Request([3], 21)])
+    finally:
+        engine_round.draft = original
+        module._round_fn.cache_clear()
+    assert spec.token_ids == plain.token_ids
+    assert spec.accepted_lengths == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold):
+    sampled = {"temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.01}
+    plain = generate(make_decoder(target), requests(**sampled), acceptance="coupled")
+    assert len({tuple(text) for text in texts(plain)}) == len(PROMPTS)
+    for kind, changes in DRAFTERS.items():
+        decoder = make_decoder(target, drafter_of(target, seed=3, **changes))
+        if threshold and not decoder.drafter.confidence:
+            continue
+        results = generate(decoder, requests(**sampled), acceptance="coupled", threshold=threshold)
+        assert texts(results) == texts(plain), kind
+    backwards = generate(decoder, requests(**sampled)[::-1], acceptance="coupled")
+    assert texts(backwards)[::-1] == texts(plain)
+    alone = generate(decoder, requests(**sampled)[2:3], acceptance="coupled", num_draft=2)
+    assert texts(alone) == texts(plain)[2:3]
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+@pytest.mark.parametrize("kind", ["rnn", "reduced", "plain"])
+def test_distribution_of_the_text(acceptance, kind):
+    """All programs together, over several rounds: the joint law of three tokens, enumerated."""
+    size, length = 5, 3
+    cfg = dataclasses.replace(TARGET, vocab_size=size)
+    target = target_of(cfg, seed=4, scale=30.0)
+    drafter = None
+    if kind != "plain":
+        changes = {"d2t": [0, 2, 3]} if kind == "reduced" else {"markov_head": "rnn"}
+        drafter = drafter_of(
+            target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
+        )
+    sampled = {"temperature": 0.9, "top_p": 0.97}
+
+    words = np.array(list(itertools.product(range(size), repeat=length)))
+    tokens = jnp.concatenate([jnp.full((len(words), 2), 1), jnp.array(words)], axis=1)
+    logits = unembed(target[1].vocab, encode(target[1], tokens, cfg)[0])[:, 1:-1]
+    law = np.asarray(jax.nn.softmax(logits / 0.9))
+    order = np.sort(law, axis=-1)[..., ::-1]
+    before = np.concatenate([np.zeros_like(order[..., :1]), np.cumsum(order, -1)[..., :-1]], -1)
+    lowest = np.min(np.where(before < 0.97, order, 2.0), axis=-1, keepdims=True)
+    law = np.where(law >= lowest, law, 0)
+    law /= law.sum(-1, keepdims=True)
+    steps = np.take_along_axis(law, words[..., None], axis=-1)[..., 0]
+    exact = steps.prod(-1)
+    assert exact.sum() == pytest.approx(1.0, abs=1e-5)
+
+    decoder = make_decoder(target, drafter)
+    count = 6000
+    keys = np.asarray(random.fold_in(random.seed_key(9), jnp.arange(count)))
+    batch = [Request([1, 1], length, key=key, **sampled) for key in keys]
+    results = generate(decoder, batch, acceptance=acceptance)
+    place = np.array([np.ravel_multi_index(r.token_ids, (size,) * length) for r in results])
+    seen = np.bincount(place, minlength=len(words))
+    assert not seen[exact == 0].any()
+    often = exact * count >= 5
+    observed = [*seen[often], seen[~often].sum()]
+    expected = [*(exact[often] * count), exact[~often].sum() * count]
+    if expected[-1] < 1:
+        observed, expected = observed[:-1], expected[:-1]
+    expected = np.array(expected) * (sum(observed) / sum(expected))
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    if kind != "plain":
+        rounds = sum(result.rounds for result in results)
+        assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8), (4, 2)])
+def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
+    """Heads that do not divide over the mesh are replicated; slots are filled up."""
+    drafter = drafter_of(target)
+    mesh = make_mesh(*sizes)
+    sharded = make_decoder(target, drafter, mesh=mesh)
+    single = make_decoder(target, drafter)
+    assert texts(generate(sharded, requests())) == texts(generate(single, requests()))
+    sampled = {"temperature": 0.7, "top_p": 0.9}
+    assert texts(generate(sharded, requests(**sampled), acceptance="coupled")) == texts(
+        generate(single, requests(**sampled), acceptance="coupled")
+    )
+
+
+def test_stop_ids_and_limits_are_the_requests_own(target):
+    decoder = make_decoder(target, drafter_of(target))
+    free = texts(generate(decoder, requests()))
+    stops = [text[6] for text in free]
+    batch = [
+        dataclasses.replace(request, stop_ids=(stop, 59), max_new_tokens=limit)
+        for request, stop, limit in zip(requests(), stops, [24, 3, 24, 1, 24], strict=True)
+    ]
+    for text, stop, request, result in zip(
+        free, stops, batch, generate(decoder, batch), strict=True
+    ):
+        want = text[: min(text.index(stop), request.max_new_tokens)]
+        assert result.token_ids == want
+        reached = len(want) == request.max_new_tokens
+        assert result.finish_reason == ("length" if reached else "stop")
+
+
+def test_a_text_may_fill_the_context(target):
+    decoder = make_decoder(target, drafter_of(target))
+    (result,) = generate(decoder, [Request(list(range(1, 51)) * 3, 1000)])
+    assert len(result.token_ids) == TARGET.max_positions - 150
+    assert result.finish_reason == "length"
+
+
+class Letters:
+    """A tokenizer of the 61 ids as letters."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+
+def test_stop_strings_cut_the_text_wherever_they_begin(target):
+    decoder = make_decoder(target, drafter_of(target), tokenizer=Letters())
+    (free,) = generate(decoder, [Request(PROMPTS[2], 24)])
+    stop = free.text[9:12]
+    shown = []
+    (result,) = generate(
+        decoder,
+        [Request(PROMPTS[2], 24, stop_strings=(stop, "never"))],
+        on_text=lambda _, text: shown.append(text),
+    )
+    assert result.text == free.text[: free.text.index(stop)] == "".join(shown)
+    assert result.finish_reason == "stop"
+    assert len(shown) > 1
+
+
+def test_programs_are_compiled_once(target):
+    from dspark_jax.engine import generate as module
+
+    decoder = make_decoder(target, drafter_of(target))
+    generate(decoder, requests())
+    step = module._round_fn.cache_info()
+    generate(decoder, requests(max_new_tokens=30))
+    assert module._round_fn.cache_info().misses == step.misses
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_ids": []}, "prompt is empty"),
+        ({"prompt_ids": [1] * 160}, "the target's context 160"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop_strings": ("",)}, "stop string is empty"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(target, fields, message):
+    decoder = make_decoder(target)
+    with pytest.raises(ValueError, match=message):
+        generate(decoder, [dataclasses.replace(Request([1, 2]), **fields)])
+
+
+def test_policies_that_do_not_fit_are_refused(target):
+    plain = make_decoder(target, drafter_of(target, markov_rank=0, confidence=False))
+    with pytest.raises(ValueError, match="num_draft is 9"):
+        generate(plain, [Request([1])], num_draft=9)
+    with pytest.raises(ValueError, match="no confidence head"):
+        generate(plain, [Request([1])], threshold=0.5)
+    with pytest.raises(ValueError, match="acceptance is 'maybe'"):
+        generate(plain, [Request([1])], acceptance="maybe")
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(target):
+    cfg, params = target
+    embed = params.vocab.embed_VD.at[58].set(jnp.nan)
+    broken = cfg, params.replace(vocab=params.vocab.replace(embed_VD=embed))
+    decoder = make_decoder(broken)
+    good = generate(make_decoder(target), requests())
+    batch = [Request([58, 2], 8), *requests()]
+    bad, *others = generate(decoder, batch)
+    assert bad.finish_reason == "error"
+    assert bad.token_ids == []
+    assert texts(others) == texts(good)
