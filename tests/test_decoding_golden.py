@@ -116,9 +116,7 @@ def test_rounds(target, drafter):
         verify = jnp.asarray(of("verify_input_ids"), jnp.int32)
         position = start + jnp.arange(len(verify))
         rows = Rows(verify, jnp.zeros(len(verify), int), position)
-        hidden, _, _ = extend(
-            target_params, cache, rows, target_cfg, rows_per_slot=len(verify)
-        )
+        hidden, _, _ = extend(target_params, cache, rows, target_cfg, rows_per_slot=len(verify))
         np.testing.assert_allclose(
             unembed(target_params.vocab, hidden), of("target_logits"), **close
         )

@@ -172,7 +172,7 @@ def test_distribution_of_the_text(acceptance, kind):
     words = np.array(list(itertools.product(range(size), repeat=length)))
     tokens = jnp.concatenate([jnp.full((len(words), 2), 1), jnp.array(words)], axis=1)
     logits = unembed(target[1].vocab, encode(target[1], tokens, cfg)[0])[:, 1:-1]
-    law = np.asarray(jax.nn.softmax(logits / 0.9))
+    law = np.asarray(jax.nn.softmax(logits / 0.9), np.float64)
     order = np.sort(law, axis=-1)[..., ::-1]
     before = np.concatenate([np.zeros_like(order[..., :1]), np.cumsum(order, -1)[..., :-1]], -1)
     lowest = np.min(np.where(before < 0.97, order, 2.0), axis=-1, keepdims=True)

@@ -134,9 +134,7 @@ def accept_coupled(
     return accept_equal(token_BC, draft_token_BG, length_B)
 
 
-def accept_equal(
-    token_BC: jax.Array, draft_token_BG: jax.Array, length_B: jax.Array
-) -> Acceptance:
+def accept_equal(token_BC: jax.Array, draft_token_BG: jax.Array, length_B: jax.Array) -> Acceptance:
     """Drafts stand while they equal the target's own tokens: greedy and coupled decoding.
 
     Args:

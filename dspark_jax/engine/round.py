@@ -140,9 +140,7 @@ def decode_round(
 
     acceptance = accept(weights, state, block, logits_BCV, verified_B, position_B, cfg)
     draft_BG = token_BC[:, 1:]
-    accepted_B, count_B, stopped_B = verify.truncate_at_stop(
-        draft_BG, acceptance, state.stop_id_BK
-    )
+    accepted_B, count_B, stopped_B = verify.truncate_at_stop(draft_BG, acceptance, state.stop_id_BK)
     count_B = jnp.where(state.active_B, count_B, 0)
     token_BS, length_B = verify.commit_tokens(
         state.token_BS, state.length_B, draft_BG, accepted_B, acceptance.next_B, count_B
@@ -177,7 +175,9 @@ def draft(
     cfg: RoundConfig,
 ) -> DraftBlock:
     """A block behind every anchor, drawn from the law that ``accept`` will verify against."""
-    assert cfg.drafter is not None and weights.drafter is not None and weights.vocab is not None
+    assert cfg.drafter is not None
+    assert weights.drafter is not None
+    assert weights.vocab is not None
     vocab = weights.vocab
 
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:

@@ -161,10 +161,8 @@ def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """A ``NamedSharding`` for every array: slots over data, key/value heads over tensor."""
 
     def sharding(path: Any, leaf: jax.Array) -> NamedSharding:
-        if path[0].name.endswith("cache"):
-            axes = "LBSKH"[-leaf.ndim :]
-        else:
-            axes = "BX"[: leaf.ndim]
+        in_cache = path[0].name.endswith("cache")
+        axes = "LBSKH"[-leaf.ndim :] if in_cache else "BX"[: leaf.ndim]
         return NamedSharding(mesh, partition(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)

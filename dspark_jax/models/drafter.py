@@ -78,8 +78,8 @@ def inject(
     Returns:
         k and v, [L, X, K, H] each, or tuples of L arrays where the layers are unstacked.
     """
-    feature_XFD = feature_XFD.astype(drafter.fc_FED.dtype)
-    context_XD = jnp.einsum("...fe,fed->...d", feature_XFD, drafter.fc_FED)
+    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FED.dtype)
+    context_XD = flat_XI @ drafter.fc_FED.reshape(flat_XI.shape[-1], -1)
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
     table = rope_table(position_X, cfg)
     if isinstance(drafter.layers, tuple):

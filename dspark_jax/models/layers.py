@@ -140,7 +140,7 @@ def project_qkv(
     layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [X, N, H], keys and values [X, K, H] of normalised inputs, rotated."""
-    q_XNH = jnp.einsum("...d,dnh->...nh", x_XD, layer.q_DNH)
+    q_XNH = _project(x_XD, layer.q_DNH)
     if layer.q_bias_NH is not None:
         q_XNH = q_XNH + layer.q_bias_NH
     if layer.q_norm_H is not None:
@@ -149,12 +149,18 @@ def project_qkv(
     return rotate(q_XNH, table), k_XKH, v_XKH
 
 
+def _project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    """[X, N, H] from a matrix product of two axes: with three, XLA copies the weights on a CPU
+    (30 layers: 41 ms instead of 24)."""
+    out_XI = x_XD @ w_DNH.reshape(w_DNH.shape[0], -1)
+    return out_XI.reshape(*x_XD.shape[:-1], *w_DNH.shape[1:])
+
+
 def project_kv(
     layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values [X, K, H]; the keys normalised (Qwen3) and rotated."""
-    k_XKH = jnp.einsum("...d,dkh->...kh", x_XD, layer.k_DKH)
-    v_XKH = jnp.einsum("...d,dkh->...kh", x_XD, layer.v_DKH)
+    k_XKH, v_XKH = _project(x_XD, layer.k_DKH), _project(x_XD, layer.v_DKH)
     if layer.k_bias_KH is not None:
         k_XKH, v_XKH = k_XKH + layer.k_bias_KH, v_XKH + layer.v_bias_KH
     if layer.k_norm_H is not None:
@@ -189,7 +195,8 @@ def finish_layer(
     layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, cfg: TransformerConfig
 ) -> jax.Array:
     """The rest of a block after attention: output projection, residual, SwiGLU MLP, residual."""
-    out_XD = jnp.einsum("...nh,nhd->...d", attended_XNH, layer.o_NHD)
+    flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
+    out_XD = flat_XI @ layer.o_NHD.reshape(flat_XI.shape[-1], -1)
     if layer.o_bias_D is not None:
         out_XD = out_XD + layer.o_bias_D
     x_XD = x_XD + out_XD
