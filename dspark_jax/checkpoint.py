@@ -39,9 +39,15 @@ class Checkpoints:
     """Checkpoints of one run, by step; a context manager that waits for the last write."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Open (and create) a directory of checkpoints of which the last ``keep`` stay."""
+        """Open (and create) a directory of checkpoints of which the last ``keep`` stay.
+
+        Raises:
+            ValueError: it is a file.
+        """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.directory = directory.absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is a file, not a directory of checkpoints")
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -70,9 +76,13 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except Exception as error:  # Orbax and its storage raise anything on damaged files
             raise ValueError(
-                f"checkpoint {self.directory}/{step} does not fit this configuration or is "
-                f"damaged ({str(error).splitlines()[0]}): train into another directory, or remove "
-                "that step to go on from the one before"
+                f"checkpoint {self.directory / str(step)} does not fit this configuration or is "
+                f"damaged ({_first_line(error)}): train into another directory, or remove that "
+                "step to go on from the one before"
             ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

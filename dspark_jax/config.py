@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import itertools
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -199,7 +200,8 @@ class TrainConfig:
         steps: batches; 0 is ``epochs`` passes over the data.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
-        eval_sequences: held-out sequences (the last ones of the file).
+        min_loss_tokens: conversations with fewer tokens of an answer are dropped.
+        eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
         eval_every, checkpoint_every, log_every: in steps.
         keep_checkpoints: how many checkpoints stay.
         dtype: of the frozen target; the drafter's parameters are float32.
@@ -247,28 +249,52 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("tokens_per_batch", "num_anchors", "eval_every", "checkpoint_every",
-                      "log_every", "keep_checkpoints", "max_length", "block_size",
-                      "updates_per_batch"):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        self._check_integers(-1, "mask_token_id")
+        self._check_integers(
+            0, "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "draft_vocab_size",
+            "markov_rank", "steps", "seed", "eval_sequences",
+        )  # fmt: skip
+        self._check_integers(
+            1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
+            "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
+        )  # fmt: skip
+        self._check_integers(2, "max_length", "min_loss_tokens")  # an anchor takes two tokens
+        for field in ("learning_rate", "clip_norm", "epochs"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be positive")
+        for field in ("ce_weight", "l1_weight", "confidence_weight", "weight_decay", "loss_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must not be negative")
+        if not self.ce_weight and not self.l1_weight:
+            raise ValueError("ce_weight and l1_weight are both 0: nothing would train the drafts")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction {self.warmup_fraction} must lie in [0, 1)")
+        for field, choices in (
+            ("markov_head", ("vanilla", "gated", "rnn")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}"
+                )
         buckets = self.length_buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length:
             raise ValueError(
                 f"length_buckets {buckets} must increase and end with max_length {self.max_length}"
             )
-        if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
-            raise ValueError(
-                f"learning_rate {self.learning_rate} must be positive and warmup_fraction "
-                f"{self.warmup_fraction} in [0, 1)"
-            )
+        if buckets[0] < 2:
+            raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
         if self.bigram_init and (self.markov_head != "vanilla" or self.markov_rank < 2):
             raise ValueError(
                 "bigram_init needs markov_head 'vanilla' with a markov_rank of at least 2, not "
                 f"{self.markov_head!r} with {self.markov_rank}: set bigram_init to false"
             )
-        if self.steps < 0 or self.epochs <= 0:
-            raise ValueError(f"steps {self.steps} must be >= 0 and epochs {self.epochs} positive")
+
+    def _check_integers(self, least: int, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{field} is {value!r}: it must be an integer of at least {least}")
 
 
 def _convert(field: str, text: str, annotation: object) -> object:

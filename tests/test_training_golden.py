@@ -141,6 +141,4 @@ def test_every_gradient(case):
     named = write_params(declare_drafter(case.cfg), gradient)
     assert set(named) == set(case.gradient)
     for name, value in named.items():
-        np.testing.assert_allclose(
-            value, case.gradient[name], rtol=1e-4, atol=1e-6, err_msg=name
-        )
+        np.testing.assert_allclose(value, case.gradient[name], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -34,8 +34,8 @@ def empty_cache(
     """A zeroed cache for ``num_slots`` requests of at most ``num_positions`` tokens."""
     shape = (num_slots, num_positions, cfg.num_kv_heads, cfg.head_dim)
     if stacked:
-        shape = (cfg.num_layers, *shape)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        all_layers = (cfg.num_layers, *shape)
+        return KVCache(jnp.zeros(all_layers, dtype), jnp.zeros(all_layers, dtype))
 
     def layers() -> tuple[jax.Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))

@@ -92,7 +92,7 @@ def declare_confidence_head(cfg: DrafterConfig) -> ConfidenceHead | None:
     )
 
 
-def start_state(head: MarkovHead | None, lead: tuple[int, ...]) -> jax.Array | None:
+def start_state(head: MarkovHead | None, lead: tuple[int, ...]) -> Any:
     """``s_0 = 0`` [lead, R], which only the rnn head reads; None without a head."""
     return None if head is None else jnp.zeros((*lead, head.w1_VR.shape[1]), head.w1_VR.dtype)
 

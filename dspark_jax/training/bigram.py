@@ -31,7 +31,11 @@ NORM_START = 0.3
 
 
 def bigram_factors(
-    sequences: Sequence[TokenSequence], t2d_V: np.ndarray, vocab_size: int, draft_size: int, rank: int
+    sequences: Sequence[TokenSequence],
+    t2d_V: np.ndarray,
+    vocab_size: int,
+    draft_size: int,
+    rank: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Low-rank bigram logits of the answers.
 
@@ -80,9 +84,7 @@ def start_from_bigrams(
     """``params`` with a vanilla head that is the bigram model of the sequences' answers."""
     places = np.arange(cfg.vocab_size) if t2d_V is None else np.asarray(t2d_V)
     draft_size = cfg.draft_vocab_size or cfg.vocab_size
-    w1_VR, w2_RU = bigram_factors(
-        sequences, places, cfg.vocab_size, draft_size, cfg.markov_rank
-    )
+    w1_VR, w2_RU = bigram_factors(sequences, places, cfg.vocab_size, draft_size, cfg.markov_rank)
     head = params.head.replace(w1_VR=jnp.asarray(w1_VR), w2_RU=jnp.asarray(w2_RU))
     norm_D = jax.tree.map(lambda x: NORM_START * x, params.norm_D)
     return params.replace(head=head, norm_D=norm_D)  # type: ignore[attr-defined]

@@ -28,34 +28,58 @@ class TokenSequence:
     answer_start: int
 
 
-def read_conversations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line of a JSON-lines file.
+def read_conversations(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Where it was read (``FILE:LINE``) and object of every conversation in a JSON-lines file.
 
     Raises:
         ValueError: the file is missing, or a line is not a conversation.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also cuts at separators that JSON allows inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise ValueError(
+            f"training data {path} does not exist: set data to a JSON-lines file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"training data {path} is not readable: {error}") from None
+    rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            turns = row["conversations"]
-            if turns[-1]["role"] != "assistant" or len(turns) < 2:
-                raise KeyError("the last of at least two turns must be the assistant's")
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{path}:{number} is not a conversation ({error}): every line needs "
-                '"conversations", turns with "role" and "content" that end with an answer'
-            ) from None
-        yield number, row
+        if line.strip():
+            origin = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{origin}: not JSON ({error})") from None
+            problem = _problem(row)
+            if problem:
+                raise ValueError(f"{origin}: {problem}")
+            rows.append((origin, row))
+    return rows
+
+
+def _problem(row: Any) -> str | None:
+    """What keeps a line from being a conversation; None where nothing does."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        return 'needs "conversations", a list of at least two turns'
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(
+            isinstance(turn.get(key), str) for key in ("role", "content")
+        ):
+            return 'every turn needs the strings "role" and "content"'
+    if turns[-1]["role"] != "assistant":
+        return f"the last turn is the {turns[-1]['role']}'s, not the assistant's answer"
+    ids = row.get("response_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(id) is int for id in ids)):
+        return '"response_ids" must be a list of token ids'
+    if not isinstance(row.get("finish", "stop"), str):
+        return '"finish" must be a string, "stop" where the answer ended by itself'
+    return None
 
 
 def tokenize(
-    rows: Iterator[tuple[int, dict[str, Any]]],
+    rows: Sequence[tuple[str, dict[str, Any]]],
     tokenizer: Any,
     prompt_ids: Any,
     end_id: int,
@@ -73,14 +97,26 @@ def tokenize(
     Returns:
         The sequences with at least ``min_loss_tokens`` supervised tokens, in file order, and how
         many were dropped for having fewer.
+
+    Raises:
+        ValueError: the tokenizer cannot take a conversation; the message says where it was read.
     """
-    kept, dropped = [], 0
-    for _, row in rows:
+    kept, dropped, count = [], 0, len(tokenizer)
+    for origin, row in rows:
         *turns, answer = row["conversations"]
-        prompt = list(prompt_ids(tokenizer, turns))
+        try:
+            prompt = list(prompt_ids(tokenizer, turns))
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
         ids = row.get("response_ids")
         if ids is None:
             ids = tokenizer.encode(answer["content"], add_special_tokens=False)
+        elif ids and not 0 <= min(ids) <= max(ids) < count:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f'{origin}: {bad} in "response_ids" is no token of the target, whose ids are '
+                f"0..{count - 1}: were these the answers of another model?"
+            )
         if row.get("finish", "stop") == "stop":
             ids = [*ids, end_id]
         token_S = np.array([*prompt, *ids][: recipe.max_length], np.int32)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.axes import init_params
-from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
-from dspark_jax.config import DrafterConfig, RopeConfig, TrainConfig
+from dspark_jax.checkpoint import Checkpoints, write_atomically
+from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab, save_drafter
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
 from dspark_jax.models.load import Target, load_target
@@ -29,6 +28,14 @@ from dspark_jax.models.target import Vocab
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
+from dspark_jax.training.records import (
+    MetricsLog,
+    check_finite,
+    check_same_recipe,
+    mean_metrics,
+    plain,
+    recipe_record,
+)
 from dspark_jax.training.step import (
     Frozen,
     TrainState,
@@ -38,6 +45,15 @@ from dspark_jax.training.step import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Settings that no compiled step reads: runs that differ in nothing else share programs.
+UNREAD: dict[str, Any] = {
+    "target": "",
+    "data": "",
+    "out": "",
+    "eval_sequences": 0,
+    "bigram_init": False,
+}
 
 
 def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
@@ -102,69 +118,43 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class MetricsLog:
-    """``metrics.jsonl``: one line a logged step; steps that a resumed run repeats are cut first."""
-
-    def __init__(self, path: Path, start_step: int) -> None:
-        """Open a log for the steps after ``start_step``."""
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
-
-    def write(self, step: int, **values: Any) -> None:
-        """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """Step of a line of the log; a line torn by a crash counts as never reached."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
-
-
-def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
-    """Metrics as JSON numbers and lists, rounded to 6 digits."""
-    return {
-        name.removesuffix("_G"): np.round(np.asarray(value, np.float64), 6).tolist()
-        for name, value in jax.device_get(metrics).items()
-    }
-
-
-def mean_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, Any]:
-    """Mean of several batches' metrics, weighted by their blocks."""
-    rows = jax.device_get(rows)
-    weight = np.array([row["blocks"] for row in rows], np.float64)
-    return {
-        name.removesuffix("_G"): np.round(
-            np.average([row[name] for row in rows], axis=0, weights=weight), 6
-        ).tolist()
-        for name in rows[0]
-        if name != "blocks"
-    }
-
-
-def check_same_recipe(path: Path, recipe: TrainConfig) -> None:
-    """Write the recipe beside a new run; refuse to resume a run of another recipe.
+def load_sequences(
+    rows: list[tuple[str, dict[str, Any]]], target: Target, recipe: TrainConfig
+) -> tuple[list[data.TokenSequence], list[data.TokenSequence]]:
+    """The sequences to train on and the held-out ones, the last of the file.
 
     Raises:
-        ValueError: names the fields that differ.
+        ValueError: the data does not suit the target, or there is too little of it.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if path.exists():
-        before = read_json(path, "recipe")
-        may_change = {"out", "data", "eval_every", "checkpoint_every", "log_every"}
-        differ = [k for k in now if k not in may_change and before.get(k, now[k]) != now[k]]
-        if differ:
-            changes = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in differ)
-            raise ValueError(
-                f"{path.parent} holds a run of another recipe ({changes}): "
-                "set another out, or restore these values"
-            )
-    write_atomically(path, json.dumps(now, indent=2) + "\n")
+    end_id = target.tokenizer.eos_token_id
+    if end_id is None:
+        raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
+    if recipe.max_length > target.cfg.max_positions:
+        raise ValueError(
+            f"max_length {recipe.max_length} is beyond the context of {target.name}: "
+            f"set it to at most {target.cfg.max_positions}"
+        )
+    sequences, dropped = data.tokenize(rows, target.tokenizer, chat_prompt_ids, end_id, recipe)
+    if len(sequences) <= recipe.eval_sequences:
+        raise ValueError(
+            f"{recipe.data} has {len(sequences)} usable conversations ({dropped} more are too "
+            f"short, or their prompts too long), and eval_sequences takes {recipe.eval_sequences} "
+            "of them: give more data or lower eval_sequences"
+        )
+    cut = len(sequences) - recipe.eval_sequences
+    logger.info("%d sequences, %d dropped", cut, dropped)
+    return sequences[:cut], sequences[cut:]
+
+
+@cache
+def _compiled(
+    target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
+) -> tuple[Any, Any, Any]:
+    """Optimiser, training step and evaluation step."""
+    optimizer = make_optimizer(recipe, num_updates)
+    static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
+    step_fn = jax.jit(partial(train_step, optimizer=optimizer, **static), donate_argnums=0)
+    return optimizer, step_fn, jax.jit(partial(evaluation_step, **static))
 
 
 def fit(recipe: TrainConfig) -> Path:
@@ -179,24 +169,15 @@ def fit(recipe: TrainConfig) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
     """
     out = Path(recipe.out)
-    out.mkdir(parents=True, exist_ok=True)
-    check_same_recipe(out / "recipe.json", recipe)
+    rows = data.read_conversations(Path(recipe.data))
+    record = recipe_record(recipe)
+    check_same_recipe(out / "recipe.json", record)
     target = load_target(recipe.target, jnp.dtype(recipe.dtype))
     cfg = drafter_config(recipe, target)
-
-    rows = data.read_conversations(Path(recipe.data))
-    end_id = target.tokenizer.eos_token_id
-    sequences, dropped = data.tokenize(rows, target.tokenizer, chat_prompt_ids, end_id, recipe)
-    if len(sequences) <= recipe.eval_sequences:
-        raise ValueError(
-            f"{recipe.data} has {len(sequences)} usable conversations, eval_sequences takes "
-            f"{recipe.eval_sequences} of them: give more data or lower eval_sequences"
-        )
-    cut = len(sequences) - recipe.eval_sequences
-    train_set, held_out = sequences[:cut], sequences[cut:]
-    per_epoch = len(data.epoch_batches(train_set, recipe, 0))
-    total = recipe.steps or max(1, round(recipe.epochs * per_epoch))
-    logger.info("%d sequences, %d dropped, %d steps", len(train_set), dropped, total)
+    train_set, held_out = load_sequences(rows, target, recipe)
+    total = recipe.steps or max(
+        1, round(recipe.epochs * len(data.epoch_batches(train_set, recipe, 0)))
+    )
 
     own = t2d_V = None
     if cfg.draft_vocab_size is not None:
@@ -204,17 +185,16 @@ def fit(recipe: TrainConfig) -> Path:
         own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
     frozen = Frozen(target.params, vocab, t2d_V)
-    optimizer = make_optimizer(recipe, total * recipe.updates_per_batch)
+    optimizer, step_fn, eval_fn = _compiled(
+        target.cfg,
+        cfg,
+        dataclasses.replace(recipe, **UNREAD),
+        total * recipe.updates_per_batch,
+    )
     params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
     if recipe.bigram_init:
         params = start_from_bigrams(params, train_set, t2d_V, cfg)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    static: dict[str, Any] = {"target_cfg": target.cfg, "cfg": cfg}
-    step_fn = jax.jit(
-        partial(train_step, optimizer=optimizer, recipe=recipe, **static), donate_argnums=0
-    )
-    eval_fn = jax.jit(partial(evaluation_step, recipe=recipe, **static))
 
     def evaluate(params: DrafterParams) -> dict[str, Any]:
         batches = [
@@ -223,36 +203,37 @@ def fit(recipe: TrainConfig) -> Path:
         ]
         return mean_metrics([eval_fn(params, frozen, batch) for batch in batches])
 
-    with Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved, stop_on_signals() as stop:
+    write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
+    with (
+        Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
+        stop_on_signals() as stop,
+    ):
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
         log = MetricsLog(out / "metrics.jsonl", start)
         batches = data.batches_from(train_set, recipe, start)
-        bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
         began, blocks = time.monotonic(), 0.0
-        for step in range(start + 1, total + 1):
-            state, metrics = step_fn(state, frozen, next(batches))
-            values = plain(metrics)
-            if not math.isfinite(values["loss"]):
-                terms = {k: values[k] for k in ("ce", "l1", "confidence") if k in values}
-                raise FloatingPointError(
-                    f"the loss of step {step} is not finite ({terms}): the checkpoint of step "
-                    f"{saved.latest} in {saved.directory} is the last good one"
+        bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
+        with bar:
+            for step in range(start + 1, total + 1):
+                state, metrics = step_fn(state, frozen, next(batches))
+                values = plain(metrics)
+                last_good = f"the last good checkpoint in {saved.directory} is that of step"
+                check_finite(step, values, f"{last_good} {saved.latest or 0}")
+                blocks += values["blocks"]
+                rate = blocks / (time.monotonic() - began)
+                bar.update()
+                bar.set_postfix(
+                    loss=values["loss"], length=values["accepted_length"], blocks_s=rate
                 )
-            blocks += values["blocks"]
-            rate = blocks / (time.monotonic() - began)
-            bar.update()
-            bar.set_postfix(loss=values["loss"], length=values["accepted_length"], blocks_s=rate)
-            if step % recipe.log_every == 0 or step == total:
-                log.write(step, blocks_per_s=round(rate, 2), **values)
-            if step % recipe.eval_every == 0 or step == total:
-                log.write(step, split="held-out", **evaluate(state.params))
-            if step % recipe.checkpoint_every == 0 or step == total or stop:
-                saved.save(step, state)
-            if stop and step < total:
-                bar.close()
-                raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-        bar.close()
+                if step % recipe.log_every == 0 or step == total:
+                    log.write(step, blocks_per_s=round(rate, 2), **values)
+                if held_out and (step % recipe.eval_every == 0 or step == total):
+                    log.write(step, split="held-out", **evaluate(state.params))
+                if step % recipe.checkpoint_every == 0 or step == total or stop:
+                    saved.save(step, state)
+                if stop and step < total:
+                    raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
     save_drafter(out / "drafter", cfg, state.params, own)
     return out / "drafter"

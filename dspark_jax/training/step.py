@@ -53,16 +53,16 @@ class Batch:
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine to 0, with the reference's constants.
 
-    With W = int(warmup_fraction * total) and T = total - W, step i >= W has
-    lr (1 + cos(pi t / T)) / (1 + cos(pi / T)), t = i - W: slightly above lr right after the
-    warm-up (spec section 10).
+    With W = int(warmup_fraction * total) and T = total - W, step i < W has lr (i + 1) / W, and
+    step i >= W has lr (1 + cos(pi t / T)) / (1 + cos(pi / T)), t = i - W: slightly above lr right
+    after the warm-up (spec section 10).
     """
     warmup = int(recipe.warmup_fraction * total_steps)
     decay = max(total_steps - warmup, 1)
     scale = 1.0 + math.cos(math.pi / decay)
 
     def schedule(count: jax.Array) -> jax.Array:
-        ramp = count / max(warmup, 1)
+        ramp = (count + 1) / max(warmup, 1)
         cosine = 1.0 + jnp.cos(jnp.pi * jnp.minimum(count - warmup, decay) / decay)
         factor = jnp.where(count < warmup, ramp, cosine / scale if scale > 0 else 1.0)
         return recipe.learning_rate * factor
@@ -150,7 +150,7 @@ def train_step(
             params, frozen, batch, feature_BSFD, teacher, key, turn, cfg, recipe
         )
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
 
     turn_U = jnp.arange(recipe.updates_per_batch) / recipe.updates_per_batch

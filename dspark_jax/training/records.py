@@ -1,0 +1,116 @@
+"""What a run says of itself: its recipe and ``metrics.jsonl`` beside the checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.checkpoint import read_json, write_atomically
+from dspark_jax.config import TrainConfig
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line a logged step; steps that a resumed run repeats are cut first."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Open a log for the steps after ``start_step``."""
+        self.path = path
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        kept = [line for line in text.split("\n") if _step_of(line) <= start_step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; a line torn by a crash counts as never reached."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
+
+
+def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Metrics as JSON numbers and lists, rounded to 6 digits."""
+    return {
+        name.removesuffix("_G"): np.round(np.asarray(value, np.float64), 6).tolist()
+        for name, value in jax.device_get(metrics).items()
+    }
+
+
+def mean_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, Any]:
+    """Mean of several batches' metrics, weighted by their blocks."""
+    rows = jax.device_get(rows)
+    weight = np.array([row["blocks"] for row in rows], np.float64)
+    return {
+        name.removesuffix("_G"): np.round(
+            np.average([row[name] for row in rows], axis=0, weights=weight), 6
+        ).tolist()
+        for name in rows[0]
+        if name != "blocks"
+    }
+
+
+def recipe_record(recipe: TrainConfig) -> dict[str, Any]:
+    """The recipe and the SHA-256 of its data, as JSON values.
+
+    The order of batches and the reduced vocabulary follow from the data, so a run that goes on
+    needs the same; the file may move.
+    """
+    record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return record | {"data_sha256": hashlib.sha256(Path(recipe.data).read_bytes()).hexdigest()}
+
+
+def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
+    """Refuse to resume a run of another recipe, which lies beside its checkpoints.
+
+    Args:
+        path: of the run's ``recipe.json``; a run that is new has none.
+        now: :func:`recipe_record` of the recipe asked for.
+
+    Raises:
+        ValueError: names the fields that differ, or says that the file is no recipe.
+    """
+    if not path.exists():
+        return
+    found = read_json(path, "recipe")
+    if not isinstance(found, dict) or not found or not found.keys() <= now.keys():
+        raise ValueError(
+            f"{path} is not the recipe of a training run: set out to another directory"
+        )
+    # An older run has the defaults of newer fields.
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    before = defaults | {"data_sha256": now["data_sha256"]} | found
+    may_change = {"out", "data", "eval_every", "checkpoint_every", "log_every"}
+    differ = [k for k in now if k not in may_change and before[k] != now[k]]
+    if differ:
+        changes = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in differ)
+        raise ValueError(
+            f"{path.parent} holds a run of another recipe ({changes}): "
+            "set another out, or restore these values"
+        )
+
+
+def check_finite(step: int, values: dict[str, Any], remedy: str) -> None:
+    """Stop a run whose numbers are lost.
+
+    A gradient that is not finite ruins the weights even where the loss still is.
+
+    Raises:
+        FloatingPointError: names the step and the terms that are not finite.
+    """
+    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if bad:
+        terms = ", ".join(f"{name} {values[name]}" for name in bad)
+        raise FloatingPointError(f"step {step} is not finite ({terms}): {remedy}")

@@ -1,0 +1,483 @@
+"""The training loop on models as small as can be: its files, resuming, and what it refuses."""
+
+import dataclasses
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.checkpoint import Checkpoints
+from dspark_jax.config import TrainConfig
+from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.state import Request
+from dspark_jax.models.load import load_drafter_for, load_target
+from dspark_jax.training import data, fit, records
+from dspark_jax.training.records import MetricsLog
+from tests.tiny_model import TARGET, write_target
+
+STEPS = 30
+ANSWERS = ("one two three four", "abcabcabcabcabc", "yes yes yes yes yes")
+METRICS = {
+    "accept_rate",
+    "accepted_length",
+    "ce",
+    "confidence",
+    "confidence_abs_error",
+    "confidence_bias",
+    "l1",
+    "loss",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory):
+    return write_target(tmp_path_factory.mktemp("fit") / "target")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, target_folder):
+    """Ten batches an epoch, a reduced vocabulary, two updates a batch."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": f"say it {i}"},
+                {"role": "assistant", "content": ANSWERS[i % 3]},
+            ]
+        }
+        for i in range(24)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig(
+        target=str(target_folder),
+        data=str(folder / "data.jsonl"),
+        out=str(folder / "whole"),
+        num_layers=1,
+        block_size=3,
+        markov_rank=4,
+        draft_vocab_size=40,
+        target_layer_ids=(-1, 0),
+        max_length=40,
+        length_buckets=(40,),
+        tokens_per_batch=80,
+        num_anchors=8,
+        updates_per_batch=2,
+        steps=STEPS,
+        learning_rate=3e-3,
+        eval_sequences=4,
+        eval_every=10,
+        checkpoint_every=5,
+        log_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    """The directory of a run that nothing disturbed."""
+    assert fit.fit(recipe) == Path(recipe.out) / "drafter"
+    return Path(recipe.out)
+
+
+def elsewhere(recipe, folder, **changes):
+    return dataclasses.replace(recipe, out=str(folder), **changes)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def weights_of(out):
+    return load_file(out / "drafter" / "model.safetensors")
+
+
+def assert_same_run(out, whole):
+    """Bit-identical weights, and the same log but for the speed."""
+    for name, value in weights_of(whole).items():
+        np.testing.assert_array_equal(weights_of(out)[name], value, err_msg=name)
+    logs = [[row | {"blocks_per_s": 0} for row in log_of(folder)] for folder in (out, whole)]
+    assert logs[0] == logs[1]
+
+
+def interrupt_at(monkeypatch, step, action):
+    """Have ``action`` called while the batch of a step is made."""
+    batches_from = data.batches_from
+
+    def batches(sequences, recipe, start):
+        for number, batch in enumerate(batches_from(sequences, recipe, start), start + 1):
+            if number == step:
+                action()
+            yield batch
+
+    monkeypatch.setattr(data, "batches_from", batches)
+
+
+# A whole run.
+
+
+def test_the_drafter_loads_and_generates(whole, target_folder):
+    target = load_target(target_folder)
+    drafter = load_drafter_for(target, whole / "drafter")
+    assert drafter.cfg.draft_vocab_size == 40
+    bound = (drafter.cfg, drafter.params, drafter.vocab)
+    decoder = make_decoder((target.cfg, target.params), bound, target.tokenizer)
+    (result,) = generate(decoder, [Request(target.tokenizer.encode("say it"), max_new_tokens=12)])
+    assert len(result.token_ids) == 12
+    assert max(result.verified_lengths) == 3
+
+
+def test_the_log_has_what_is_documented(whole):
+    rows = log_of(whole)
+    train = [row for row in rows if "split" not in row]
+    held_out = [row for row in rows if "split" in row]
+    assert [row["step"] for row in train] == list(range(2, STEPS + 1, 2))
+    assert [row["step"] for row in held_out] == [10, 20, 30]
+    assert all(
+        set(row) == METRICS | {"step", "blocks", "blocks_per_s", "gradient_norm"} for row in train
+    )
+    assert all(set(row) == METRICS | {"step", "split"} for row in held_out)
+    assert all(row["split"] == "held-out" and len(row["accept_rate"]) == 3 for row in held_out)
+    assert all(1 <= row["accepted_length"] <= 4 for row in rows)
+    assert json.loads((whole / "recipe.json").read_text())["steps"] == STEPS
+
+
+def test_the_loss_falls_and_the_accepted_length_rises(whole):
+    held_out = [row for row in log_of(whole) if "split" in row]
+    assert held_out[-1]["ce"] < held_out[0]["ce"] - 0.1
+    assert held_out[-1]["loss"] < held_out[0]["loss"]
+    assert held_out[-1]["accepted_length"] > held_out[0]["accepted_length"]
+
+
+def test_a_finished_run_is_only_exported_again(whole, recipe):
+    before = weights_of(whole)
+    (whole / "drafter" / "model.safetensors").unlink()
+    fit.fit(recipe)
+    for name, value in weights_of(whole).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+# Interrupted runs.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_ends_the_same(
+    whole, recipe, tmp_path, monkeypatch, number
+):
+    stopped = elsewhere(recipe, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7, lambda: signal.raise_signal(number))
+        with pytest.raises(KeyboardInterrupt, match=f"saved step 7 of {STEPS}"):
+            fit.fit(stopped)
+    fit.fit(stopped)
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_signals_are_the_callers_again_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with fit.stop_on_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):  # the second one does not wait for the step
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.full
+def test_a_killed_run_resumes_to_the_same_end(recipe, tmp_path):
+    """kill -9 at random moments, again and again."""
+
+    def start(out):
+        config = tmp_path / f"{out.name}.py"
+        run = elsewhere(recipe, out)
+        config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {run!r}\n")
+        code = "import sys; from dspark_jax.cli import main; sys.exit(main(['train', sys.argv[1]]))"
+        command = [sys.executable, "-c", code, str(config)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert start(whole).wait(300) == 0
+    for goal in (4, 12, 22):
+        process, log, deadline = start(out), out / "metrics.jsonl", time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            text = log.read_text() if log.exists() else ""
+            if f'"step": {goal}' in text:
+                break
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.05)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL, "it ended before it could be killed"
+    assert start(out).wait(300) == 0
+    assert_same_run(out, whole)
+
+
+def test_the_log_drops_repeated_and_torn_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "note": "a\u2028b\x85c"}, {"step": 2}, {"step": 3}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join([*lines, '"text"', '{"step": "2"}', '{"step": 1, "los']))
+    MetricsLog(path, 2).write(3, loss=1.5)
+    assert log_of(tmp_path) == [*rows[:2], {"step": 3, "loss": 1.5}]
+
+
+# What is refused, and when.
+
+
+def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
+    other = dataclasses.replace(recipe, learning_rate=1.0, markov_rank=5)
+    expected = r"another recipe \(markov_rank: 4 -> 5, learning_rate: 0.003 -> 1.0\)"
+    with pytest.raises(ValueError, match=expected):
+        fit.fit(other)
+
+
+def test_other_data_in_the_same_directory_is_refused_but_may_move(whole, recipe, tmp_path):
+    text = Path(recipe.data).read_text()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(text)
+    assert fit.fit(dataclasses.replace(recipe, data=str(moved))) == whole / "drafter"
+    moved.write_text(text.replace("three", "seven"))
+    with pytest.raises(ValueError, match=r"another recipe \(data_sha256"):
+        fit.fit(dataclasses.replace(recipe, data=str(moved)))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"lr": 3}', "\udcff"])
+def test_a_foreign_or_damaged_recipe_is_refused(recipe, tmp_path, text):
+    (tmp_path / "recipe.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"recipe\.json"):
+        fit.fit(elsewhere(recipe, tmp_path))
+
+
+def test_an_older_runs_recipe_has_the_defaults_of_newer_fields(recipe, tmp_path):
+    now = records.recipe_record(recipe)
+    older = {k: v for k, v in now.items() if k not in ("keep_checkpoints", "data_sha256")}
+    (tmp_path / "recipe.json").write_text(json.dumps(older))
+    records.check_same_recipe(tmp_path / "recipe.json", now)
+    with pytest.raises(ValueError, match="keep_checkpoints: 2 -> 3"):
+        records.check_same_recipe(tmp_path / "recipe.json", now | {"keep_checkpoints": 3})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
+def test_damaged_checkpoints_are_refused(tmp_path):
+    like = {"a": jax.numpy.zeros(4), "b": jax.numpy.zeros((2, 3))}
+    with Checkpoints(tmp_path / "c", 2) as saved:
+        saved.save(1, like)
+    with Checkpoints(tmp_path / "c", 2) as saved:
+        np.testing.assert_array_equal(saved.restore(1, like)["a"], like["a"])
+        for other in ({"a": like["a"]}, like | {"a": jax.numpy.zeros(5)}):
+            with pytest.raises(ValueError, match="does not fit this configuration"):
+                saved.restore(1, other)
+    for path in (tmp_path / "c" / "1").rglob("*"):
+        if path.is_file() and path.name != "_CHECKPOINT_METADATA":
+            path.write_bytes(b"nothing")
+    with Checkpoints(tmp_path / "c", 2) as saved, pytest.raises(ValueError, match="damaged"):
+        saved.restore(1, like)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not a directory of checkpoints"):
+        Checkpoints(tmp_path / "file", 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
+    broken = elsewhere(recipe, tmp_path)
+    plain = fit.plain
+    seen = []
+
+    def spoil(metrics):
+        seen.append(1)
+        return plain(metrics) | (
+            {"l1": float("nan"), "loss": float("nan")} if len(seen) == 7 else {}
+        )
+
+    monkeypatch.setattr(fit, "plain", spoil)
+    with pytest.raises(
+        FloatingPointError, match=r"step 7 is not finite \(l1 nan, loss nan\).*step 5"
+    ):
+        fit.fit(broken)
+    with Checkpoints(tmp_path / "checkpoints", 2) as saved:
+        assert saved.latest == 5
+    assert not (tmp_path / "drafter").exists()
+
+
+def test_a_gradient_that_is_not_finite_counts_too():
+    records.check_finite(3, {"loss": 1.0, "accept_rate": [0.5, 1.0]}, "")
+    with pytest.raises(FloatingPointError, match=r"step 3 .*gradient_norm inf"):
+        records.check_finite(3, {"loss": 1.0, "gradient_norm": float("inf")}, "")
+
+
+def test_nothing_is_loaded_or_written_before_the_data_is_read(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "load_target", None)
+    missing = elsewhere(recipe, tmp_path / "out", data=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        fit.fit(missing)
+    with pytest.raises(ValueError, match="not readable"):
+        fit.fit(dataclasses.replace(missing, data=str(tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eval_sequences": 24}, "24 usable conversations .* eval_sequences takes 24"),
+        ({"min_loss_tokens": 21}, r"0 usable conversations \(24 more"),
+        ({"max_length": 600, "length_buckets": (600,)}, "max_length 600 .* at most 512"),
+    ],
+)
+def test_data_that_does_not_suffice_leaves_no_recipe_behind(recipe, tmp_path, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        fit.fit(elsewhere(recipe, tmp_path, **changes))
+    assert not (tmp_path / "recipe.json").exists()
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u2028c\x85d"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("{", "not JSON"),
+        ([], "conversations"),
+        ({"conversations": TURNS[:1]}, "at least two turns"),
+        ({"conversations": "ab"}, "at least two turns"),
+        ({"conversations": [TURNS[0], TURNS[0]]}, "the last turn is the user's"),
+        ({"conversations": [TURNS[0], {"role": "assistant"}]}, 'strings "role" and "content"'),
+        ({"conversations": [{"role": "user", "content": 3}, TURNS[1]]}, 'strings "role" and'),
+        ({"conversations": [3, TURNS[1]]}, 'strings "role" and "content"'),
+        ({"conversations": TURNS, "response_ids": "ab"}, "list of token ids"),
+        ({"conversations": TURNS, "response_ids": [1, 2.5]}, "list of token ids"),
+        ({"conversations": TURNS, "response_ids": [True]}, "list of token ids"),
+        ({"conversations": TURNS, "finish": 1}, '"finish" must be a string'),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(tmp_path, row, expected):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"conversations": TURNS}, ensure_ascii=False)
+    text = row if isinstance(row, str) else json.dumps(row)
+    path.write_text(f"{good}\n\n{text}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{re.escape(expected)}"):
+        data.read_conversations(path)
+    path.write_text(f"{good}\n\n", encoding="utf-8")
+    ((origin, read),) = data.read_conversations(path)
+    assert origin == f"{path}:1"
+    assert read["conversations"] == TURNS
+
+
+class Tokenizer:
+    """A character a token."""
+
+    def __len__(self):
+        return 128
+
+    def encode(self, text, add_special_tokens=False):
+        return list(text.encode())
+
+
+def test_conversations_become_sequences(recipe):
+    recipe = dataclasses.replace(recipe, max_length=8, length_buckets=(8,), min_loss_tokens=3)
+
+    def rows(**values):
+        return [("d:1", {"conversations": [*TURNS[:1], {"content": "xyz"}], **values})]
+
+    def prompt_ids(tokenizer, turns):
+        return tokenizer.encode(turns[-1]["content"] + ">")
+
+    def only(**values):
+        kept, dropped = data.tokenize(rows(**values), Tokenizer(), prompt_ids, 0, recipe)
+        assert len(kept) + dropped == 1
+        return (kept[0].token_S.tolist(), kept[0].answer_start) if kept else None
+
+    assert only() == ([*b"a>xyz", 0], 2)
+    assert only(finish="length") == ([*b"a>xyz"], 2)
+    assert only(response_ids=[5, 6, 7, 8, 9, 10, 11]) == ([*b"a>", 5, 6, 7, 8, 9, 10], 2)
+    assert only(response_ids=[5], finish="stop") is None
+    for bad in (128, -1):
+        with pytest.raises(ValueError, match=rf"d:1: {bad} in .*0\.\.127"):
+            only(response_ids=[1, bad])
+
+    def refuse(*_):
+        raise ValueError("the prompt is empty")
+
+    with pytest.raises(ValueError, match="d:1: the prompt is empty"):
+        data.tokenize(rows(), Tokenizer(), refuse, 0, recipe)
+
+
+def test_batches_cover_every_sequence_once_an_epoch_wherever_they_start(recipe):
+    lengths = np.random.default_rng(0).integers(9, 41, 23)
+    sequences = [data.TokenSequence(np.full(n, i + 1, np.int32), 4) for i, n in enumerate(lengths)]
+    recipe = dataclasses.replace(recipe, length_buckets=(16, 40))
+    per_epoch = len(data.epoch_batches(sequences, recipe, 0))
+    stream = data.batches_from(sequences, recipe, 0)
+    first = [next(stream) for _ in range(2 * per_epoch)]
+    for epoch in (first[:per_epoch], first[per_epoch:]):
+        seen = sorted(int(row[0]) for batch in epoch for row in batch.token_BS if row.any())
+        assert seen == list(range(1, 24))
+        assert sum(int(batch.loss_mask_BS.sum()) for batch in epoch) == lengths.sum() - 4 * 23
+    for start in (3, per_epoch, per_epoch + 2):
+        resumed = next(data.batches_from(sequences, recipe, start))
+        np.testing.assert_array_equal(resumed.token_BS, first[start].token_BS)
+    assert any(
+        not np.array_equal(one.token_BS, other.token_BS)
+        for one, other in zip(first[:per_epoch], first[per_epoch:], strict=True)
+    )
+
+
+def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens():
+    sequence = data.TokenSequence(np.array([9, 9, 9, 7, 7, 5, 8, 8, 8], np.int32), 3)
+    np.testing.assert_array_equal(data.frequent_tokens([sequence], 2), [7, 8])
+    np.testing.assert_array_equal(data.frequent_tokens([sequence], 5), [0, 1, 5, 7, 8])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"l1_weight": -0.1}, "l1_weight is -0.1"),
+        ({"ce_weight": 0.0, "l1_weight": 0.0}, "both 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"loss_decay": -1.0}, "loss_decay is -1.0"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"eval_sequences": -1}, "eval_sequences is -1"),
+        ({"min_loss_tokens": 1}, "min_loss_tokens is 1"),
+        ({"mask_token_id": -2}, "mask_token_id is -2"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction 1.0"),
+        ({"length_buckets": (1, 40)}, "must be at least 2"),
+        ({"length_buckets": (20,)}, "end with max_length"),
+        ({"markov_head": "other"}, "markov_head is 'other'"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(recipe, changes, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        dataclasses.replace(recipe, **changes)
+
+
+def test_a_run_without_held_out_sequences(recipe, tmp_path):
+    out = fit.fit(elsewhere(recipe, tmp_path, eval_sequences=0, bigram_init=True))
+    assert out == tmp_path / "drafter"
+    assert not any("split" in row for row in log_of(tmp_path))
+
+
+def test_feature_layers_of_shallow_targets():
+    assert fit.default_feature_layers(30) == (1, 8, 14, 20, 27)
+    for layers in range(1, 12):
+        ids = fit.default_feature_layers(layers)
+        assert list(ids) == sorted(set(ids))
+        assert ids[0] >= 0
+        assert layers < 3 or ids[-1] <= layers - 3
+    assert TARGET.num_layers == 2
