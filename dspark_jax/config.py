@@ -191,12 +191,13 @@ class TrainConfig:
         length_buckets: sequence lengths that are compiled; the last one is ``max_length``.
         bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
             training begins where it would be after hundreds of updates.
+        local_init: start the first layer's heads with their eyes on the last positions.
         tokens_per_batch: positions of one step: a bucket of length S takes tokens_per_batch // S
             sequences.
         num_anchors: training blocks a sequence, for a bucket of max_length; shorter buckets get
             proportionally fewer.
-        updates_per_batch: optimiser updates that share one pass of the target, each with other
-            anchors.
+        updates_per_batch: optimiser updates that share one pass of the target.
+        sequences_per_update: sequences of the batch that one update sees; 0 is all of them.
         steps: batches; 0 is ``epochs`` passes over the data.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
@@ -224,11 +225,13 @@ class TrainConfig:
     target_layer_ids: tuple[int, ...] = ()
     mask_token_id: int = -1
     bigram_init: bool = False
+    local_init: bool = False
     max_length: int = 448
     length_buckets: tuple[int, ...] = (128, 256, 448)
     tokens_per_batch: int = 1792
     num_anchors: int = 128
     updates_per_batch: int = 1
+    sequences_per_update: int = 0
     min_loss_tokens: int = 8
     steps: int = 0
     epochs: float = 1.0

@@ -28,6 +28,7 @@ from dspark_jax.models.target import Vocab
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
+from dspark_jax.training.local_heads import start_with_local_heads
 from dspark_jax.training.records import (
     MetricsLog,
     check_finite,
@@ -41,6 +42,7 @@ from dspark_jax.training.step import (
     TrainState,
     evaluation_step,
     make_optimizer,
+    target_outputs,
     train_step,
 )
 
@@ -194,12 +196,25 @@ def fit(recipe: TrainConfig) -> Path:
     params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
     if recipe.bigram_init:
         params = start_from_bigrams(params, train_set, t2d_V, cfg)
+    if recipe.local_init:
+        some = next(data.batches_from(train_set, recipe, 0))
+        supervised = jnp.asarray(some.loss_mask_BS)
+        feature_BSFD, _ = jax.jit(partial(target_outputs, target_cfg=target.cfg, cfg=cfg))(
+            frozen, some
+        )
+        params = start_with_local_heads(
+            params, vocab, feature_BSFD[supervised], jnp.asarray(some.token_BS)[supervised], cfg
+        )
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    # Batches as small as an update's: the held-out set may be much smaller than a batch.
+    few = recipe.sequences_per_update * recipe.max_length
+    small = dataclasses.replace(recipe, tokens_per_batch=few) if few else recipe
 
     def evaluate(params: DrafterParams) -> dict[str, Any]:
         batches = [
-            data.make_batch(held_out, indices, bucket, data.batch_size(recipe, bucket))
-            for bucket, indices in data.epoch_batches(held_out, recipe, 0)
+            data.make_batch(held_out, indices, bucket, data.batch_size(small, bucket))
+            for bucket, indices in data.epoch_batches(held_out, small, 0)
         ]
         return mean_metrics([eval_fn(params, frozen, batch) for batch in batches])
 

@@ -133,9 +133,11 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One batch with online features: the target runs in the same program.
 
-    Its features serve ``updates_per_batch`` optimiser updates in turn, each with other anchors:
-    the target's pass, most of the cost, is paid once, and every update still sees all sequences.
-    The anchors depend on (seed, step) alone, so a resumed run draws the same ones.
+    Its features serve ``updates_per_batch`` optimiser updates, each over
+    ``sequences_per_update`` of the sequences in a shuffled order that starts again when all were
+    used, then with other anchors. Many small updates over a large batch learn faster than few
+    large ones, and the target's pass, most of the cost, is paid once. Everything depends on
+    (seed, step) alone, so a resumed run draws the same.
 
     Returns:
         The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
@@ -143,18 +145,27 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
+    size = batch.token_BS.shape[0]
+    share = min(recipe.sequences_per_update or size, size)
+    laps = -(-recipe.updates_per_batch * share // size)
 
-    def update(carry: tuple[DrafterParams, Any], turn: jax.Array) -> Any:
+    def update(carry: tuple[DrafterParams, Any], index: jax.Array) -> Any:
         params, optimizer_state = carry
+        first = index * share
+        lap = first // size
+        order_B = jax.random.permutation(jax.random.fold_in(key, lap), size)
+        chosen = order_B[(first + jnp.arange(share)) % size]
+        part, feature, law = jax.tree.map(lambda x: x[chosen], (batch, feature_BSFD, teacher))
         (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            params, frozen, batch, feature_BSFD, teacher, key, turn, cfg, recipe
+            params, frozen, part, feature, law, key, lap / laps, cfg, recipe
         )
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
 
-    turn_U = jnp.arange(recipe.updates_per_batch) / recipe.updates_per_batch
-    (params, optimizer_state), each = jax.lax.scan(update, (state.params, state.optimizer), turn_U)
+    (params, optimizer_state), each = jax.lax.scan(
+        update, (state.params, state.optimizer), jnp.arange(recipe.updates_per_batch)
+    )
     metrics = {name: value.mean(0) for name, value in each.items()}
     metrics["blocks"] = each["blocks"].sum()
     return TrainState(state.step + 1, params, optimizer_state), metrics
