@@ -255,7 +255,7 @@ class TrainConfig:
         self._check_integers(-1, "mask_token_id")
         self._check_integers(
             0, "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "draft_vocab_size",
-            "markov_rank", "steps", "seed", "eval_sequences",
+            "markov_rank", "steps", "seed", "eval_sequences", "sequences_per_update",
         )  # fmt: skip
         self._check_integers(
             1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
@@ -297,7 +297,7 @@ class TrainConfig:
         for field in fields:
             value = getattr(self, field)
             if type(value) is not int or value < least:
-                raise ValueError(f"{field} is {value!r}: it must be an integer of at least {least}")
+                raise ValueError(f"{field} {value!r} must be an integer of at least {least}")
 
 
 def _convert(field: str, text: str, annotation: object) -> object:

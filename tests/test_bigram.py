@@ -98,6 +98,14 @@ def test_the_factors_are_balanced_and_the_same_every_time():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("answer", [[0], [0, 1], [0, 0, 0, 0], [6, 6]])
+def test_hardly_any_data_still_gives_numbers(answer):
+    sequence = TokenSequence(np.array([11, *answer], np.int32), 1)
+    for rank in (2, 5, 40):
+        w1_VR, w2_RU = bigram_factors([sequence], REDUCED, VOCAB, 9, rank)
+        assert np.isfinite(w1_VR @ w2_RU).all()
+
+
 def test_a_drafter_starts_with_them_and_a_quiet_backbone():
     cfg = dataclasses.replace(DRAFTER, markov_rank=6)
     sequences, vocab = chain(0, 5), cfg.vocab_size

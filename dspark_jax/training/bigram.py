@@ -64,12 +64,13 @@ def bigram_factors(
     excess.data = np.log1p(excess.data / (PRIOR_STRENGTH * unigram_U[excess.indices]))
     weighted = sparse.diags(row_V) @ excess @ sparse.diags(column_U)
     components = min(rank - 1, min(weighted.shape) - 1)
-    left, value, right = linalg.svds(weighted.tocsr(), k=components, random_state=0)
 
     w1_VR, w2_RU = np.zeros((vocab_size, rank)), np.zeros((rank, draft_size))
-    seen = row_V > 0
-    w1_VR[seen, :components] = left[seen] * np.sqrt(value) / row_V[seen, None]
-    w2_RU[:components] = np.sqrt(value)[:, None] * right / column_U
+    if len(before):
+        left, value, right = linalg.svds(weighted.tocsr(), k=components, random_state=0)
+        seen = row_V > 0
+        w1_VR[seen, :components] = left[seen] * np.sqrt(value) / row_V[seen, None]
+        w2_RU[:components] = np.sqrt(value)[:, None] * right / column_U
     w1_VR[:, -1] = 1.0
     w2_RU[-1] = np.log(unigram_U) - np.log(unigram_U).mean()
     # Rows and columns of equal size learn at an equal pace.

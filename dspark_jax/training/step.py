@@ -160,7 +160,7 @@ def train_step(
             params, frozen, part, feature, law, key, lap / laps, cfg, recipe
         )
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
 
     (params, optimizer_state), each = jax.lax.scan(
