@@ -11,10 +11,13 @@ from scipy import stats
 
 from dspark_jax.axes import init_params, make_mesh
 from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine import generate as generate_module
+from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.generate import generate, make_decoder
 from dspark_jax.engine.state import Request
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.heads import DraftBlock
 from dspark_jax.models.target import Vocab, declare_target, encode, unembed
 from pallas_kernels import random
 
@@ -110,29 +113,19 @@ def test_greedy_text_is_the_targets_own(target, kind):
         np.testing.assert_array_equal(best, result.token_ids)
 
 
-def test_a_perfect_drafter_is_accepted_whole(target):
-    """With the target's text forced as drafts, every block survives: accepted length G + 1."""
-    decoder = make_decoder(target, drafter_of(target))
+def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
+    """With the target's text as drafts every block survives: accepted length G + 1."""
     (plain,) = generate(make_decoder(target), [Request([3], 21)])
-    from dspark_jax.engine import round as engine_round
 
     def oracle(weights, state, anchor_B, position_B, cfg):
-        del weights, anchor_B
         known = jnp.array([3, *plain.token_ids, 0, 0, 0, 0, 0, 0])
         token = known[position_B[:, None] + 1 + jnp.arange(4)]
-        zeros = jnp.zeros((1, 4))
-        return engine_round.DraftBlock(token, token, jnp.zeros((1, 4, 61)), zeros)
+        return DraftBlock(token, token, jnp.zeros((1, 4, 61)), jnp.zeros((1, 4)))
 
-    original, engine_round.draft = engine_round.draft, oracle
-    try:
-        jax.clear_caches()
-        from dspark_jax.engine import generate as module
-
-        module._round_fn.cache_clear()
-        (spec,) = generate(decoder, [Request([3], 21)])
-    finally:
-        engine_round.draft = original
-        module._round_fn.cache_clear()
+    monkeypatch.setattr(engine_round, "draft", oracle)
+    generate_module._round_fn.cache_clear()
+    (spec,) = generate(make_decoder(target, drafter_of(target)), [Request([3], 21)])
+    generate_module._round_fn.cache_clear()
     assert spec.token_ids == plain.token_ids
     assert spec.accepted_lengths == [5, 5, 5, 5]
 
@@ -263,13 +256,11 @@ def test_stop_strings_cut_the_text_wherever_they_begin(target):
 
 
 def test_programs_are_compiled_once(target):
-    from dspark_jax.engine import generate as module
-
     decoder = make_decoder(target, drafter_of(target))
     generate(decoder, requests())
-    step = module._round_fn.cache_info()
+    step = generate_module._round_fn.cache_info()
     generate(decoder, requests(max_new_tokens=30))
-    assert module._round_fn.cache_info().misses == step.misses
+    assert generate_module._round_fn.cache_info().misses == step.misses
 
 
 @pytest.mark.parametrize(
