@@ -5,6 +5,7 @@ The functions here are pure; ``generate.py`` jits them with a donated state.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,9 +134,15 @@ def decode_round(
     column_C = jnp.arange(cfg.num_draft + 1, dtype=jnp.int32)
     wanted_BC = (column_C <= verified_B[:, None]) & state.active_B[:, None]
     rows = _rows(token_BC, position_B[:, None] + column_C, wanted_BC)
-    hidden_TD, feature_TFD, target_cache = _extend(weights, state, rows, cfg, cfg.num_draft + 1)
-    logits_TV = unembed(weights.target.vocab, hidden_TD)
-    logits_BCV = logits_TV.reshape(num_slots, cfg.num_draft + 1, -1)
+    read = functools.partial(_read, weights, state, rows, cfg)
+    if cfg.threshold:
+        # Where no slot verifies anything one row each will do. Which slots verify is settled, so
+        # that this changes the cost of the round and nothing else.
+        logits_BCV, feature_TFD, target_cache = jax.lax.cond(
+            (verified_B * state.active_B).any(), read, functools.partial(read, anchors_alone=True)
+        )
+    else:
+        logits_BCV, feature_TFD, target_cache = read()
     finite_BC = jnp.isfinite(logits_BCV).all(-1) | ~wanted_BC
 
     acceptance = accept(weights, state, block, logits_BCV, verified_B, position_B, cfg)
@@ -270,6 +277,27 @@ def _rows(token_BC: jax.Array, position_BC: jax.Array, wanted_BC: jax.Array) -> 
     num_slots = token_BC.shape[0]
     slot_BC = jnp.where(wanted_BC, jnp.arange(num_slots, dtype=jnp.int32)[:, None], num_slots)
     return Rows(token_BC.reshape(-1), slot_BC.reshape(-1), position_BC.reshape(-1))
+
+
+def _read(
+    weights: Weights, state: DecodeState, rows: Rows, cfg: RoundConfig, anchors_alone: bool = False
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The target over the rows of a round: logits_BCV, feature_TFD and its cache.
+
+    ``anchors_alone`` reads the first row of every slot only; the others are left 0.
+    """
+    num_slots, num_columns = state.length_B.shape[0], cfg.num_draft + 1
+    if not anchors_alone:
+        hidden_TD, feature_TFD, cache = _extend(weights, state, rows, cfg, num_columns)
+        logits_TV = unembed(weights.target.vocab, hidden_TD)
+        return logits_TV.reshape(num_slots, num_columns, -1), feature_TFD, cache
+    first = jax.tree.map(lambda x_T: x_T[::num_columns], rows)
+    hidden_BD, feature_BFD, cache = _extend(weights, state, first, cfg, 1)
+    logits_BV = unembed(weights.target.vocab, hidden_BD)
+    logits_BCV = jnp.zeros((num_slots, num_columns, logits_BV.shape[-1]), logits_BV.dtype)
+    shape = (num_slots * num_columns, *feature_BFD.shape[1:])
+    feature_TFD = jnp.zeros(shape, feature_BFD.dtype).at[::num_columns].set(feature_BFD)
+    return logits_BCV.at[:, 0].set(logits_BV), feature_TFD, cache
 
 
 def _extend(
