@@ -49,6 +49,14 @@ DRAFTER = DrafterConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def target_of(cfg, seed=0, scale=8.0):
     """A random target; ``scale`` sharpens its distributions."""
     params = init_params(jax.random.key(seed), declare_target(cfg))
@@ -176,7 +184,7 @@ def test_distribution_of_the_text(acceptance, kind):
     assert exact.sum() == pytest.approx(1.0, abs=1e-5)
 
     decoder = make_decoder(target, drafter)
-    count = 6000
+    count = 4000
     keys = np.asarray(random.fold_in(random.seed_key(9), jnp.arange(count)))
     batch = [Request([1, 1], length, key=key, **sampled) for key in keys]
     results = generate(decoder, batch, acceptance=acceptance)
@@ -195,7 +203,7 @@ def test_distribution_of_the_text(acceptance, kind):
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8), (4, 2)])
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
 def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
     """Heads that do not divide over the mesh are replicated; slots are filled up."""
     drafter = drafter_of(target)
@@ -292,12 +300,12 @@ def test_policies_that_do_not_fit_are_refused(target):
 
 def test_logits_that_are_not_finite_end_their_request_alone(target):
     cfg, params = target
-    embed = params.vocab.embed_VD.at[58].set(jnp.nan)
-    broken = cfg, params.replace(vocab=params.vocab.replace(embed_VD=embed))
-    decoder = make_decoder(broken)
     good = generate(make_decoder(target), requests())
-    batch = [Request([58, 2], 8), *requests()]
-    bad, *others = generate(decoder, batch)
+    used = set().union(*PROMPTS, *texts(good))
+    poison = next(token for token in range(cfg.vocab_size) if token not in used)
+    embed = params.vocab.embed_VD.at[poison].set(jnp.nan)
+    broken = cfg, params.replace(vocab=params.vocab.replace(embed_VD=embed))
+    bad, *others = generate(make_decoder(broken), [Request([poison, 2], 8), *requests()])
     assert bad.finish_reason == "error"
     assert bad.token_ids == []
     assert texts(others) == texts(good)

@@ -102,7 +102,7 @@ def test_forward(case):
     if case.cfg.confidence:
         np.testing.assert_allclose(
             np.asarray(outputs.confidence_logit_BAG)[keep],
-            case.forward["confidence_logits"][keep],
+            case.forward["confidence_pred"][keep],
             rtol=0,
             atol=3e-5,
         )
