@@ -14,6 +14,8 @@ _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} {_DEVICES}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Most of the suite's time goes into compiling small programs, which is quicker like this.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture(scope="session")
