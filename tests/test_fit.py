@@ -38,14 +38,6 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory):
     return write_target(tmp_path_factory.mktemp("fit") / "target")

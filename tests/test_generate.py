@@ -49,14 +49,6 @@ DRAFTER = DrafterConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def target_of(cfg, seed=0, scale=8.0):
     """A random target; ``scale`` sharpens its distributions."""
     params = init_params(jax.random.key(seed), declare_target(cfg))

@@ -4,7 +4,6 @@ import ast
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.tiny_model import BLOCK, write_drafter, write_target
@@ -41,15 +40,6 @@ def test_notebooks_hold_no_output_and_use_the_public_api_alone(path):
                 assert not node.attr.startswith("_")
 
 
-@pytest.fixture
-def quick_compilation():
-    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_quickstart(tmp_path, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

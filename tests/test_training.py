@@ -28,14 +28,6 @@ RECIPE = TrainConfig(
 REDUCED = np.array([3, 5, 8, 13, 21, 34, 55, 89], np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nearly all of the time here goes into compiling, which is twice as fast like this."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def frozen():
     target = random_params(20, declare_target(TARGET))
