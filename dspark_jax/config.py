@@ -205,7 +205,10 @@ class TrainConfig:
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
         eval_every, checkpoint_every, log_every: in steps.
         keep_checkpoints: how many checkpoints stay.
-        dtype: of the frozen target; the drafter's parameters are float32.
+        init_drafter: drafter to start from (directory, hub id or ``"default"``), whose sizes and
+            draft vocabulary must be the recipe's; empty for fresh weights.
+        dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
+            their gradients and the optimiser's state are float32.
     """
 
     target: str = "default"
@@ -226,6 +229,7 @@ class TrainConfig:
     mask_token_id: int = -1
     bigram_init: bool = False
     local_init: bool = False
+    init_drafter: str = ""
     max_length: int = 448
     length_buckets: tuple[int, ...] = (128, 256, 448)
     tokens_per_batch: int = 1792
@@ -287,6 +291,11 @@ class TrainConfig:
             )
         if buckets[0] < 2:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
+        if self.init_drafter and (self.bigram_init or self.local_init):
+            raise ValueError(
+                f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "
+                "local_init to false"
+            )
         if self.bigram_init and (self.markov_head != "vanilla" or self.markov_rank < 2):
             raise ValueError(
                 "bigram_init needs markov_head 'vanilla' with a markov_rank of at least 2, not "

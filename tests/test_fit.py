@@ -470,3 +470,27 @@ def test_feature_layers_of_shallow_targets():
         assert ids[0] >= 0
         assert layers < 3 or ids[-1] <= layers - 3
     assert TARGET.num_layers == 2
+
+
+def test_a_run_starts_from_another_drafter(recipe, whole, tmp_path):
+    source = str(whole / "drafter")
+    again = elsewhere(recipe, tmp_path / "on", init_drafter=source, steps=2, learning_rate=1e-9)
+    fit.fit(again)
+    for name, value in weights_of(whole).items():
+        np.testing.assert_allclose(weights_of(tmp_path / "on")[name], value, atol=1e-6)
+    other = elsewhere(recipe, tmp_path / "other", init_drafter=source, block_size=2)
+    with pytest.raises(ValueError, match=r"init_drafter .*block_size: 2 -> 3.*change"):
+        fit.fit(other)
+    with pytest.raises(ValueError, match=r"init_drafter .*bigram_init and local_init to false"):
+        elsewhere(recipe, tmp_path, init_drafter=source, bigram_init=True)
+
+
+def test_bfloat16_trains_nearly_the_same(recipe, whole, tmp_path):
+    """Target and forward pass in bfloat16; weights, gradients and divergences stay float32."""
+    fit.fit(elsewhere(recipe, tmp_path, dtype="bfloat16"))
+    exact, rounded = log_of(whole), log_of(tmp_path)
+    assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
+    assert rounded[0]["loss"] != exact[0]["loss"]
+    assert rounded[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.05)
+    weights = weights_of(tmp_path)
+    assert all(weights[name].dtype == value.dtype for name, value in weights_of(whole).items())

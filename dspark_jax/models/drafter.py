@@ -23,6 +23,7 @@ from dspark_jax.models.layers import (
     declare_layers,
     finish_layer,
     loop_layers,
+    matmul,
     project_kv,
     project_qkv,
     rms_norm,
@@ -79,7 +80,7 @@ def inject(
         k and v, [L, X, K, H] each, or tuples of L arrays where the layers are unstacked.
     """
     flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FED.dtype)
-    context_XD = flat_XI @ drafter.fc_FED.reshape(flat_XI.shape[-1], -1)
+    context_XD = matmul(flat_XI, drafter.fc_FED.reshape(flat_XI.shape[-1], -1))
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
     table = rope_table(position_X, cfg)
     if isinstance(drafter.layers, tuple):

@@ -100,14 +100,15 @@ def _hf_target(source: str | Path, dtype: Any) -> Target:
 
 
 def load_drafter_for(
-    target: Target, source: str | Path, *, use_target_vocab: bool = False
+    target: Target, source: str | Path, *, use_target_vocab: bool = False, dtype: Any = None
 ) -> Drafter:
-    """A drafter for a loaded target, in the target's dtype.
+    """A drafter for a loaded target.
 
     Args:
         target: the target.
         source: ``"default"``, a directory or a hub id.
         use_target_vocab: whether to ignore an embedding and head of the drafter's own.
+        dtype: of the parameters; None for the target's.
 
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
@@ -117,7 +118,7 @@ def load_drafter_for(
         if found is None:
             raise LoadError("this installation has no default drafter: name one, or use none")
         source = found
-    dtype = target.params.norm_D.dtype
+    dtype = target.params.norm_D.dtype if dtype is None else dtype
     cfg, params, own = load_drafter(source, dtype)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
     return Drafter(cfg, params, vocab, Path(source).resolve().name)

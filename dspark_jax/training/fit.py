@@ -23,8 +23,8 @@ from dspark_jax.checkpoint import Checkpoints, write_atomically
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab, save_drafter
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.load import Target, load_target
-from dspark_jax.models.target import Vocab
+from dspark_jax.models.load import Target, load_drafter_for, load_target
+from dspark_jax.models.target import Vocab, encode
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
@@ -42,11 +42,13 @@ from dspark_jax.training.step import (
     TrainState,
     evaluation_step,
     make_optimizer,
-    target_outputs,
     train_step,
 )
 
 logger = logging.getLogger(__name__)
+
+# Sequences whose features start the local heads: a direction needs no more.
+LOCAL_INIT_SEQUENCES = 8
 
 # Settings that no compiled step reads: runs that differ in nothing else share programs.
 UNREAD: dict[str, Any] = {
@@ -55,6 +57,8 @@ UNREAD: dict[str, Any] = {
     "out": "",
     "eval_sequences": 0,
     "bigram_init": False,
+    "local_init": False,
+    "init_drafter": "",
 }
 
 
@@ -84,6 +88,7 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
         mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
         target_layer_ids=recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
         num_target_layers=cfg.num_layers,
+        num_anchors=recipe.num_anchors,
         markov_rank=recipe.markov_rank,
         markov_head=recipe.markov_head,
         confidence=recipe.confidence,
@@ -148,6 +153,61 @@ def load_sequences(
     return sequences[:cut], sequences[cut:]
 
 
+def starting_point(
+    recipe: TrainConfig, cfg: DrafterConfig, target: Target, train_set: list[data.TokenSequence]
+) -> tuple[DrafterParams, np.ndarray | None]:
+    """The drafter before the first step, float32, and its draft vocabulary ``d2t_U``.
+
+    Raises:
+        ValueError: ``init_drafter`` cannot be read, or is not of the recipe's sizes.
+    """
+    if recipe.init_drafter:
+        found = load_drafter_for(target, recipe.init_drafter, dtype=jnp.float32)
+        check_same_sizes(recipe.init_drafter, cfg, found.cfg)
+        d2t_U = None if found.vocab.d2t_U is None else np.asarray(found.vocab.d2t_U)
+        return found.params, d2t_U
+    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+    d2t_U = t2d_V = None
+    if cfg.draft_vocab_size is not None:
+        d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
+        t2d_V = draft_places(cfg.vocab_size, d2t_U)
+    if recipe.bigram_init:
+        params = start_from_bigrams(params, train_set, t2d_V, cfg)
+    if recipe.local_init:
+        some = next(data.batches_from(train_set, recipe, 0))
+        rows = min(len(some.token_BS), LOCAL_INIT_SEQUENCES)
+        token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
+        read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
+        _, feature_BSFD = read(target.params, token_BS)
+        params = start_with_local_heads(
+            params,
+            target.params.vocab,
+            feature_BSFD[supervised_BS].astype(jnp.float32),
+            jnp.asarray(token_BS[supervised_BS]),
+            cfg,
+        )
+    return params, d2t_U
+
+
+def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
+    """Refuse a drafter that is not of the recipe's sizes.
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    free = {"owns_vocab", "max_positions", "num_anchors"}
+    differ = [
+        f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
+        for field in dataclasses.fields(DrafterConfig)
+        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
+            "change these settings, or start afresh"
+        )
+
+
 @cache
 def _compiled(
     target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
@@ -181,9 +241,9 @@ def fit(recipe: TrainConfig) -> Path:
         1, round(recipe.epochs * len(data.epoch_batches(train_set, recipe, 0)))
     )
 
+    params, d2t_U = starting_point(recipe, cfg, target, train_set)
     own = t2d_V = None
-    if cfg.draft_vocab_size is not None:
-        d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
+    if d2t_U is not None:
         own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
     frozen = Frozen(target.params, vocab, t2d_V)
@@ -193,18 +253,6 @@ def fit(recipe: TrainConfig) -> Path:
         dataclasses.replace(recipe, **UNREAD),
         total * recipe.updates_per_batch,
     )
-    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
-    if recipe.bigram_init:
-        params = start_from_bigrams(params, train_set, t2d_V, cfg)
-    if recipe.local_init:
-        some = next(data.batches_from(train_set, recipe, 0))
-        supervised = jnp.asarray(some.loss_mask_BS)
-        feature_BSFD, _ = jax.jit(partial(target_outputs, target_cfg=target.cfg, cfg=cfg))(
-            frozen, some
-        )
-        params = start_with_local_heads(
-            params, vocab, feature_BSFD[supervised], jnp.asarray(some.token_BS)[supervised], cfg
-        )
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     # Batches as small as an update's: the held-out set may be much smaller than a batch.

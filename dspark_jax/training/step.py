@@ -94,7 +94,11 @@ def batch_loss(
     cfg: DrafterConfig,
     recipe: TrainConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of a batch whose target features are given."""
+    """Loss and metrics of a batch whose target features are given.
+
+    The forward pass runs in ``recipe.dtype``; gradients and divergences are float32.
+    """
+    params = jax.tree.map(lambda x: x.astype(recipe.dtype), params)
     num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
     anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
     labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
