@@ -28,7 +28,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(version: str) -> argparse.ArgumentParser:
-    """The parser; ``command`` of its result is ``generate``, ``bench speed`` or ``train``."""
+    """The parser; ``command`` of its result is ``generate``, ``bench speed``, ``train``, ...
+
+    Two words name a command that has a verb of its own, as in ``bench speed`` or ``cache write``.
+    """
     parser = _Parser(
         prog="dspark",
         description="Speculative decoding with DSpark drafters: generate, measure, train.",
@@ -43,6 +46,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
+    _add_cache(commands)
     return parser
 
 
@@ -125,6 +129,26 @@ def _add_train(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+
+
+def _add_cache(commands: Any) -> None:
+    cache = _add_command(commands, "cache", "target features on disk, for training")
+    verbs = cache.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb, summary in (
+        ("estimate", "print how many bytes a cache takes, and write nothing"),
+        ("write", "run the target over the data of a configuration, or go on with it"),
+    ):
+        command = _add_command(verbs, verb, summary)
+        command.set_defaults(command=f"cache {verb}")
+        add = command.add_argument
+        add("config", metavar="CONFIG.py", help="as for train")
+        add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
+    add("--out", required=True, metavar="DIR", help="where the cache goes")
+    add("--processes", type=_count, default=1, metavar="N", help="that write at once, each a part")
+    add("--process", type=int, default=0, metavar="I", help="which of them this one is, from 0")
+    check = _add_command(verbs, "check", "read all of a cache and say what it holds")
+    check.set_defaults(command="cache check")
+    check.add_argument("directory", metavar="DIR")
 
 
 def _add_models(command: argparse.ArgumentParser) -> None:

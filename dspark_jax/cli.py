@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (wrong usage and ``--help`` raise SystemExit)."""
     args = make_parser(dspark_jax.__version__).parse_args(argv)
-    run = {"generate": generate, "bench speed": bench_speed, "train": train}[args.command]
+    run = {
+        "generate": generate,
+        "bench speed": bench_speed,
+        "train": train,
+        "cache estimate": cache_estimate,
+        "cache write": cache_write,
+        "cache check": cache_check,
+    }[args.command]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
     logging.basicConfig(format="dspark: %(message)s", level=logging.ERROR)
@@ -164,6 +171,47 @@ def train(args: argparse.Namespace) -> int:
     from dspark_jax.training.fit import fit
 
     print(fit(recipe))
+    return 0
+
+
+def cache_estimate(args: argparse.Namespace) -> int:
+    """Print the bytes of a cache before it is written."""
+    recipe = override(_recipe(args.config), args.set)
+    from dspark_jax.training.write_cache import cache_size
+
+    size = cache_size(recipe)
+    print(
+        f"{size.size_bytes} bytes ({size.size_bytes / 1e9:.3f} GB) for {size.num_samples} "
+        f"sequences, {size.num_tokens} tokens"
+    )
+    return 0
+
+
+def cache_write(args: argparse.Namespace) -> int:
+    """Write the target's features of a configuration's data."""
+    recipe = override(_recipe(args.config), args.set)
+    _use_compilation_cache()
+    from dspark_jax.training.write_cache import write_cache
+
+    whole = write_cache(recipe, Path(args.out), args.process, args.processes)
+    print(args.out if whole else f"{args.out}: this part is complete, others are still missing")
+    return 0
+
+
+def cache_check(args: argparse.Namespace) -> int:
+    """Read all of a cache."""
+    from tqdm import tqdm
+
+    from dspark_jax.training.cache import CacheReader, check_values
+
+    reader = CacheReader(args.directory)
+    for _ in tqdm(check_values(reader), total=len(reader), unit="sample", desc="check"):
+        pass
+    layers = ",".join(map(str, reader.spec.layer_ids))
+    print(
+        f"{args.directory}: {len(reader)} samples, {reader.record_N['seq_len'].sum()} tokens, "
+        f"{reader.size_bytes} bytes, layers {layers} of {reader.spec.target}"
+    )
     return 0
 
 

@@ -209,6 +209,10 @@ class TrainConfig:
             draft vocabulary must be the recipe's; empty for fresh weights.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
+        cache: directory of a target cache, which has the sequences and their features, so that
+            ``data`` is not read; empty runs the target in every step.
+        cache_gb: above 0, ``cache`` is a place for at most so many GB (1e9 bytes), where the
+            features of the coming batches are written, trained on and replaced in turns.
     """
 
     target: str = "default"
@@ -254,6 +258,8 @@ class TrainConfig:
     log_every: int = 10
     keep_checkpoints: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: str = ""
+    cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_integers(-1, "mask_token_id")
@@ -269,7 +275,9 @@ class TrainConfig:
         for field in ("learning_rate", "clip_norm", "epochs"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be positive")
-        for field in ("ce_weight", "l1_weight", "confidence_weight", "weight_decay", "loss_decay"):
+        for field in (
+            "ce_weight", "l1_weight", "confidence_weight", "weight_decay", "loss_decay", "cache_gb",
+        ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must not be negative")
         if not self.ce_weight and not self.l1_weight:
@@ -291,6 +299,8 @@ class TrainConfig:
             )
         if buckets[0] < 2:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
+        if self.cache_gb and not self.cache:
+            raise ValueError(f"cache_gb is {self.cache_gb}, but cache is empty: name a directory")
         if self.init_drafter and (self.bigram_init or self.local_init):
             raise ValueError(
                 f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "

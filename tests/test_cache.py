@@ -1,5 +1,6 @@
 """Target caches: the recorded one, damaged ones, several writers, and writers that were killed."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -295,10 +296,10 @@ def test_a_killed_writer_leaves_no_cache_and_goes_on(expected, tmp_path):
 @pytest.mark.parametrize("index_lost", [0, 1, 56, 100])
 def test_torn_files_of_a_part_are_cut(expected, tmp_path, shard_lost, index_lost):
     """Whatever was lost at the end of either file, the part goes on from what is whole."""
-    with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path, SPEC, 0, 2, 2400) as writer:
+    with contextlib.suppress(ZeroDivisionError), CacheWriter(tmp_path, SPEC, 0, 2, 2400) as writer:
         for number in range(3):
             writer.add(number, *sample_of(expected, number))
-        raise KeyboardInterrupt
+        1 / 0  # noqa: B018
     assert not is_complete(tmp_path, 0, 2)
     for name, lost in (("shard-00001.bin", shard_lost), (INDEX, index_lost)):
         path = part_folder(tmp_path, 0, 2) / name

@@ -239,6 +239,8 @@ def _read_manifest(directory: Path) -> tuple[CacheSpec, int, list[str]]:
     for key, most in (("hidden_size", 2**24), ("num_samples", 2**48), ("num_shards", 2**32)):
         if type(manifest.get(key)) is not int or not 0 < manifest[key] < most:
             raise LoadError(f"{path}: {key} is {manifest.get(key)!r}: it must be positive")
+    if not isinstance(shards, list):
+        shards = []
     try:
         names = {shard["shard_id"]: str(shard["file_name"]) for shard in shards}
         ordered = [names[i] for i in range(manifest["num_shards"])]

@@ -140,7 +140,7 @@ class CacheWriter:
             self._shard = self._open_shard()
         offsets = start + np.cumsum([0, *(array.nbytes for array in arrays[:-1])])
         for array in arrays:
-            self._shard.write(np.ascontiguousarray(array).view(np.uint8))
+            self._shard.write(np.ascontiguousarray(array).view(np.uint8).data)
         self._shard.flush()
         record = np.array([(sample_id, self._shard_id, length, *offsets)], RECORD)
         self._index.write(record.tobytes())

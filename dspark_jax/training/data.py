@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,27 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import TrainConfig
+from dspark_jax.training.cache import CachedSample
 from dspark_jax.training.step import Batch
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised conversation: int32 ids, and where the supervised answer begins."""
+    """One tokenised conversation: int32 ids, and where the supervised answer begins.
+
+    One out of a cache brings its features, and a loss mask that may have gaps.
+    """
 
     token_S: np.ndarray
     answer_start: int
+    cached: CachedSample | None = None
+
+    @property
+    def loss_mask_S(self) -> np.ndarray:
+        """bool: the supervised tokens."""
+        if self.cached is not None:
+            return self.cached.loss_mask_S[: len(self.token_S)] > 0
+        return np.arange(len(self.token_S)) >= self.answer_start
 
 
 def read_conversations(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -156,14 +168,23 @@ def epoch_batches(
     The last batch of a bucket may have fewer sequences; it is filled with empty ones.
     """
     random = np.random.Generator(np.random.Philox([recipe.seed, epoch]))
+    order = random.permutation(len(sequences)).tolist()
+    batches = bucket_batches(sequences, order, recipe)
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def bucket_batches(
+    sequences: Sequence[TokenSequence], order: Iterable[int], recipe: TrainConfig
+) -> list[tuple[int, list[int]]]:
+    """Batches (bucket, indices of sequences), in each bucket in the given order."""
     members: dict[int, list[int]] = {bucket: [] for bucket in recipe.length_buckets}
-    for index in random.permutation(len(sequences)):
-        members[bucket_of(sequences[index], recipe)].append(int(index))
+    for index in order:
+        members[bucket_of(sequences[index], recipe)].append(index)
     batches = []
     for bucket, indices in members.items():
         size = batch_size(recipe, bucket)
         batches += [(bucket, indices[i : i + size]) for i in range(0, len(indices), size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    return batches
 
 
 def batch_size(recipe: TrainConfig, bucket: int) -> int:
@@ -174,23 +195,42 @@ def batch_size(recipe: TrainConfig, bucket: int) -> int:
 def make_batch(
     sequences: Sequence[TokenSequence], indices: Sequence[int], bucket: int, size: int
 ) -> Batch:
-    """A batch of static shape [size, bucket], padded at the end of sequences and of the batch."""
-    token_BS = np.zeros((size, bucket), np.int32)
-    mask_BS = np.zeros((size, bucket), bool)
-    for row, index in enumerate(indices):
-        sequence = sequences[index]
-        token_BS[row, : len(sequence.token_S)] = sequence.token_S
-        mask_BS[row, sequence.answer_start : len(sequence.token_S)] = True
-    return Batch(token_BS, mask_BS)
+    """A batch of static shape [size, bucket], padded at the end of sequences and of the batch.
+
+    It brings features where all of its sequences do.
+    """
+    chosen = [sequences[index] for index in indices]
+
+    def pad(arrays: list[np.ndarray]) -> np.ndarray:
+        padded = np.zeros((size, bucket, *arrays[0].shape[1:]), arrays[0].dtype)
+        for row, (array, sequence) in enumerate(zip(arrays, chosen, strict=True)):
+            length = len(sequence.token_S)
+            padded[row, :length] = array[:length]
+        return padded
+
+    tokens = pad([sequence.token_S for sequence in chosen])
+    masks = pad([sequence.loss_mask_S for sequence in chosen])
+    cached = [sequence.cached for sequence in chosen if sequence.cached is not None]
+    if len(cached) < len(chosen):
+        return Batch(tokens, masks)
+    features = pad([sample.feature_SFD for sample in cached])
+    return Batch(tokens, masks, features, pad([sample.hidden_SD for sample in cached]))
 
 
 def batches_from(
     sequences: Sequence[TokenSequence], recipe: TrainConfig, start_step: int
 ) -> Iterator[Batch]:
     """The endless stream of batches from a step on; resuming needs no state but the step."""
+    for bucket, indices in schedule_from(sequences, recipe, start_step):
+        yield make_batch(sequences, indices, bucket, batch_size(recipe, bucket))
+
+
+def schedule_from(
+    sequences: Sequence[TokenSequence], recipe: TrainConfig, start_step: int
+) -> Iterator[tuple[int, list[int]]]:
+    """What the batches from a step on consist of, see :func:`epoch_batches`; endless."""
     step, epoch = 0, 0
     while True:
         batches = epoch_batches(sequences, recipe, epoch)
-        for bucket, indices in batches[max(0, start_step - step) :]:
-            yield make_batch(sequences, indices, bucket, batch_size(recipe, bucket))
+        yield from batches[max(0, start_step - step) :]
         step, epoch = step + len(batches), epoch + 1

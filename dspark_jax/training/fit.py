@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +28,13 @@ from dspark_jax.models.target import Vocab, encode
 from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
+from dspark_jax.training.cache import MANIFEST, CacheReader
+from dspark_jax.training.features import (
+    bounded_batches,
+    cache_spec,
+    cached_sequences,
+    target_reader,
+)
 from dspark_jax.training.local_heads import start_with_local_heads
 from dspark_jax.training.records import (
     MetricsLog,
@@ -59,7 +66,12 @@ UNREAD: dict[str, Any] = {
     "bigram_init": False,
     "local_init": False,
     "init_drafter": "",
+    "cache": "",
+    "cache_gb": 0.0,
 }
+
+# Sequences come from conversations with their places in the data, or out of a cache.
+Source = list[tuple[str, dict[str, Any]]] | CacheReader
 
 
 def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
@@ -125,14 +137,31 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def open_source(recipe: TrainConfig) -> Source:
+    """Where a recipe's sequences come from.
+
+    Raises:
+        ValueError: the data or the cache cannot be used.
+    """
+    if recipe.cache and not recipe.cache_gb:
+        return CacheReader(recipe.cache)
+    if recipe.cache and (Path(recipe.cache) / MANIFEST).exists():
+        raise ValueError(
+            f"cache {recipe.cache} holds a whole cache: set cache_gb to 0 to train on it, or name "
+            "another directory"
+        )
+    return data.read_conversations(Path(recipe.data))
+
+
 def load_sequences(
-    rows: list[tuple[str, dict[str, Any]]], target: Target, recipe: TrainConfig
-) -> tuple[list[data.TokenSequence], list[data.TokenSequence]]:
-    """The sequences to train on and the held-out ones, the last of the file.
+    source: Source, target: Target, cfg: DrafterConfig, recipe: TrainConfig
+) -> tuple[Sequence[data.TokenSequence], Sequence[data.TokenSequence]]:
+    """The sequences to train on and the held-out ones, the last of the file or the cache.
 
     Raises:
         ValueError: the data does not suit the target, or there is too little of it.
     """
+    sequences: Sequence[data.TokenSequence]
     end_id = target.tokenizer.eos_token_id
     if end_id is None:
         raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
@@ -141,10 +170,16 @@ def load_sequences(
             f"max_length {recipe.max_length} is beyond the context of {target.name}: "
             f"set it to at most {target.cfg.max_positions}"
         )
-    sequences, dropped = data.tokenize(rows, target.tokenizer, chat_prompt_ids, end_id, recipe)
+    if isinstance(source, CacheReader):
+        source.require(cache_spec(recipe, target, cfg))
+        sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
+    else:
+        encoding = target.tokenizer, chat_prompt_ids, end_id
+        sequences, dropped = data.tokenize(source, *encoding, recipe)
     if len(sequences) <= recipe.eval_sequences:
+        name = source.directory if isinstance(source, CacheReader) else recipe.data
         raise ValueError(
-            f"{recipe.data} has {len(sequences)} usable conversations ({dropped} more are too "
+            f"{name} has {len(sequences)} usable conversations ({dropped} more are too "
             f"short, or their prompts too long), and eval_sequences takes {recipe.eval_sequences} "
             "of them: give more data or lower eval_sequences"
         )
@@ -154,7 +189,10 @@ def load_sequences(
 
 
 def starting_point(
-    recipe: TrainConfig, cfg: DrafterConfig, target: Target, train_set: list[data.TokenSequence]
+    recipe: TrainConfig,
+    cfg: DrafterConfig,
+    target: Target,
+    train_set: Sequence[data.TokenSequence],
 ) -> tuple[DrafterParams, np.ndarray | None]:
     """The drafter before the first step, float32, and its draft vocabulary ``d2t_U``.
 
@@ -178,11 +216,13 @@ def starting_point(
         rows = min(len(some.token_BS), LOCAL_INIT_SEQUENCES)
         token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
         read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
-        _, feature_BSFD = read(target.params, token_BS)
+        feature_BSFD = some.feature_BSFD
+        if feature_BSFD is None:
+            _, feature_BSFD = read(target.params, token_BS)
         params = start_with_local_heads(
             params,
             target.params.vocab,
-            feature_BSFD[supervised_BS].astype(jnp.float32),
+            feature_BSFD[:rows][supervised_BS].astype(jnp.float32),
             jnp.asarray(token_BS[supervised_BS]),
             cfg,
         )
@@ -231,12 +271,12 @@ def fit(recipe: TrainConfig) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
     """
     out = Path(recipe.out)
-    rows = data.read_conversations(Path(recipe.data))
+    source = open_source(recipe)
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)
     target = load_target(recipe.target, jnp.dtype(recipe.dtype))
     cfg = drafter_config(recipe, target)
-    train_set, held_out = load_sequences(rows, target, recipe)
+    train_set, held_out = load_sequences(source, target, cfg, recipe)
     total = recipe.steps or max(
         1, round(recipe.epochs * len(data.epoch_batches(train_set, recipe, 0)))
     )
@@ -276,6 +316,9 @@ def fit(recipe: TrainConfig) -> Path:
             state = saved.restore(start, state)
         log = MetricsLog(out / "metrics.jsonl", start)
         batches = data.batches_from(train_set, recipe, start)
+        if recipe.cache_gb:
+            spec, read = cache_spec(recipe, target, cfg), target_reader(target, cfg)
+            batches = bounded_batches(train_set, recipe, range(start, total), spec, read)
         began, blocks = time.monotonic(), 0.0
         bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
         with bar:

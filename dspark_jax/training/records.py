@@ -14,6 +14,7 @@ import numpy as np
 
 from dspark_jax.checkpoint import read_json, write_atomically
 from dspark_jax.config import TrainConfig
+from dspark_jax.training.cache import INDEX
 
 
 class MetricsLog:
@@ -63,13 +64,20 @@ def mean_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, Any]:
 
 
 def recipe_record(recipe: TrainConfig) -> dict[str, Any]:
-    """The recipe and the SHA-256 of its data, as JSON values.
+    """The recipe and the SHA-256 of its data (of a cache: of its index), as JSON values.
 
     The order of batches and the reduced vocabulary follow from the data, so a run that goes on
     needs the same; the file may move.
     """
     record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    return record | {"data_sha256": hashlib.sha256(Path(recipe.data).read_bytes()).hexdigest()}
+    whole_cache = recipe.cache and not recipe.cache_gb
+    source = Path(recipe.cache) / INDEX if whole_cache else Path(recipe.data)
+    return record | {"data_sha256": sha256(source)}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
@@ -92,7 +100,7 @@ def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
     # An older run has the defaults of newer fields.
     defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
     before = defaults | {"data_sha256": now["data_sha256"]} | found
-    may_change = {"out", "data", "eval_every", "checkpoint_every", "log_every"}
+    may_change = {"out", "data", "cache", "cache_gb", "eval_every", "checkpoint_every", "log_every"}
     differ = [k for k in now if k not in may_change and before[k] != now[k]]
     if differ:
         changes = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in differ)

@@ -44,10 +44,19 @@ class Frozen:
 
 @struct.dataclass
 class Batch:
-    """Sequences of one length bucket: token_BS int32, loss_mask_BS bool; padding at the end."""
+    """Sequences of one length bucket, with padding at the end.
+
+    Attributes:
+        token_BS: int32 ids.
+        loss_mask_BS: bool, the supervised tokens.
+        feature_BSFD, hidden_BSD: bfloat16 outputs of the target out of a cache; None where the
+            step is to run the target.
+    """
 
     token_BS: Any
     loss_mask_BS: Any
+    feature_BSFD: Any = None
+    hidden_BSD: Any = None
 
 
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -120,9 +129,11 @@ def target_outputs(
     frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
 ) -> tuple[jax.Array, Teacher]:
     """Features and distributions of the frozen target for a batch."""
-    hidden_BSD, feature_BSFD = encode(
-        frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
-    )
+    hidden_BSD, feature_BSFD = batch.hidden_BSD, batch.feature_BSFD
+    if feature_BSFD is None:
+        hidden_BSD, feature_BSFD = encode(
+            frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
+        )
     return feature_BSFD, teacher_probs(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U)
 
 
@@ -135,9 +146,9 @@ def train_step(
     recipe: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One batch with online features: the target runs in the same program.
+    """One batch; the target runs in the same program, unless the batch brings its outputs.
 
-    Its features serve ``updates_per_batch`` optimiser updates, each over
+    The features serve ``updates_per_batch`` optimiser updates, each over
     ``sequences_per_update`` of the sequences in a shuffled order that starts again when all were
     used, then with other anchors. Many small updates over a large batch learn faster than few
     large ones, and the target's pass, most of the cost, is paid once. Everything depends on
