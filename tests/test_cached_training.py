@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax import cli
 from dspark_jax.config import TrainConfig
-from dspark_jax.training import cache_writer, data, features, fit, write_cache
+from dspark_jax.models.load import load_target
+from dspark_jax.training import cache_writer, data, features, fit, step, write_cache
 from dspark_jax.training.cache import BFLOAT16, INDEX, MANIFEST, CacheReader, CacheSpec
 from tests.tiny_model import TARGET, write_target
 
@@ -58,17 +62,20 @@ def recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def online(recipe):
-    return run_of(fit.fit(recipe))
-
-
-@pytest.fixture(scope="module")
 def written(recipe, tmp_path_factory):
     """A cache that two processes have written one after the other."""
     folder = tmp_path_factory.mktemp("cache") / "whole"
     assert not write_cache.write_cache(recipe, folder, process=1, processes=2)
     assert write_cache.write_cache(recipe, folder, process=0, processes=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cached(recipe, written, tmp_path_factory):
+    """A run on the whole cache; the data is not read."""
+    settings = {"cache": str(written), "data": "gone.jsonl", "eval_sequences": 0}
+    out = str(tmp_path_factory.mktemp("cached"))
+    return run_of(fit.fit(dataclasses.replace(recipe, out=out, **settings)))
 
 
 def run_of(drafter):
@@ -95,10 +102,35 @@ def files_in(folder):
 # A whole cache.
 
 
-def test_cached_training_is_online_training(recipe, online, written, tmp_path):
-    """Held-out rows included; the data is not read, and the target not asked."""
-    settings = {"out": str(tmp_path), "cache": str(written), "data": "gone.jsonl"}
+def test_cached_batches_are_online_batches(recipe, written):
+    """All that the loss reads of the target is the same, bit for bit; the target is not asked."""
+    target = load_target(recipe.target, jnp.bfloat16)
+    cfg = fit.drafter_config(recipe, target)
+    frozen = step.Frozen(target.params, target.params.vocab, None)
+    outputs = jax.jit(partial(step.target_outputs, target_cfg=target.cfg, cfg=cfg))
+    sources = data.read_conversations(Path(recipe.data)), CacheReader(written)
+    online, cached = (
+        next(data.batches_from(fit.load_sequences(source, target, cfg, recipe)[0], recipe, 0))
+        for source in sources
+    )
+    expected, found = outputs(frozen, online), outputs(frozen, cached)
+    assert (online.feature_BSFD, found[0].dtype) == (None, BFLOAT16)
+    real_BS = np.cumsum(online.loss_mask_BS[:, ::-1], axis=1)[:, ::-1] > 0  # not the padding
+    np.testing.assert_array_equal(cached.token_BS, online.token_BS)
+    np.testing.assert_array_equal(cached.loss_mask_BS, online.loss_mask_BS)
+    np.testing.assert_array_equal(found[0][real_BS], expected[0][real_BS])
+    np.testing.assert_array_equal(found[1].prob_BSU[real_BS], expected[1].prob_BSU[real_BS])
+    assert not cached.feature_BSFD[~real_BS].any()
+
+
+@pytest.mark.full
+def test_cached_training_is_online_training(recipe, written, tmp_path):
+    """The whole run, held-out sequences included."""
+    online = run_of(fit.fit(dataclasses.replace(recipe, out=str(tmp_path / "online"))))
+    settings = {"out": str(tmp_path / "c"), "cache": str(written), "data": "gone.jsonl"}
     assert_same_run(run_of(fit.fit(dataclasses.replace(recipe, **settings))), online)
+    turns = {"out": str(tmp_path / "t"), "cache": str(tmp_path / "p"), "cache_gb": PIECE_GB}
+    assert_same_run(run_of(fit.fit(dataclasses.replace(recipe, **turns))), online)
 
 
 def test_a_whole_cache_is_left_as_it_is(recipe, written):
@@ -241,7 +273,7 @@ def sizes(tmp_path, monkeypatch):
     return seen, pieces
 
 
-@pytest.mark.parametrize(("cache_gb", "num_pieces"), [(1.2e-5, 10), (PIECE_GB, 5), (1.0, 1)])
+@pytest.mark.parametrize(("cache_gb", "num_pieces"), [(1.2e-5, 9), (PIECE_GB, 5), (1.0, 1)])
 def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb, num_pieces):
     recipe = dataclasses.replace(recipe, cache=str(tmp_path), cache_gb=cache_gb)
     sequences, start, end = some_sequences(), 3, 20
@@ -285,9 +317,10 @@ def test_a_batch_that_does_not_fit_is_an_error(recipe, tmp_path):
         next(turns)
 
 
-def test_training_in_turns_is_online_training(recipe, online, tmp_path, sizes):
-    settings = {"out": str(tmp_path / "out"), "cache": str(tmp_path / "c"), "cache_gb": PIECE_GB}
-    assert_same_run(run_of(fit.fit(dataclasses.replace(recipe, **settings))), online)
+def test_training_in_turns_is_training_on_a_whole_cache(recipe, cached, tmp_path, sizes):
+    turns = {"out": str(tmp_path / "out"), "cache": str(tmp_path / "c"), "cache_gb": PIECE_GB}
+    run = dataclasses.replace(recipe, eval_sequences=0, **turns)
+    assert_same_run(run_of(fit.fit(run)), cached)
     assert len(sizes[1]) > 3
 
 
@@ -322,10 +355,10 @@ def test_the_command_says_how_large_a_cache_is_writes_and_checks_it(recipe, tmp_
     words = ("cache", "write", config, "--out", folder, "--set", "min_loss_tokens=15")
     assert dspark(*words)[:2] == (0, f"{folder}\n")
     size = bytes_in(folder) - (folder / MANIFEST).stat().st_size
-    assert out.startswith(f"{size} bytes (0.000 GB) for 6 sequences, ")
+    assert out.startswith(f"{size} bytes (0.000 GB) for 7 sequences, ")
     code, out, _ = dspark("cache", "check", folder)
     assert code == 0
-    assert out.startswith(f"{folder}: 6 samples, ")
+    assert out.startswith(f"{folder}: 7 samples, ")
     assert out.endswith(f" {size} bytes, layers -1,0 of {recipe.target}\n")
     code, _, err = dspark(*words[:-1], "min_loss_tokens=15", "--process", 1)
     assert (code, "process 1 must lie in 0..0" in err) == (2, True)
