@@ -17,6 +17,7 @@ examples:
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark train configs/smollm2_135m_dspark.py --set steps=100
+  dspark cache estimate configs/smollm2_135m_dspark.py
 """
 
 

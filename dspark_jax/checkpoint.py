@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ Tree = Any
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) so that a reader, or a crash, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # others may write it too
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 

@@ -16,7 +16,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.models.load import load_target
 from dspark_jax.training import cache_writer, data, features, fit, step, write_cache
 from dspark_jax.training.cache import BFLOAT16, INDEX, MANIFEST, CacheReader, CacheSpec
-from tests.tiny_model import TARGET, write_target
+from tests.tiny_model import TARGET, write_drafter, write_target
 
 GOLDEN = Path(__file__).parent / "data" / "target_cache" / "cache"
 ANSWERS = ("one two three", "abcabcabcabcabcabc", "yes yes yes")
@@ -68,14 +68,6 @@ def written(recipe, tmp_path_factory):
     assert not write_cache.write_cache(recipe, folder, process=1, processes=2)
     assert write_cache.write_cache(recipe, folder, process=0, processes=2)
     return folder
-
-
-@pytest.fixture(scope="module")
-def cached(recipe, written, tmp_path_factory):
-    """A run on the whole cache; the data is not read."""
-    settings = {"cache": str(written), "data": "gone.jsonl", "eval_sequences": 0}
-    out = str(tmp_path_factory.mktemp("cached"))
-    return run_of(fit.fit(dataclasses.replace(recipe, out=out, **settings)))
 
 
 def run_of(drafter):
@@ -317,10 +309,33 @@ def test_a_batch_that_does_not_fit_is_an_error(recipe, tmp_path):
         next(turns)
 
 
-def test_training_in_turns_is_training_on_a_whole_cache(recipe, cached, tmp_path, sizes):
-    turns = {"out": str(tmp_path / "out"), "cache": str(tmp_path / "c"), "cache_gb": PIECE_GB}
-    run = dataclasses.replace(recipe, eval_sequences=0, **turns)
-    assert_same_run(run_of(fit.fit(run)), cached)
+def check_sum(array):
+    """A number that depends on every bit and its place."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.uint16).ravel().astype(jnp.uint32)
+    return (bits * (1 + jnp.arange(bits.size, dtype=jnp.uint32))).sum()
+
+
+def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
+    recipe, written, tmp_path, sizes, monkeypatch
+):
+    """Whole runs whose step is traced, but logs its batches instead of being compiled."""
+    train_step = fit.train_step
+
+    def log_batch(state, frozen, batch, **static):
+        jax.eval_shape(partial(train_step, **static), state, frozen, batch)
+        arrays = {"feature": batch.feature_BSFD, "hidden": batch.hidden_BSD}
+        sums = {name: check_sum(array) for name, array in arrays.items()}
+        return state, {"loss": 1.0, "accepted_length": 1.0, "blocks": 1.0, **sums}
+
+    monkeypatch.setattr(fit, "train_step", log_batch)
+    drafter = str(write_drafter(tmp_path / "drafter"))
+    changes = {"init_drafter": drafter, "draft_vocab_size": 0, "eval_sequences": 0}
+    quick = dataclasses.replace(recipe, seed=1, **changes)
+    whole = {"out": str(tmp_path / "whole"), "cache": str(written), "data": "gone.jsonl"}
+    turns = {"out": str(tmp_path / "turns"), "cache": str(tmp_path / "c"), "cache_gb": PIECE_GB}
+    logs = [run_of(fit.fit(dataclasses.replace(quick, **mode)))[1] for mode in (whole, turns)]
+    assert logs[0] == logs[1]
+    assert len({row["feature"] for row in logs[0]}) == len(logs[0]) == STEPS
     assert len(sizes[1]) > 3
 
 

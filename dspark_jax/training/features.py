@@ -127,7 +127,9 @@ def store(
         recipe: sizes of the batches.
         read: the target.
     """
-    bar = tqdm(total=len(sample_of), initial=len(writer.stored), unit="seq", desc="cache")
+    bar = tqdm(
+        total=len(sample_of), initial=len(writer.stored), unit="seq", desc="cache", leave=None
+    )
     with bar:
         for bucket, indices in plans:
             if all(sample_of[index] in writer.stored for index in indices):
