@@ -265,6 +265,13 @@ def sizes(tmp_path, monkeypatch):
     return seen, pieces
 
 
+def deleted_but_mapped(folder):
+    """Files that still take room on the disk; none where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return [line for line in lines if str(folder) in line and "(deleted)" in line]
+
+
 @pytest.mark.parametrize(("cache_gb", "num_pieces"), [(1.2e-5, 9), (PIECE_GB, 5), (1.0, 1)])
 def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb, num_pieces):
     recipe = dataclasses.replace(recipe, cache=str(tmp_path), cache_gb=cache_gb)
@@ -279,6 +286,7 @@ def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb,
         np.testing.assert_array_equal(batch.hidden_BSD[..., 3], -expected.token_BS)
         np.testing.assert_array_equal(batch.feature_BSFD[..., 1, 5], expected.token_BS)
         assert bytes_in(tmp_path) <= cache_gb * 1e9
+        assert not deleted_but_mapped(tmp_path)
     assert seen_steps == end - start
     seen, pieces = sizes
     assert max(seen) <= cache_gb * 1e9

@@ -120,9 +120,7 @@ class CacheWriter:
         Raises:
             ValueError: the sample is there already, is empty, or has other sizes.
         """
-        length, width = len(token_S), self.spec.hidden_size
-        if sample_id in self.stored or not length:
-            raise ValueError(f"sample {sample_id} is empty or was written already")
+        width, length = self.spec.hidden_size, len(token_S)
         arrays = (
             np.asarray(token_S, "<i4"),
             np.ones(length, np.uint8),
@@ -130,15 +128,13 @@ class CacheWriter:
             np.asarray(feature_SFD, BFLOAT16).reshape(-1, len(self.spec.layer_ids) * width),
             np.asarray(hidden_SD, BFLOAT16).reshape(-1, width),
         )
-        if any(len(array) != length for array in arrays):
-            found = [len(array) for array in arrays]
-            raise ValueError(f"sample {sample_id}: arrays of different lengths, {found}")
-        start = self._shard.tell()
-        if start and start + sum(array.nbytes for array in arrays) > self.max_shard_bytes:
-            self._close_shard()
-            self._shard_id, start = self._shard_id + 1, 0
-            self._shard = self._open_shard()
-        offsets = start + np.cumsum([0, *(array.nbytes for array in arrays[:-1])])
+        if sample_id in self.stored or not length:
+            raise ValueError(f"sample {sample_id} is empty or was written already")
+        if {len(array) for array in arrays} != {length}:
+            raise ValueError(f"sample {sample_id} has arrays of different lengths")
+        sizes = [array.nbytes for array in arrays]
+        self._make_room(sum(sizes))
+        offsets = self._shard.tell() + np.cumsum([0, *sizes[:-1]])
         for array in arrays:
             self._shard.write(np.ascontiguousarray(array).view(np.uint8).data)
         self._shard.flush()
@@ -146,6 +142,14 @@ class CacheWriter:
         self._index.write(record.tobytes())
         self._index.flush()
         self.stored.add(sample_id)
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Open the next shard where this one would become too large."""
+        used = self._shard.tell()
+        if used and used + size_bytes > self.max_shard_bytes:
+            self._close_shard()
+            self._shard_id += 1
+            self._shard = self._open_shard()
 
     def _close_shard(self) -> None:
         os.fsync(self._shard.fileno())
