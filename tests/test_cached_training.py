@@ -242,6 +242,13 @@ def some_sequences(count=16):
     return [data.TokenSequence(token_S, 4) for token_S in tokens]
 
 
+def deleted_but_mapped(folder):
+    """Files that still take room on the disk; none where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return [line for line in lines if str(folder) in line and "(deleted)" in line]
+
+
 @pytest.fixture
 def sizes(tmp_path, monkeypatch):
     """Bytes in the directory whenever something was written, and how many pieces there were."""
@@ -253,6 +260,7 @@ def sizes(tmp_path, monkeypatch):
         def watched(*arguments, **options):
             result = function(*arguments, **options)
             seen.append(bytes_in(tmp_path))
+            assert not deleted_but_mapped(tmp_path)
             return result
 
         monkeypatch.setattr(owner, name, watched)
@@ -263,13 +271,6 @@ def sizes(tmp_path, monkeypatch):
     finish = features.finish
     monkeypatch.setattr(features, "finish", lambda *a: pieces.append(1) or finish(*a))
     return seen, pieces
-
-
-def deleted_but_mapped(folder):
-    """Files that still take room on the disk; none where the system does not tell."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return [line for line in lines if str(folder) in line and "(deleted)" in line]
 
 
 @pytest.mark.parametrize(("cache_gb", "num_pieces"), [(1.2e-5, 9), (PIECE_GB, 5), (1.0, 1)])
@@ -286,7 +287,6 @@ def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb,
         np.testing.assert_array_equal(batch.hidden_BSD[..., 3], -expected.token_BS)
         np.testing.assert_array_equal(batch.feature_BSFD[..., 1, 5], expected.token_BS)
         assert bytes_in(tmp_path) <= cache_gb * 1e9
-        assert not deleted_but_mapped(tmp_path)
     assert seen_steps == end - start
     seen, pieces = sizes
     assert max(seen) <= cache_gb * 1e9
