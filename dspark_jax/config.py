@@ -198,6 +198,8 @@ class TrainConfig:
             proportionally fewer.
         updates_per_batch: optimiser updates that share one pass of the target.
         sequences_per_update: sequences of the batch that one update sees; 0 is all of them.
+        micro_batches: parts of an update's sequences that are computed one after the other, where
+            memory is short; the result is the same.
         steps: batches; 0 is ``epochs`` passes over the data.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
@@ -236,6 +238,7 @@ class TrainConfig:
     num_anchors: int = 128
     updates_per_batch: int = 1
     sequences_per_update: int = 0
+    micro_batches: int = 1
     min_loss_tokens: int = 8
     steps: int = 0
     epochs: float = 1.0
@@ -263,7 +266,7 @@ class TrainConfig:
         )  # fmt: skip
         self._check_integers(
             1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
-            "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
+            "micro_batches", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
         )  # fmt: skip
         self._check_integers(2, "max_length", "min_loss_tokens")  # an anchor takes two tokens
         for field in ("learning_rate", "clip_norm", "epochs"):
@@ -291,6 +294,15 @@ class TrainConfig:
             )
         if buckets[0] < 2:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
+        for bucket in buckets:
+            batch = max(1, self.tokens_per_batch // bucket)
+            share = min(self.sequences_per_update or batch, batch)
+            if share % self.micro_batches:
+                raise ValueError(
+                    f"micro_batches {self.micro_batches} must divide the {share} sequences of an "
+                    f"update in the length bucket {bucket}: change it, sequences_per_update or "
+                    "tokens_per_batch"
+                )
         if self.init_drafter and (self.bigram_init or self.local_init):
             raise ValueError(
                 f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "

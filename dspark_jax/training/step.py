@@ -13,8 +13,15 @@ from flax import struct
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.models.target import TargetParams, Vocab, encode
-from dspark_jax.training.anchors import block_labels, sample_anchors
-from dspark_jax.training.losses import Teacher, draft_blocks, dspark_loss, teacher_probs
+from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
+from dspark_jax.training.losses import (
+    LossTotals,
+    Teacher,
+    draft_blocks,
+    dspark_loss,
+    loss_totals,
+    make_teacher,
+)
 
 
 @struct.dataclass
@@ -83,37 +90,96 @@ def anchors_of(recipe: TrainConfig, length: int) -> int:
     return max(1, recipe.num_anchors * length // recipe.max_length)
 
 
-def batch_loss(
-    params: DrafterParams,
-    frozen: Frozen,
+@struct.dataclass
+class Blocks:
+    """The training blocks of some sequences, with all that the target has to say of them.
+
+    Attributes:
+        feature_BSFD: the target's features.
+        teacher: its distributions.
+        anchor_BA, keep_BA: anchors, and False for dummy blocks.
+        labels: what the slots are trained towards.
+    """
+
+    feature_BSFD: jax.Array
+    teacher: Teacher
+    anchor_BA: jax.Array
+    keep_BA: jax.Array
+    labels: BlockLabels
+
+
+def choose_blocks(
     batch: Batch,
-    feature_BSFD: jax.Array,
-    teacher: Teacher,
+    target: tuple[jax.Array, Teacher],
     key: jax.Array,
     turn: jax.Array | float,
     cfg: DrafterConfig,
     recipe: TrainConfig,
+) -> Blocks:
+    """Random blocks of a batch; ``turn`` as in :func:`sample_anchors`."""
+    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
+    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
+    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    return Blocks(*target, anchor_BA, keep_BA, labels)
+
+
+def blocks_loss(
+    params: DrafterParams,
+    frozen: Frozen,
+    blocks: Blocks,
+    totals: LossTotals,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of a batch whose target features are given.
+    """Loss and metrics of some blocks, as shares of a batch with these totals.
 
     The forward pass runs in ``recipe.dtype``; gradients and divergences are float32.
     """
     params = jax.tree.map(lambda x: x.astype(recipe.dtype), params)
-    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
-    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
-    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
-    outputs = draft_blocks(params, frozen.vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
+    outputs = draft_blocks(
+        params, frozen.vocab, blocks.feature_BSFD, blocks.labels, blocks.anchor_BA, blocks.keep_BA,
+        cfg,
+    )  # fmt: skip
     return dspark_loss(
+        params,
+        frozen.vocab,
         outputs,
-        teacher,
-        labels,
-        keep_BA,
+        blocks.teacher,
+        blocks.labels,
+        blocks.keep_BA,
+        totals,
         frozen.t2d_V,
         ce_weight=recipe.ce_weight,
         l1_weight=recipe.l1_weight,
         confidence_weight=recipe.confidence_weight,
         decay=recipe.loss_decay,
     )
+
+
+def blocks_gradient(
+    params: DrafterParams,
+    frozen: Frozen,
+    blocks: Blocks,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+) -> tuple[DrafterParams, dict[str, jax.Array]]:
+    """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other."""
+    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    gradient_of = jax.grad(blocks_loss, has_aux=True)
+    count = recipe.micro_batches
+    if count == 1:
+        return gradient_of(params, frozen, blocks, totals, cfg, recipe)
+    # Every count-th sequence, so that a part of a batch that is split over devices is split too.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), blocks)
+
+    def add(total: Any, part: Blocks) -> tuple[Any, None]:
+        return jax.tree.map(
+            jnp.add, total, gradient_of(params, frozen, part, totals, cfg, recipe)
+        ), None
+
+    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+    start = gradient_of(params, frozen, first, totals, cfg, recipe)
+    return jax.lax.scan(add, start, rest)[0]
 
 
 def target_outputs(
@@ -123,7 +189,8 @@ def target_outputs(
     hidden_BSD, feature_BSFD = encode(
         frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
     )
-    return feature_BSFD, teacher_probs(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U)
+    teacher = make_teacher(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U is not None)
+    return feature_BSFD, teacher
 
 
 def train_step(
@@ -148,21 +215,22 @@ def train_step(
         means over the updates, ``blocks`` their sum.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
+    seen = (batch, target_outputs(frozen, batch, target_cfg, cfg))
     size = batch.token_BS.shape[0]
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
 
     def update(carry: tuple[DrafterParams, Any], index: jax.Array) -> Any:
         params, optimizer_state = carry
-        first = index * share
-        lap = first // size
-        order_B = jax.random.permutation(jax.random.fold_in(key, lap), size)
-        chosen = order_B[(first + jnp.arange(share)) % size]
-        part, feature, law = jax.tree.map(lambda x: x[chosen], (batch, feature_BSFD, teacher))
-        (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            params, frozen, part, feature, law, key, lap / laps, cfg, recipe
-        )
+        lap, part = index, seen
+        if share < size:
+            first = index * share
+            lap = first // size
+            order_B = jax.random.permutation(jax.random.fold_in(key, lap), size)
+            chosen = order_B[(first + jnp.arange(share)) % size]
+            part = jax.tree.map(lambda x: x[chosen], seen)
+        blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
+        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
@@ -184,6 +252,7 @@ def evaluation_step(
     recipe: TrainConfig,
 ) -> dict[str, jax.Array]:
     """Metrics of held-out sequences, always with the same anchors."""
-    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
-    key = jax.random.key(recipe.seed)
-    return batch_loss(params, frozen, batch, feature_BSFD, teacher, key, 0.0, cfg, recipe)[1]
+    target = target_outputs(frozen, batch, target_cfg, cfg)
+    blocks = choose_blocks(batch, target, jax.random.key(recipe.seed), 0.0, cfg, recipe)
+    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    return blocks_loss(params, frozen, blocks, totals, cfg, recipe)[1]
