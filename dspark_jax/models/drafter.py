@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig
@@ -32,6 +33,13 @@ from dspark_jax.models.layers import (
     rope_table,
 )
 from dspark_jax.models.target import Vocab, embed
+
+# What a training step keeps of a layer for the backward pass: results of matrix products. All
+# else, several times as large, is cheap to compute again.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attended"),
+)
 
 
 @struct.dataclass
@@ -187,8 +195,10 @@ def block_hidden(
         h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BAGD, table, cfg)
         blocks = _BlockAttention(q, k, v, position_BA, keep_BA)
-        out = _attend_blocks(blocks, *kv.read(context, index))
+        out = checkpoint_name(_attend_blocks(blocks, *kv.read(context, index)), "attended")
         return finish_layer(layer, x_BAGD, out, cfg)
 
+    if not isinstance(drafter.layers, tuple):  # the form that is trained
+        block = jax.checkpoint(block, policy=KEEP_PRODUCTS, prevent_cse=False)
     x_BAGD = loop_layers(block, x_BAGD, drafter.layers)
     return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)

@@ -26,6 +26,7 @@ from dspark_jax.models import cache as kv
 from dspark_jax.models.chunks import chunk_sizes, join_chunks, split_chunks
 from dspark_jax.models.drafter import DrafterParams, block_hidden, inject
 from dspark_jax.models.heads import block_codes, confidence_logit
+from dspark_jax.models.layers import matmul
 from dspark_jax.models.target import Vocab, lm_head, unembed
 from dspark_jax.training.anchors import BlockLabels
 
@@ -121,9 +122,7 @@ def draft_blocks(
     return BlockOutputs(hidden_BAGD, code, confidence)
 
 
-def draft_logits(
-    vocab: Vocab, w2_RU: jax.Array | None, hidden_XD: jax.Array, code_XR: jax.Array | None
-) -> jax.Array:
+def draft_logits(vocab: Vocab, w2_RU: Any, hidden_XD: jax.Array, code_XR: Any) -> jax.Array:
     """Logits of the draft distributions [X, U], float32: LM head and sequential bias."""
     logits_XU = unembed(vocab, hidden_XD)
     if w2_RU is None:
@@ -162,12 +161,12 @@ def head_loss(
     Returns:
         The loss, float32, and its terms, which carry no gradient.
     """
-    loss, terms, _ = _scan_chunks(count_size, w2_RU, hidden_BAGD, code_BAGR, vocab, slots, False)
+    loss, terms, _ = _scan_chunks(False, count_size, w2_RU, hidden_BAGD, code_BAGR, vocab, slots)
     return loss, terms
 
 
 def _head_loss_forward(count_size: tuple[int, int], *arguments: Any) -> Any:
-    loss, terms, gradients = _scan_chunks(count_size, *arguments, with_gradient=True)
+    loss, terms, gradients = _scan_chunks(True, count_size, *arguments)
     return (loss, terms), (gradients, arguments[3:])
 
 
@@ -181,13 +180,13 @@ head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
 def _scan_chunks(
+    with_gradient: bool,
     count_size: tuple[int, int],
-    w2_RU: jax.Array | None,
+    w2_RU: Any,
     hidden_BAGD: jax.Array,
-    code_BAGR: jax.Array | None,
+    code_BAGR: Any,
     vocab: Vocab,
     slots: _Slots,
-    with_gradient: bool,
 ) -> tuple[jax.Array, LossTerms, Any]:
     """Loss, terms, and the gradients of w2, hidden and code (None where not asked for)."""
     anchors = hidden_BAGD.shape[1]
@@ -202,15 +201,12 @@ def _scan_chunks(
         if not with_gradient:
             return carry, (l1, None)
         slope = logit_gradient.astype(hidden.dtype)
-        hidden_gradient = jnp.matmul(slope, lm_head(vocab), preferred_element_type=jnp.float32)
-        gradients = (hidden_gradient.astype(hidden.dtype), None)
+        hidden_gradient, code_gradient = matmul(slope, lm_head(vocab)), None
         if w2_RU is not None:
-            code_gradient = jnp.matmul(slope, w2_RU.T, preferred_element_type=jnp.float32)
-            gradients = (gradients[0], code_gradient.astype(code.dtype))
-            flat = (code.reshape(-1, code.shape[-1]), slope.reshape(-1, slope.shape[-1]))
-            w2_gradient += jnp.matmul(flat[0].T, flat[1], preferred_element_type=jnp.float32)
-            carry = (*carry[:2], w2_gradient)
-        return carry, (l1, gradients)
+            code_gradient = matmul(slope, w2_RU.T)
+            code_XR, slope_XU = (x.reshape(-1, x.shape[-1]) for x in (code, slope))
+            w2_gradient += jnp.matmul(code_XR.T, slope_XU, preferred_element_type=jnp.float32)
+        return (*carry[:2], w2_gradient), (l1, (hidden_gradient, code_gradient))
 
     zero = jnp.zeros(())
     w2_zero = jnp.zeros(w2_RU.shape) if with_gradient and w2_RU is not None else None
@@ -218,8 +214,7 @@ def _scan_chunks(
     l1, rest = jax.tree.map(lambda x: join_chunks(x, anchors), (l1, rest))
     if not with_gradient:
         return loss, LossTerms(ce, l1), None
-    if w2_RU is not None:
-        w2_gradient = w2_gradient.astype(w2_RU.dtype)
+    w2_gradient = jax.tree.map(lambda x: x.astype(w2_RU.dtype), w2_gradient)
     return loss, LossTerms(ce, l1), (w2_gradient, *rest)
 
 
@@ -236,7 +231,8 @@ def _chunk_loss(
     prob_XU = jnp.exp(log_prob_XU)
     teacher_XU = unembed(vocab, slots.teacher_BAGD)
     if slots.log_norm_BAG is None:
-        teacher_XU, outside_X = jax.nn.softmax(teacher_XU, axis=-1), 0.0
+        teacher_XU = jax.nn.softmax(teacher_XU, axis=-1)
+        outside_X = jnp.zeros(())
     else:
         teacher_XU = jnp.exp(teacher_XU - slots.log_norm_BAG[..., None])
         outside_X = jnp.maximum(1.0 - teacher_XU.sum(-1), 0.0)
