@@ -209,6 +209,9 @@ class TrainConfig:
         keep_checkpoints: how many checkpoints stay.
         init_drafter: drafter to start from (directory, hub id or ``"default"``), whose sizes and
             draft vocabulary must be the recipe's; empty for fresh weights.
+        data_parallel, fsdp, tensor_parallel: sizes of the device mesh: parts of an update's
+            sequences, parts of these that share one copy of all weights, and parts of heads, MLP
+            and vocabulary. Loss and metrics do not depend on them.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
     """
@@ -256,6 +259,9 @@ class TrainConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     keep_checkpoints: int = 2
+    data_parallel: int = 1
+    fsdp: int = 1
+    tensor_parallel: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -267,6 +273,7 @@ class TrainConfig:
         self._check_integers(
             1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
             "micro_batches", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
+            "data_parallel", "fsdp", "tensor_parallel",
         )  # fmt: skip
         self._check_integers(2, "max_length", "min_loss_tokens")  # an anchor takes two tokens
         for field in ("learning_rate", "clip_norm", "epochs"):
@@ -302,6 +309,12 @@ class TrainConfig:
                     f"micro_batches {self.micro_batches} must divide the {share} sequences of an "
                     f"update in the length bucket {bucket}: change it, sequences_per_update or "
                     "tokens_per_batch"
+                )
+            if share // self.micro_batches % (self.data_parallel * self.fsdp):
+                raise ValueError(
+                    f"data_parallel {self.data_parallel} x fsdp {self.fsdp} must divide the "
+                    f"{share // self.micro_batches} sequences of a micro-batch in the length "
+                    f"bucket {bucket}: change them, sequences_per_update or tokens_per_batch"
                 )
         if self.init_drafter and (self.bigram_init or self.local_init):
             raise ValueError(

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dspark_jax.axes import init_params
+from dspark_jax.axes import init_params, make_mesh
 from dspark_jax.checkpoint import Checkpoints, write_atomically
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab, save_drafter
@@ -42,6 +45,7 @@ from dspark_jax.training.step import (
     TrainState,
     evaluation_step,
     make_optimizer,
+    step_shardings,
     train_step,
 )
 
@@ -208,15 +212,107 @@ def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -
         )
 
 
+@dataclass(frozen=True)
+class Programs:
+    """The jitted steps of a recipe, its optimiser, and where the arguments of a step live."""
+
+    step: Any
+    evaluate: Any
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Frozen
+    sequences: NamedSharding
+
+
 @cache
-def _compiled(
+def programs_of(
     target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
-) -> tuple[Any, Any, Any]:
-    """Optimiser, training step and evaluation step."""
+) -> Programs:
+    """The programs of a recipe, in which ``UNREAD`` settings do not matter.
+
+    Raises:
+        ValueError: the mesh has more devices than there are.
+    """
+    mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
     optimizer = make_optimizer(recipe, num_updates)
+    state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
-    step_fn = jax.jit(partial(train_step, optimizer=optimizer, **static), donate_argnums=0)
-    return optimizer, step_fn, jax.jit(partial(evaluation_step, **static))
+    step = jax.jit(
+        partial(train_step, optimizer=optimizer, **static),
+        donate_argnums=0,
+        in_shardings=(state, frozen, sequences),
+        out_shardings=(state, None),
+    )
+    # A held-out batch may have fewer sequences than the mesh has parts.
+    whole = NamedSharding(mesh, PartitionSpec())
+    evaluate = jax.jit(
+        partial(evaluation_step, **static), in_shardings=(state.params, frozen, whole)
+    )
+    return Programs(step, evaluate, optimizer, state, frozen, sequences)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe made ready: data, programs, frozen weights and the state to begin with."""
+
+    recipe: TrainConfig
+    cfg: DrafterConfig
+    own: Vocab | None
+    train_set: list[data.TokenSequence]
+    held_out: list[data.TokenSequence]
+    total: int
+    programs: Programs
+    frozen: Frozen
+    state: TrainState
+
+
+def start_run(recipe: TrainConfig, rows: list[tuple[str, dict[str, Any]]]) -> Run:
+    """Load, tokenise, initialise and place; nothing is written.
+
+    Args:
+        recipe: of the run.
+        rows: the conversations.
+
+    Raises:
+        ValueError: bad data or configuration; the message names the field and the remedy.
+    """
+    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
+    cfg = drafter_config(recipe, target)
+    train_set, held_out = load_sequences(rows, target, recipe)
+    batches = len(data.epoch_batches(train_set, recipe, 0))
+    total = recipe.steps or max(1, round(recipe.epochs * batches))
+    params, d2t_U = starting_point(recipe, cfg, target, train_set)
+    own = t2d_V = None
+    if d2t_U is not None:
+        own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
+    frozen = Frozen(target.params, vocab, t2d_V)
+    programs = programs_of(
+        target.cfg, cfg, dataclasses.replace(recipe, **UNREAD), total * recipe.updates_per_batch
+    )
+    params = jax.device_put(params, programs.state.params)
+    moments = jax.jit(programs.optimizer.init, out_shardings=programs.state.optimizer)(params)
+    state = TrainState(jax.device_put(jnp.int32(0), programs.state.step), params, moments)
+    frozen = jax.device_put(frozen, programs.frozen)
+    return Run(recipe, cfg, own, train_set, held_out, total, programs, frozen, state)
+
+
+def evaluate(run: Run, params: DrafterParams) -> dict[str, Any]:
+    """Metrics of the held-out conversations."""
+    # Batches as small as an update's: the held-out set may be much smaller than a batch.
+    few = run.recipe.sequences_per_update * run.recipe.max_length
+    small = dataclasses.replace(
+        run.recipe,
+        tokens_per_batch=few or run.recipe.tokens_per_batch,
+        micro_batches=1,
+        data_parallel=1,
+        fsdp=1,
+    )
+    batches = [
+        data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
+        for bucket, indices in data.epoch_batches(run.held_out, small, 0)
+    ]
+    return mean_metrics([run.programs.evaluate(params, run.frozen, batch) for batch in batches])
 
 
 def fit(recipe: TrainConfig) -> Path:
@@ -234,69 +330,38 @@ def fit(recipe: TrainConfig) -> Path:
     rows = data.read_conversations(Path(recipe.data))
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)
-    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
-    cfg = drafter_config(recipe, target)
-    train_set, held_out = load_sequences(rows, target, recipe)
-    total = recipe.steps or max(
-        1, round(recipe.epochs * len(data.epoch_batches(train_set, recipe, 0)))
-    )
-
-    params, d2t_U = starting_point(recipe, cfg, target, train_set)
-    own = t2d_V = None
-    if d2t_U is not None:
-        own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
-    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
-    frozen = Frozen(target.params, vocab, t2d_V)
-    optimizer, step_fn, eval_fn = _compiled(
-        target.cfg,
-        cfg,
-        dataclasses.replace(recipe, **UNREAD),
-        total * recipe.updates_per_batch,
-    )
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    # Batches as small as an update's: the held-out set may be much smaller than a batch.
-    few = recipe.sequences_per_update * recipe.max_length
-    small = dataclasses.replace(recipe, tokens_per_batch=few) if few else recipe
-
-    def evaluate(params: DrafterParams) -> dict[str, Any]:
-        batches = [
-            data.make_batch(held_out, indices, bucket, data.batch_size(small, bucket))
-            for bucket, indices in data.epoch_batches(held_out, small, 0)
-        ]
-        return mean_metrics([eval_fn(params, frozen, batch) for batch in batches])
-
+    run = start_run(recipe, rows)
+    state, total = run.state, run.total
     write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
     with (
         Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
+        tqdm(total=total, unit="step", desc="train", dynamic_ncols=True) as bar,
     ):
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
+            bar.update(start)
         log = MetricsLog(out / "metrics.jsonl", start)
-        batches = data.batches_from(train_set, recipe, start)
+        batches = data.batches_from(run.train_set, recipe, start)
         began, blocks = time.monotonic(), 0.0
-        bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
-        with bar:
-            for step in range(start + 1, total + 1):
-                state, metrics = step_fn(state, frozen, next(batches))
-                values = plain(metrics)
-                last_good = f"the last good checkpoint in {saved.directory} is that of step"
-                check_finite(step, values, f"{last_good} {saved.latest or 0}")
-                blocks += values["blocks"]
-                rate = blocks / (time.monotonic() - began)
-                bar.update()
-                bar.set_postfix(
-                    loss=values["loss"], length=values["accepted_length"], blocks_s=rate
-                )
-                if step % recipe.log_every == 0 or step == total:
-                    log.write(step, blocks_per_s=round(rate, 2), **values)
-                if held_out and (step % recipe.eval_every == 0 or step == total):
-                    log.write(step, split="held-out", **evaluate(state.params))
-                if step % recipe.checkpoint_every == 0 or step == total or stop:
-                    saved.save(step, state)
-                if stop and step < total:
-                    raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    save_drafter(out / "drafter", cfg, state.params, own)
+        for step in range(start + 1, total + 1):
+            batch = jax.device_put(next(batches), run.programs.sequences)
+            state, metrics = run.programs.step(state, run.frozen, batch)
+            values = plain(metrics)
+            last_good = f"the last good checkpoint in {saved.directory} is that of step"
+            check_finite(step, values, f"{last_good} {saved.latest or 0}")
+            blocks += values["blocks"]
+            rate = blocks / (time.monotonic() - began)
+            bar.update()
+            bar.set_postfix(loss=values["loss"], length=values["accepted_length"], blocks_s=rate)
+            if step % recipe.log_every == 0 or step == total:
+                log.write(step, blocks_per_s=round(rate, 2), **values)
+            if run.held_out and (step % recipe.eval_every == 0 or step == total):
+                log.write(step, split="held-out", **evaluate(run, state.params))
+            if step % recipe.checkpoint_every == 0 or step == total or stop:
+                saved.save(step, state)
+            if stop and step < total:
+                raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
+    save_drafter(out / "drafter", run.cfg, jax.device_get(state.params), run.own)
     return out / "drafter"

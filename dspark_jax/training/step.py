@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax.axes import abstract_params, param_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.target import TargetParams, Vocab, encode
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.target import TargetParams, Vocab, declare_target, encode
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
 from dspark_jax.training.losses import (
     LossTotals,
@@ -55,6 +57,38 @@ class Batch:
 
     token_BS: Any
     loss_mask_BS: Any
+
+
+def step_shardings(
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, Frozen, NamedSharding]:
+    """Shardings of the state, of what is frozen, and of a batch's arrays.
+
+    Weights and the optimiser's moments are split by :data:`dspark_jax.axes.MESH_RULES`, sequences
+    over the data and fsdp axes.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    declared = declare_drafter(cfg)
+    params = param_shardings(declared, mesh)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract_params(declared)),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    target = param_shardings(declare_target(target_cfg), mesh)
+    reduced = cfg.draft_vocab_size is not None
+    head, places = target.vocab.unembed_VD, replicated if reduced else None
+    if reduced:
+        shape = (cfg.sizes["U"], cfg.hidden_size)
+        head = NamedSharding(mesh, partition("UD", shape, mesh))
+    frozen = Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
+    sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return TrainState(replicated, params, moments), frozen, sequences
 
 
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
