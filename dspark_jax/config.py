@@ -188,7 +188,8 @@ class TrainConfig:
         target_layer_ids: empty for five layers spread evenly from 1 to L - 3.
         mask_token_id: -1 looks for an unused special token of the target's tokenizer.
         max_length: longest sequence; longer ones are cut.
-        length_buckets: sequence lengths that are compiled; the last one is ``max_length``.
+        length_buckets: sequence lengths that are compiled; the last one is ``max_length``. Empty
+            for the fewest with at most 10 % padding on the data.
         bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
             training begins where it would be after hundreds of updates.
         local_init: start the first layer's heads with their eyes on the last positions.
@@ -236,7 +237,7 @@ class TrainConfig:
     local_init: bool = False
     init_drafter: str = ""
     max_length: int = 448
-    length_buckets: tuple[int, ...] = (128, 256, 448)
+    length_buckets: tuple[int, ...] = ()
     tokens_per_batch: int = 1792
     num_anchors: int = 128
     updates_per_batch: int = 1
@@ -295,11 +296,11 @@ class TrainConfig:
                     f"{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}"
                 )
         buckets = self.length_buckets
-        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length:
+        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length):
             raise ValueError(
                 f"length_buckets {buckets} must increase and end with max_length {self.max_length}"
             )
-        if buckets[0] < 2:
+        if buckets and buckets[0] < 2:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
         for bucket in buckets:
             batch = max(1, self.tokens_per_batch // bucket)

@@ -28,9 +28,10 @@ from dspark_jax.models.deepspec import bind_vocab, save_drafter
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
 from dspark_jax.models.load import Target, load_drafter_for, load_target
 from dspark_jax.models.target import Vocab, encode
-from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
+from dspark_jax.models.tokenizer import unused_token
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
+from dspark_jax.training.conversations import Conversation, read_answered
 from dspark_jax.training.local_heads import start_with_local_heads
 from dspark_jax.training.records import (
     MetricsLog,
@@ -130,7 +131,7 @@ def stop_on_signals() -> Iterator[list[int]]:
 
 
 def load_sequences(
-    rows: list[tuple[str, dict[str, Any]]], target: Target, recipe: TrainConfig
+    conversations: list[Conversation], target: Target, recipe: TrainConfig
 ) -> tuple[list[data.TokenSequence], list[data.TokenSequence]]:
     """The sequences to train on and the held-out ones, the last of the file.
 
@@ -145,7 +146,7 @@ def load_sequences(
             f"max_length {recipe.max_length} is beyond the context of {target.name}: "
             f"set it to at most {target.cfg.max_positions}"
         )
-    sequences, dropped = data.tokenize(rows, target.tokenizer, chat_prompt_ids, end_id, recipe)
+    sequences, dropped = data.tokenize(conversations, target.tokenizer, end_id, recipe)
     if len(sequences) <= recipe.eval_sequences:
         raise ValueError(
             f"{recipe.data} has {len(sequences)} usable conversations ({dropped} more are too "
@@ -266,19 +267,20 @@ class Run:
     state: TrainState
 
 
-def start_run(recipe: TrainConfig, rows: list[tuple[str, dict[str, Any]]]) -> Run:
+def start_run(recipe: TrainConfig, conversations: list[Conversation]) -> Run:
     """Load, tokenise, initialise and place; nothing is written.
 
     Args:
         recipe: of the run.
-        rows: the conversations.
+        conversations: to train on; the last ones are held out.
 
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.
     """
     target = load_target(recipe.target, jnp.dtype(recipe.dtype))
     cfg = drafter_config(recipe, target)
-    train_set, held_out = load_sequences(rows, target, recipe)
+    train_set, held_out = load_sequences(conversations, target, recipe)
+    recipe = data.with_buckets(recipe, train_set)
     batches = len(data.epoch_batches(train_set, recipe, 0))
     total = recipe.steps or max(1, round(recipe.epochs * batches))
     params, d2t_U = starting_point(recipe, cfg, target, train_set)
@@ -327,10 +329,10 @@ def fit(recipe: TrainConfig) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
     """
     out = Path(recipe.out)
-    rows = data.read_conversations(Path(recipe.data))
+    conversations = read_answered(recipe.data)
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)
-    run = start_run(recipe, rows)
+    run = start_run(recipe, conversations)
     state, total = run.state, run.total
     write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
     with (
@@ -343,7 +345,7 @@ def fit(recipe: TrainConfig) -> Path:
             state = saved.restore(start, state)
             bar.update(start)
         log = MetricsLog(out / "metrics.jsonl", start)
-        batches = data.batches_from(run.train_set, recipe, start)
+        batches = data.batches_from(run.train_set, run.recipe, start)
         began, blocks = time.monotonic(), 0.0
         for step in range(start + 1, total + 1):
             batch = jax.device_put(next(batches), run.programs.sequences)
