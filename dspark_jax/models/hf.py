@@ -1,4 +1,4 @@
-"""Hugging Face directories and hub ids of Llama, Qwen2 and Qwen3 targets.
+"""Hugging Face directories and hub ids: checkpoints, and Llama, Qwen2 and Qwen3 targets.
 
 The tensors follow from the declaration (``tensors.py``). What is spelled out here is what names
 alone cannot say: which ``config.json``, of this or an older transformers, means which

@@ -1,6 +1,7 @@
 """Drafter checkpoints in the layout of vllm-project/speculators for DSpark, both ways.
 
-The tensors have the names of the reference layout; what differs is what the numbers mean:
+The tensors have the names of the reference layout; what differs is what the numbers mean (facts
+of version 0.9.0 of that library):
 
 - ``aux_hidden_state_layer_ids`` counts layer *inputs*: id i is the residual stream before decoder
   layer i (0 is the embedding output), so that i = l + 1 for our feature layer l. Files of ours say
