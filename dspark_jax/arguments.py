@@ -17,6 +17,7 @@ examples:
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark train configs/smollm2_135m_dspark.py --set steps=100
+  dspark export --format speculators --out exported
 """
 
 
@@ -28,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(version: str) -> argparse.ArgumentParser:
-    """The parser; ``command`` of its result is ``generate``, ``bench speed`` or ``train``."""
+    """The parser; ``command`` of its result is the words of the command, e.g. ``bench speed``."""
     parser = _Parser(
         prog="dspark",
         description="Speculative decoding with DSpark drafters: generate, measure, train.",
@@ -43,6 +44,8 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
+    _add_export(commands, "write a drafter in a layout that other programs read")
+    _add_convert(commands, "write a drafter of another program in the layout of this one")
     return parser
 
 
@@ -127,19 +130,51 @@ def _add_train(commands: Any, summary: str) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
 
 
+def _add_export(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "export", summary)
+    command.set_defaults(command="export")
+    add = command.add_argument
+    add("--format", choices=("deepspec", "speculators"), required=True, help="of the reference "
+        "implementation, with embedding and head, or of vllm-project/speculators")  # fmt: skip
+    add("--full-vocabulary", action="store_true", help="draft over the target's whole vocabulary")
+    _add_output(command)
+    _add_models(command)
+
+
+def _add_convert(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "convert", summary)
+    command.set_defaults(command="convert")
+    add = command.add_argument
+    add("source", metavar="DRAFTER", help="directory or hub id, DeepSpec's layout or speculators'")
+    _add_output(command)
+    _add_target(command)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
+
+
 def _add_models(command: argparse.ArgumentParser) -> None:
+    _add_target(command)
+    command.add_argument(
+        "--drafter",
+        help="directory or hub id, or none (default: the packaged one for the default target, "
+        "none for another)",
+    )
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--target",
         default="default",
         help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
     )
-    add(
-        "--drafter",
-        help="directory or hub id, or none (default: the packaged one for the default target, "
-        "none for another)",
-    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--policy",
         type=policy,
@@ -147,10 +182,6 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
         "block with another)",
     )
-
-
-def _add_decoding(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")

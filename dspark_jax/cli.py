@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (wrong usage and ``--help`` raise SystemExit)."""
     args = make_parser(dspark_jax.__version__).parse_args(argv)
-    run = {"generate": generate, "bench speed": bench_speed, "train": train}[args.command]
+    run = {
+        "generate": generate,
+        "bench speed": bench_speed,
+        "train": train,
+        "export": export,
+        "convert": convert,
+    }[args.command]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
     logging.basicConfig(format="dspark: %(message)s", level=logging.ERROR)
@@ -164,6 +170,27 @@ def train(args: argparse.Namespace) -> int:
     from dspark_jax.training.fit import fit
 
     print(fit(recipe))
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a drafter in a layout that other programs read."""
+    if _drafter(args) == "none":
+        raise ValueError("export writes a drafter: give --drafter")
+    return _write_drafter(args, _drafter(args), args.format, full_vocabulary=args.full_vocabulary)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a drafter in the layout of this package."""
+    return _write_drafter(args, args.source, "dspark")
+
+
+def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:
+    """Write a drafter's checkpoint and say where it lies."""
+    _use_compilation_cache()
+    from dspark_jax.evaluation.export import write_drafter
+
+    print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
     return 0
 
 

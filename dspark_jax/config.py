@@ -146,8 +146,11 @@ class DrafterConfig(TransformerConfig):
                 f"target_layer_ids {ids} must lie in -1..{self.num_target_layers - 2}: the last "
                 f"of the target's {self.num_target_layers} layers is not a feature layer"
             )
-        if self.block_size < 1:
-            raise ValueError(f"block_size {self.block_size} must be at least 1")
+        if not 1 <= self.block_size < self.max_positions:
+            raise ValueError(
+                f"block_size {self.block_size} must lie in 1..{self.max_positions - 1}: a block "
+                "stands behind its anchor in the context"
+            )
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank {self.markov_rank} must be 0 (no head) or positive")
         if self.markov_head not in ("vanilla", "gated", "rnn"):
