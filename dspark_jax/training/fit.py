@@ -220,8 +220,8 @@ class Programs:
     step: Any
     evaluate: Any
     optimizer: optax.GradientTransformation
-    state: TrainState
-    frozen: Frozen
+    state: Any
+    frozen: Any
     sequences: NamedSharding
 
 

@@ -64,8 +64,8 @@ def step_shardings(
     cfg: DrafterConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> tuple[TrainState, Frozen, NamedSharding]:
-    """Shardings of the state, of what is frozen, and of a batch's arrays.
+) -> tuple[Any, Any, NamedSharding]:
+    """Shardings in the form of a ``TrainState`` and a ``Frozen``, and that of a batch's arrays.
 
     Weights and the optimiser's moments are split by :data:`dspark_jax.axes.MESH_RULES`, sequences
     over the data and fsdp axes.
@@ -88,7 +88,7 @@ def step_shardings(
         head = NamedSharding(mesh, partition("UD", shape, mesh))
     frozen = Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
     sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return TrainState(replicated, params, moments), frozen, sequences
+    return TrainState(replicated, params, moments), frozen, sequences  # type: ignore[arg-type]
 
 
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
