@@ -54,6 +54,8 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
     def loss_of(params):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(drafter_module, "_attend_blocks", dense_attention)
+            keep_all = jax.checkpoint_policies.everything_saveable
+            patch.setattr(drafter_module, "KEEP_PRODUCTS", keep_all)
             outputs = losses.draft_blocks(
                 params, frozen.vocab, blocks.feature_BSFD, blocks.labels, blocks.anchor_BA,
                 blocks.keep_BA, cfg,

@@ -30,7 +30,7 @@ from dspark_jax.models.target import TargetParams, Vocab, encode
 from dspark_jax.models.tokenizer import chat_prompt_ids
 from dspark_jax.training.anchors import block_labels, sample_anchors
 from dspark_jax.training.data import TokenSequence, make_batch
-from dspark_jax.training.losses import draft_blocks, dspark_loss, teacher_probs
+from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals, make_teacher
 from dspark_jax.training.step import Batch
 
 logger = logging.getLogger(__name__)
@@ -186,13 +186,15 @@ def _acceptance(
 ) -> jax.Array:
     """``accept_rate_G`` of the training metrics."""
     hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
-    teacher = teacher_probs(target.vocab, hidden_BSD, vocab.d2t_U)
+    teacher = make_teacher(target.vocab, hidden_BSD, vocab.d2t_U is not None)
     anchor_BA, keep_BA = sample_anchors(jax.random.key(0), batch.loss_mask_BS, NUM_ANCHORS)
     labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
     outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
+    totals = loss_totals(labels, keep_BA, None, 0.0)
     _, metrics = dspark_loss(
-        outputs, teacher, labels, keep_BA, None, ce_weight=0.0, confidence_weight=0.0
-    )
+        params, vocab, outputs, teacher, labels, keep_BA, totals, None,
+        ce_weight=0.0, confidence_weight=0.0,
+    )  # fmt: skip
     return metrics["accept_rate_G"]
 
 
