@@ -20,7 +20,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.engine.generate import generate, make_decoder
 from dspark_jax.engine.state import Request
 from dspark_jax.models.load import load_drafter_for, load_target
-from dspark_jax.training import data, fit, records
+from dspark_jax.training import data, fit, records, run
 from dspark_jax.training.records import MetricsLog
 from tests.tiny_model import TARGET, write_target
 
@@ -35,7 +35,10 @@ METRICS = {
     "confidence_bias",
     "l1",
     "loss",
+    "survival_abs_error",
+    "survival_bias",
 }
+SPEED = {"learning_rate", "blocks_per_s", "tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,8 @@ def assert_same_run(out, whole):
     """Bit-identical weights, and the same log but for the speed."""
     for name, value in weights_of(whole).items():
         np.testing.assert_array_equal(weights_of(out)[name], value, err_msg=name)
-    logs = [[row | {"blocks_per_s": 0} for row in log_of(folder)] for folder in (out, whole)]
+    timed = {"blocks_per_s": 0, "tokens_per_s": 0}
+    logs = [[row | timed for row in log_of(folder)] for folder in (out, whole)]
     assert logs[0] == logs[1]
 
 
@@ -141,12 +145,15 @@ def test_the_log_has_what_is_documented(whole):
     assert [row["step"] for row in train] == list(range(2, STEPS + 1, 2))
     assert [row["step"] for row in held_out] == [10, 20, 30]
     assert all(
-        set(row) == METRICS | {"step", "blocks", "blocks_per_s", "gradient_norm"} for row in train
+        set(row) == METRICS | {"step", "blocks", "tokens", "gradient_norm"} | SPEED for row in train
     )
     assert all(set(row) == METRICS | {"step", "split"} for row in held_out)
     assert all(row["split"] == "held-out" and len(row["accept_rate"]) == 3 for row in held_out)
     assert all(1 <= row["accepted_length"] <= 4 for row in rows)
     assert json.loads((whole / "recipe.json").read_text())["steps"] == STEPS
+    assert train[-1]["learning_rate"] < train[3]["learning_rate"]
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((whole / "tensorboard").iterdir())
 
 
 def test_the_loss_falls_and_the_accepted_length_rises(whole):
@@ -223,7 +230,8 @@ def test_the_log_drops_repeated_and_torn_lines(tmp_path):
     rows = [{"step": 1, "note": "a\u2028b\x85c"}, {"step": 2}, {"step": 3}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join([*lines, '"text"', '{"step": "2"}', '{"step": 1, "los']))
-    MetricsLog(path, 2).write(3, loss=1.5)
+    with MetricsLog(tmp_path, 2) as log:
+        log.write(3, loss=1.5)
     assert log_of(tmp_path) == [*rows[:2], {"step": 3, "loss": 1.5}]
 
 
@@ -365,9 +373,9 @@ def test_a_run_without_held_out_sequences(recipe, tmp_path):
 
 
 def test_feature_layers_of_shallow_targets():
-    assert fit.default_feature_layers(30) == (1, 8, 14, 20, 27)
+    assert run.default_feature_layers(30) == (1, 8, 14, 20, 27)
     for layers in range(1, 12):
-        ids = fit.default_feature_layers(layers)
+        ids = run.default_feature_layers(layers)
         assert list(ids) == sorted(set(ids))
         assert ids[0] >= 0
         assert layers < 3 or ids[-1] <= layers - 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from dspark_jax.axes import make_mesh, partition
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.training import fit
+from dspark_jax.training import fit, run
 from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import TARGET, write_target
 
@@ -63,7 +64,7 @@ def expected(recipe):
 
 def losses_of(recipe):
     fit.fit(recipe)
-    lines = (fit.Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
     keys = ("loss", "ce", "l1", "confidence", "accepted_length", "gradient_norm")
     return [[row.get(key, 0.0) for key in keys] for row in map(json.loads, lines)]
 
@@ -83,8 +84,8 @@ def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, na
 
 def test_the_optimisers_state_is_shared_out_under_fsdp(recipe, emulated_devices):
     def bytes_per_device(recipe):
-        run = fit.start_run(recipe, read_answered(recipe.data))
-        leaves = [leaf for leaf in jax.tree.leaves(run.state.optimizer) if leaf.ndim]
+        state = run.start_run(recipe, read_answered(recipe.data)).state
+        leaves = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     whole = bytes_per_device(recipe)
@@ -117,4 +118,4 @@ def test_a_mesh_that_does_not_fit_is_refused(recipe, setting, expected):
 def test_more_devices_than_there_are(recipe, emulated_devices):
     many = dataclasses.replace(recipe, tokens_per_batch=64 * 48, fsdp=64)
     with pytest.raises(ValueError, match=r"fsdp=64 .* needs 64 devices, but 8 are here"):
-        fit.start_run(many, read_answered(many.data))
+        run.start_run(many, read_answered(many.data))

@@ -17,7 +17,7 @@ from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import Vocab, declare_target, unembed
 from dspark_jax.training import anchors, losses, step
-from dspark_jax.training.fit import draft_places
+from dspark_jax.training.run import draft_places
 from dspark_jax.training.step import Batch, Frozen, TrainState
 from tests.tiny_model import DRAFTER, TARGET, random_params
 

@@ -23,6 +23,7 @@ from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import Vocab, unembed
 from dspark_jax.training import losses, step
 from dspark_jax.training.step import Batch, Frozen
+from dspark_jax.training.utilisation import drafter_flops
 
 SMALL = DrafterConfig(
     vocab_size=4096, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
@@ -148,23 +149,6 @@ def step_flops(cfg, length, num_anchors):
     return flops_of(closed.jaxpr)
 
 
-def analytic_flops(cfg, length, num_anchors):
-    """What the mathematics needs: each product once forward and twice backward.
-
-    The features take no gradient, so the first projection has one product backward; the LM head is
-    frozen: one for the states. The target's head has no backward pass.
-    """
-    rows = num_anchors * cfg.block_size
-    width, rank, vocab = cfg.hidden_size, cfg.markov_rank, cfg.vocab_size
-    q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    dense = width * (2 * q + 2 * kv + 3 * cfg.intermediate_size)
-    attention = 2 * q * (length + cfg.block_size)
-    per_layer = 3 * rows * (dense + attention) + 3 * length * width * 2 * kv
-    features = 2 * length * len(cfg.target_layer_ids) * width * width
-    head = rows * vocab * (2 * width + 3 * rank) + rows * vocab * width
-    return 2.0 * (cfg.num_layers * per_layer + features + head)
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     """In proportion to the small model."""
@@ -182,7 +166,7 @@ def test_memory_hardly_grows_with_the_vocabulary(small_chunks):
 
 @pytest.mark.parametrize("length", [256, 1024])
 def test_flops_are_those_of_the_mathematics(small_chunks, length):
-    ratio = step_flops(SMALL, length, 64) / analytic_flops(SMALL, length, 64)
+    ratio = step_flops(SMALL, length, 64) / drafter_flops(SMALL, length, 64)
     assert 0.95 < ratio < 1.25
 
 
@@ -221,5 +205,5 @@ def test_memory_of_the_4b_drafter():
 @pytest.mark.full
 @pytest.mark.parametrize("length", [1024, 2048, 4096])
 def test_flops_of_the_4b_drafter(length):
-    ratio = step_flops(QWEN3_4B, length, 512) / analytic_flops(QWEN3_4B, length, 512)
+    ratio = step_flops(QWEN3_4B, length, 512) / drafter_flops(QWEN3_4B, length, 512)
     assert 0.95 < ratio < 1.25, ratio

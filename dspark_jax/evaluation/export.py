@@ -145,7 +145,8 @@ def check_batch(target: Target) -> Batch:
     for prompt, answer in ANSWERS:
         start = chat_prompt_ids(target.tokenizer, prompt)
         ids = start + target.tokenizer.encode(answer, add_special_tokens=False)
-        sequences.append(TokenSequence(np.array(ids[:length], np.int32), len(start)))
+        token_S = np.array(ids[:length], np.int32)
+        sequences.append(TokenSequence(token_S, np.arange(len(token_S)) >= len(start)))
     return make_batch(sequences, range(len(sequences)), length, len(sequences))
 
 

@@ -354,10 +354,15 @@ def dspark_loss(
     if confidence_weight and outputs.confidence_logit_BAG is not None:
         logit_BAG = outputs.confidence_logit_BAG
         bce_BAG = optax.sigmoid_binary_cross_entropy(logit_BAG, accept_BAG)
-        error_BAG = jax.nn.sigmoid(logit_BAG) - accept_BAG
+        confidence_BAG = jax.nn.sigmoid(logit_BAG)
+        survival_error_BAG = jnp.cumprod(confidence_BAG, -1) - jnp.cumprod(accept_BAG, -1)
         metrics["confidence"] = (weight_BAG * bce_BAG).sum()
-        metrics["confidence_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
-        metrics["confidence_bias"] = (weight_BAG * error_BAG).sum()
+        for name, error_BAG in (
+            ("confidence", confidence_BAG - accept_BAG),
+            ("survival", survival_error_BAG),
+        ):
+            metrics[f"{name}_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
+            metrics[f"{name}_bias"] = (weight_BAG * error_BAG).sum()
         loss += confidence_weight * metrics["confidence"]
 
     supervised = labels.supervised_BAG.astype(jnp.float32)

@@ -246,7 +246,7 @@ def train_step(
 
     Returns:
         The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
-        means over the updates, ``blocks`` their sum.
+        means over the updates, ``blocks`` their sum; ``tokens`` of the batch, padding aside.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     seen = (batch, target_outputs(frozen, batch, target_cfg, cfg))
@@ -274,6 +274,9 @@ def train_step(
     )
     metrics = {name: value.mean(0) for name, value in each.items()}
     metrics["blocks"] = each["blocks"].sum()
+    # An answer ends its sequence: what lies behind is padding.
+    place_S = jnp.arange(1, batch.token_BS.shape[1] + 1)
+    metrics["tokens"] = jnp.max(batch.loss_mask_BS * place_S, axis=1).sum()
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
