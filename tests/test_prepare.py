@@ -158,14 +158,24 @@ def test_training_reads_what_was_written(run, decoder, tmp_path):
 
 def test_a_prompt_that_fills_the_context_is_left_out(run, decoder, source, tmp_path, caplog):
     long = "x" * CONTEXT
-    source.write_text(
-        json.dumps({"prompt": long}) + "\n" + json.dumps({"turns": ["a", long]}) + "\n"
-    )
+    rows = ({"prompt": long}, {"turns": ["a", long]}, {"prompt": long})
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(batch=2)
     (row,) = rows_of(tmp_path / "out.jsonl")
     assert (row["id"], len(row["conversations"])) == (1, 2)
-    assert f"{source}:1: left out" in caplog.text
-    assert f"{source}:2" not in caplog.text
+    assert f"2 left out; the first: {source}:1: the prompt has " in caplog.text
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out(run, decoder, tmp_path, caplog):
+    before = decoder.tokenizer.chat_template
+    refusal = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+    try:
+        decoder.tokenizer.chat_template = refusal + before
+        run(batch=2)
+    finally:
+        decoder.tokenizer.chat_template = before
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == [0, 1, *range(3, len(ROWS))]
+    assert re.search(r"1 left out; the first: .*in\.jsonl:5: .*refuses.*no system", caplog.text)
 
 
 def test_logits_that_are_not_finite_end_the_run_and_keep_the_rest(

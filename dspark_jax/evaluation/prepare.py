@@ -67,8 +67,8 @@ class Dialogue:
     Attributes:
         number: its place in the input, counted from 0.
         origin: where it was read, for error messages.
-        turns: those asked and answered so far.
-        questions: those to come, a system turn together with the first one.
+        turns: those asked and answered so far, behind a system turn if there is one.
+        questions: those to come.
         request: the question that is open.
         answer: the last one.
     """
@@ -112,7 +112,7 @@ def prepare(
         The file that was written: ``out``, or this process's part of it.
 
     Raises:
-        ValueError: a conversation cannot be asked, or the output belongs to something else.
+        ValueError: the output belongs to something else, or another process is writing it.
         FloatingPointError: the target's logits are not finite; what was finished stays.
     """
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
@@ -147,36 +147,30 @@ def begin(number: int, conversation: Conversation) -> Dialogue:
     return Dialogue(number, conversation.origin, system, turns)
 
 
-def make_asker(decoder: Decoder, limits: Request, seed: int) -> Callable[[Dialogue], bool]:
-    """A function that opens a dialogue's next question.
-
-    It returns whether it did: not where none is left, or the context has no room for it. It
-    raises ValueError where the chat template refuses the turns.
-    """
+def make_asker(decoder: Decoder, limits: Request, seed: int) -> Callable[[Dialogue], str | None]:
+    """A function that opens a dialogue's next question, or says why that cannot be."""
     root, fold_in = random.seed_key(seed), jax.jit(random.fold_in)
 
-    def ask(dialogue: Dialogue) -> bool:
-        if not dialogue.questions:
-            return False
+    def ask(dialogue: Dialogue) -> str | None:
         turns = [*dialogue.turns, dialogue.questions[0]]
-        try:
-            ids = chat_prompt_ids(decoder.tokenizer, turns)
-        except ValueError as error:
-            raise ValueError(f"{dialogue.origin}: {error}") from None
-        if len(ids) >= decoder.target.max_positions:
-            return False
         number = sum(turn["role"] == "assistant" for turn in turns)
         key_2 = np.asarray(fold_in(root, np.uint32(dialogue.number), np.uint32(number)))
-        dialogue.request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+        try:
+            ids = chat_prompt_ids(decoder.tokenizer, turns)
+            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request.check(decoder.target.max_positions)
+        except ValueError as error:
+            return str(error)
+        dialogue.request = request
         dialogue.turns.append(dialogue.questions.popleft())
-        return True
+        return None
 
     return ask
 
 
 def answer_all(
     decode: Decode,
-    ask: Callable[[Dialogue], bool],
+    ask: Callable[[Dialogue], str | None],
     dialogues: Sequence[Dialogue],
     batch: int,
     bar: tqdm,
@@ -185,15 +179,16 @@ def answer_all(
 
     Whoever is over makes room for the next, so that the batch stays full.
     """
-    waiting, active = deque(dialogues), list[Dialogue]()
+    waiting, active, left_out = deque(dialogues), list[Dialogue](), list[str]()
     size, tokens, start = min(batch, len(dialogues)), 0, time.monotonic()
     while waiting or active:
         while waiting and len(active) < size:
             dialogue = waiting.popleft()
-            if ask(dialogue):
+            problem = ask(dialogue)
+            if problem is None:
                 active.append(dialogue)
             else:
-                logger.warning("%s: left out, the prompt fills the context", dialogue.origin)
+                left_out.append(f"{dialogue.origin}: {problem}")
                 bar.update()
         results = answer(decode, active, size)
         tokens += sum(len(result.token_ids) for result in results)
@@ -202,13 +197,15 @@ def answer_all(
         open_ones = [
             dialogue
             for dialogue, result in zip(active, results, strict=True)
-            if result.finish_reason == "stop" and ask(dialogue)
+            if result.finish_reason == "stop" and dialogue.questions and ask(dialogue) is None
         ]
         for dialogue in active:
             if dialogue not in open_ones:
                 bar.update()
                 yield dialogue
         active = open_ones
+    if left_out:
+        logger.warning("%d left out; the first: %s", len(left_out), left_out[0])
 
 
 def answer(decode: Decode, dialogues: Sequence[Dialogue], size: int) -> list[Generation]:
