@@ -16,7 +16,8 @@ examples:
   dspark generate "Why is the sky blue?"
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
-  dspark train configs/smollm2_135m_dspark.py --set steps=100
+  dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
+  dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
   dspark export --format speculators --out exported
 """
 
@@ -43,6 +44,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     bench = _add_command(commands, "bench", "measure; the measurement is speed")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
     _add_export(commands, "write a drafter in a layout that other programs read")
     _add_convert(commands, "write a drafter of another program in the layout of this one")
@@ -96,9 +98,7 @@ def _add_generate(commands: Any, summary: str) -> None:
     )
     _add_models(command)
     _add_decoding(command)
-    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")
+    _add_filters(command)
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     add("--batch", type=_count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
@@ -120,6 +120,27 @@ def _add_speed(commands: Any, summary: str) -> None:
     _add_models(command)
     _add_decoding(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_prepare(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "prepare", summary)
+    command.set_defaults(command="prepare")
+    add = command.add_argument
+    add(
+        "input",
+        metavar="INPUT.jsonl",
+        help='one JSON object a line with "prompt", "turns", "conversations" or "messages"; '
+        "answers in it are dropped",
+    )
+    add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
+    add("--limit", type=_count, metavar="N", help="use the first N lines")
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    add("--processes", type=_count, default=1, metavar="N", help="into which the work is split")
+    add("--process", type=int, default=0, metavar="I", help="the share of this one, from 0")
+    _add_models(command)
+    _add_decoding(command)
+    _add_filters(command)
+    command.set_defaults(max_new_tokens=512)
 
 
 def _add_train(commands: Any, summary: str) -> None:
@@ -191,3 +212,10 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         default="rejection",
         help="lossless rule for drafts; the text under coupled is the same with any drafter",
     )
+
+
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "generate": generate,
         "bench speed": bench_speed,
+        "prepare": prepare,
         "train": train,
         "export": export,
         "convert": convert,
@@ -160,6 +162,31 @@ def bench_speed(args: argparse.Namespace) -> int:
     options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
     report = speed.bench_speed(decoder, sets, limits, **options, **_policy(args)) | names
     print(json.dumps(report) if args.json else speed.format_report(report))
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Have the target answer a file of prompts or conversations."""
+    from dspark_jax.engine.generate import generate as decode
+    from dspark_jax.evaluation import prepare as data
+    from dspark_jax.training.conversations import read_questions
+
+    limits, share = _limits(args), data.Share(args.process, args.processes)
+    conversations = read_questions(args.input, args.limit)
+    digest = hashlib.sha256(Path(args.input).read_bytes()).hexdigest()
+    decoder, stop_ids, names = _load(args)
+    path = data.prepare(
+        partial(decode, decoder, acceptance=args.acceptance, **_policy(args)),
+        decoder,
+        conversations,
+        dataclasses.replace(limits, stop_ids=stop_ids),
+        Path(args.out),
+        {"target": names["target"], "dtype": args.dtype, "input_sha256": digest},
+        seed=args.seed,
+        batch=args.batch,
+        share=share,
+    )
+    print(path)
     return 0
 
 

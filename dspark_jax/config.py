@@ -192,7 +192,7 @@ class TrainConfig:
         mask_token_id: -1 looks for an unused special token of the target's tokenizer.
         max_length: longest sequence; longer ones are cut.
         length_buckets: sequence lengths that are compiled; the last one is ``max_length``. Empty
-            for the fewest with at most 10 % padding on the data.
+            chooses the fewest, up to 8, that keep padding on the data below 10 %.
         bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
             training begins where it would be after hundreds of updates.
         local_init: start the first layer's heads with their eyes on the last positions.

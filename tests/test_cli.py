@@ -415,7 +415,18 @@ def test_help_and_usage_errors_need_no_jax():
         assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("words", [[], ["bench"], ["nothing"], ["train"], ["bench", "speed"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["bench"],
+        ["nothing"],
+        ["train"],
+        ["bench", "speed"],
+        ["prepare"],
+        ["prepare", "p.jsonl"],
+    ],
+)
 def test_an_incomplete_command_is_refused(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)

@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # One turn: "role" (system, user or assistant) and "content".
 Turn = dict[str, str]
@@ -110,6 +110,22 @@ def read_answered(path: str | Path) -> list[Conversation]:
     return found
 
 
+def read_questions(path: str | Path, limit: int | None = None) -> list[Conversation]:
+    """The conversations of a file without the answers: a system turn or none, then the user's.
+
+    Raises:
+        ValueError: as :func:`read_conversations`, or there is nothing to answer.
+    """
+    found = []
+    for conversation in read_conversations(path, limit):
+        turns = tuple(turn for turn in conversation.turns if turn["role"] != "assistant")
+        questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+        if not questions or not all(map(str.strip, questions)):
+            raise ValueError(f"{conversation.origin}: the prompt is empty: write some text")
+        found.append(Conversation(turns, conversation.origin))
+    return found
+
+
 def _conversation(row: Any, origin: str) -> Conversation:
     """One line in the one form."""
     if not isinstance(row, dict):
@@ -151,7 +167,7 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise ValueError('every turn must be an object with "role" and "content"')
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str) or not _is_text(content):
+    if not isinstance(role, str) or not _is_text(content):
         raise ValueError('every turn needs the strings "role" and "content", or "from" and "value"')
     role = SPEAKERS.get(role, role)
     if role not in ROLES:
@@ -160,7 +176,7 @@ def _turn(turn: Any) -> Turn:
     return {"role": role, "content": content}
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a string that can be written as UTF-8: JSON can spell half a character."""
     if not isinstance(value, str):
         return False
