@@ -16,8 +16,10 @@ examples:
   dspark generate "Why is the sky blue?"
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
-  dspark train configs/smollm2_135m_dspark.py --set steps=100
+  dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
   dspark cache estimate configs/smollm2_135m_dspark.py
+  dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
+  dspark export --format speculators --out exported
 """
 
 
@@ -29,10 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(version: str) -> argparse.ArgumentParser:
-    """The parser; ``command`` of its result is ``generate``, ``bench speed``, ``train``, ...
-
-    Two words name a command that has a verb of its own, as in ``bench speed`` or ``cache write``.
-    """
+    """The parser; ``command`` of its result is the words of the command, e.g. ``bench speed``."""
     parser = _Parser(
         prog="dspark",
         description="Speculative decoding with DSpark drafters: generate, measure, train.",
@@ -46,8 +45,11 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     bench = _add_command(commands, "bench", "measure; the measurement is speed")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
     _add_cache(commands)
+    _add_export(commands, "write a drafter in a layout that other programs read")
+    _add_convert(commands, "write a drafter of another program in the layout of this one")
     return parser
 
 
@@ -98,9 +100,7 @@ def _add_generate(commands: Any, summary: str) -> None:
     )
     _add_models(command)
     _add_decoding(command)
-    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")
+    _add_filters(command)
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     add("--batch", type=_count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
@@ -122,6 +122,27 @@ def _add_speed(commands: Any, summary: str) -> None:
     _add_models(command)
     _add_decoding(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_prepare(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "prepare", summary)
+    command.set_defaults(command="prepare")
+    add = command.add_argument
+    add(
+        "input",
+        metavar="INPUT.jsonl",
+        help='one JSON object a line with "prompt", "turns", "conversations" or "messages"; '
+        "answers in it are dropped",
+    )
+    add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
+    add("--limit", type=_count, metavar="N", help="use the first N lines")
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    add("--processes", type=_count, default=1, metavar="N", help="into which the work is split")
+    add("--process", type=int, default=0, metavar="I", help="the share of this one, from 0")
+    _add_models(command)
+    _add_decoding(command)
+    _add_filters(command)
+    command.set_defaults(max_new_tokens=512)
 
 
 def _add_train(commands: Any, summary: str) -> None:
@@ -152,19 +173,51 @@ def _add_cache(commands: Any) -> None:
     check.add_argument("directory", metavar="DIR")
 
 
+def _add_export(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "export", summary)
+    command.set_defaults(command="export")
+    add = command.add_argument
+    add("--format", choices=("deepspec", "speculators"), required=True, help="of the reference "
+        "implementation, with embedding and head, or of vllm-project/speculators")  # fmt: skip
+    add("--full-vocabulary", action="store_true", help="draft over the target's whole vocabulary")
+    _add_output(command)
+    _add_models(command)
+
+
+def _add_convert(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "convert", summary)
+    command.set_defaults(command="convert")
+    add = command.add_argument
+    add("source", metavar="DRAFTER", help="directory or hub id, DeepSpec's layout or speculators'")
+    _add_output(command)
+    _add_target(command)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
+
+
 def _add_models(command: argparse.ArgumentParser) -> None:
+    _add_target(command)
+    command.add_argument(
+        "--drafter",
+        help="directory or hub id, or none (default: the packaged one for the default target, "
+        "none for another)",
+    )
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--target",
         default="default",
         help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
     )
-    add(
-        "--drafter",
-        help="directory or hub id, or none (default: the packaged one for the default target, "
-        "none for another)",
-    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--policy",
         type=policy,
@@ -172,10 +225,6 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
         "block with another)",
     )
-
-
-def _add_decoding(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
@@ -185,3 +234,10 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         default="rejection",
         help="lossless rule for drafts; the text under coupled is the same with any drafter",
     )
+
+
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")

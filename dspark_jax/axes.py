@@ -129,31 +129,44 @@ def abstract_params(declared: Tree, dtype: Any = jnp.float32) -> Tree:
     return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
 
 
-# Logical axis -> mesh axis. Everything that is not named here is replicated.
-MESH_RULES: Mapping[str, str] = {
-    "B": "data",
-    "N": "tensor",
-    "K": "tensor",
-    "M": "tensor",
-    "V": "tensor",
-    "U": "tensor",
+# Logical axis -> mesh axes. Everything that is not named here is replicated. ``D``, ``R`` and ``I``
+# are sharded in parameters alone: activations are split over slots or sequences.
+MESH_RULES: Mapping[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "M": ("tensor",),
+    "V": ("tensor",),
+    "U": ("tensor",),
+    "D": ("fsdp",),
+    "R": ("fsdp",),
+    "I": ("fsdp",),
 }
-MESH_AXES = ("data", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, tensor) mesh over the first ``data * tensor`` devices.
+def make_mesh(
+    data: int = 1, tensor: int = 1, fsdp: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first ``data * fsdp * tensor`` devices.
+
+    Args:
+        data: parts of the batch, each with all parameters.
+        tensor: parts of heads, MLP and vocabulary.
+        fsdp: parts of the batch that share one copy of parameters and optimiser state (training).
+        devices: to choose from; None for all.
 
     Raises:
-        ValueError: there are fewer devices than ``data * tensor``.
+        ValueError: there are fewer devices than that.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if data < 1 or tensor < 1 or data * tensor > len(devices):
+    count = data * fsdp * tensor
+    if min(data, fsdp, tensor) < 1 or count > len(devices):
         raise ValueError(
-            f"mesh data={data} x tensor={tensor} needs {data * tensor} devices, "
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices, "
             f"but {len(devices)} are here: choose sizes whose product is at most {len(devices)}"
         )
-    return Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), MESH_AXES)
+    return Mesh(np.array(devices[:count]).reshape(data, fsdp, tensor), MESH_AXES)
 
 
 _replicated: set[tuple[str, int, int]] = set()
@@ -162,22 +175,24 @@ _replicated: set[tuple[str, int, int]] = set()
 def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """The :class:`PartitionSpec` of an array with these logical axes.
 
-    An axis that does not divide over its mesh axis (9 heads over 2 devices) is replicated, and
+    An axis that does not divide over its mesh axes (9 heads over 2 devices) is replicated, and
     that is logged once. A mesh axis is used once an array, by the first axis that asks for it.
     """
-    spec: list[str | None] = []
+    spec: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
     for letter, size in zip(axes, shape, strict=True):
-        mesh_axis = MESH_RULES.get(letter)
-        if mesh_axis is None or mesh.shape[mesh_axis] == 1 or mesh_axis in spec:
-            spec.append(None)
-        elif size % mesh.shape[mesh_axis]:
-            fact = (letter, size, mesh.shape[mesh_axis])
+        wanted = [
+            name for name in MESH_RULES.get(letter, ()) if mesh.shape[name] > 1 and name not in used
+        ]
+        parts = math.prod(mesh.shape[name] for name in wanted)
+        if size % parts:
+            fact = (letter, size, parts)
             if fact not in _replicated:
                 _replicated.add(fact)
                 logger.info("axis %s of size %d is replicated over %d devices", *fact)
-            spec.append(None)
-        else:
-            spec.append(mesh_axis)
+            wanted = []
+        used.update(wanted)
+        spec.append(tuple(wanted) or None)
     return PartitionSpec(*spec)
 
 

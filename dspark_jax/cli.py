@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -40,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "generate": generate,
         "bench speed": bench_speed,
+        "prepare": prepare,
         "train": train,
         "cache estimate": cache_estimate,
         "cache write": cache_write,
         "cache check": cache_check,
+        "export": export,
+        "convert": convert,
     }[args.command]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
@@ -164,6 +168,31 @@ def bench_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def prepare(args: argparse.Namespace) -> int:
+    """Have the target answer a file of prompts or conversations."""
+    from dspark_jax.engine.generate import generate as decode
+    from dspark_jax.evaluation import prepare as data
+    from dspark_jax.training.conversations import read_questions
+
+    limits, share = _limits(args), data.Share(args.process, args.processes)
+    conversations = read_questions(args.input, args.limit)
+    digest = hashlib.sha256(Path(args.input).read_bytes()).hexdigest()
+    decoder, stop_ids, names = _load(args)
+    path = data.prepare(
+        partial(decode, decoder, acceptance=args.acceptance, **_policy(args)),
+        decoder,
+        conversations,
+        dataclasses.replace(limits, stop_ids=stop_ids),
+        Path(args.out),
+        {"target": names["target"], "dtype": args.dtype, "input_sha256": digest},
+        seed=args.seed,
+        batch=args.batch,
+        share=share,
+    )
+    print(path)
+    return 0
+
+
 def train(args: argparse.Namespace) -> int:
     """Train a drafter from a configuration file."""
     recipe = override(_recipe(args.config), args.set)
@@ -212,6 +241,27 @@ def cache_check(args: argparse.Namespace) -> int:
         f"{args.directory}: {len(reader)} samples, {reader.record_N['seq_len'].sum()} tokens, "
         f"{reader.size_bytes} bytes, layers {layers} of {reader.spec.target}"
     )
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a drafter in a layout that other programs read."""
+    if _drafter(args) == "none":
+        raise ValueError("export writes a drafter: give --drafter")
+    return _write_drafter(args, _drafter(args), args.format, full_vocabulary=args.full_vocabulary)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a drafter in the layout of this package."""
+    return _write_drafter(args, args.source, "dspark")
+
+
+def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:
+    """Write a drafter's checkpoint and say where it lies."""
+    _use_compilation_cache()
+    from dspark_jax.evaluation.export import write_drafter
+
+    print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
     return 0
 
 

@@ -55,15 +55,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_positions",
-        ):
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+            "num_kv_heads", "head_dim", "max_positions",
+        ):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}: it must be a positive integer")
@@ -146,8 +140,11 @@ class DrafterConfig(TransformerConfig):
                 f"target_layer_ids {ids} must lie in -1..{self.num_target_layers - 2}: the last "
                 f"of the target's {self.num_target_layers} layers is not a feature layer"
             )
-        if self.block_size < 1:
-            raise ValueError(f"block_size {self.block_size} must be at least 1")
+        if not 1 <= self.block_size < self.max_positions:
+            raise ValueError(
+                f"block_size {self.block_size} must lie in 1..{self.max_positions - 1}: a block "
+                "stands behind its anchor in the context"
+            )
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank {self.markov_rank} must be 0 (no head) or positive")
         if self.markov_head not in ("vanilla", "gated", "rnn"):
@@ -188,7 +185,8 @@ class TrainConfig:
         target_layer_ids: empty for five layers spread evenly from 1 to L - 3.
         mask_token_id: -1 looks for an unused special token of the target's tokenizer.
         max_length: longest sequence; longer ones are cut.
-        length_buckets: sequence lengths that are compiled; the last one is ``max_length``.
+        length_buckets: sequence lengths that are compiled; the last one is ``max_length``. Empty
+            chooses the fewest, up to 8, that keep padding on the data below 10 %.
         bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
             training begins where it would be after hundreds of updates.
         local_init: start the first layer's heads with their eyes on the last positions.
@@ -198,6 +196,8 @@ class TrainConfig:
             proportionally fewer.
         updates_per_batch: optimiser updates that share one pass of the target.
         sequences_per_update: sequences of the batch that one update sees; 0 is all of them.
+        micro_batches: parts of an update's sequences that are computed one after the other, where
+            memory is short; the result is the same.
         steps: batches; 0 is ``epochs`` passes over the data.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
@@ -207,6 +207,9 @@ class TrainConfig:
         keep_checkpoints: how many checkpoints stay.
         init_drafter: drafter to start from (directory, hub id or ``"default"``), whose sizes and
             draft vocabulary must be the recipe's; empty for fresh weights.
+        data_parallel, fsdp, tensor_parallel: sizes of the device mesh: parts of an update's
+            sequences, parts of these that share one copy of all weights, and parts of heads, MLP
+            and vocabulary. Loss and metrics do not depend on them.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
         cache: directory of a target cache, which has the sequences and their features, so that
@@ -235,11 +238,12 @@ class TrainConfig:
     local_init: bool = False
     init_drafter: str = ""
     max_length: int = 448
-    length_buckets: tuple[int, ...] = (128, 256, 448)
+    length_buckets: tuple[int, ...] = ()
     tokens_per_batch: int = 1792
     num_anchors: int = 128
     updates_per_batch: int = 1
     sequences_per_update: int = 0
+    micro_batches: int = 1
     min_loss_tokens: int = 8
     steps: int = 0
     epochs: float = 1.0
@@ -257,6 +261,9 @@ class TrainConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     keep_checkpoints: int = 2
+    data_parallel: int = 1
+    fsdp: int = 1
+    tensor_parallel: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache: str = ""
     cache_gb: float = 0.0
@@ -269,7 +276,8 @@ class TrainConfig:
         )  # fmt: skip
         self._check_integers(
             1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
-            "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
+            "micro_batches", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
+            "data_parallel", "fsdp", "tensor_parallel",
         )  # fmt: skip
         self._check_integers(2, "max_length", "min_loss_tokens")  # an anchor takes two tokens
         for field in ("learning_rate", "clip_norm", "epochs"):
@@ -293,14 +301,29 @@ class TrainConfig:
                     f"{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}"
                 )
         buckets = self.length_buckets
-        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length:
+        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length):
             raise ValueError(
                 f"length_buckets {buckets} must increase and end with max_length {self.max_length}"
             )
-        if buckets[0] < 2:
+        if buckets and buckets[0] < 2:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
         if self.cache_gb and not self.cache:
             raise ValueError(f"cache_gb is {self.cache_gb}, but cache is empty: name a directory")
+        for bucket in buckets:
+            batch = max(1, self.tokens_per_batch // bucket)
+            share = min(self.sequences_per_update or batch, batch)
+            if share % self.micro_batches:
+                raise ValueError(
+                    f"micro_batches {self.micro_batches} must divide the {share} sequences of an "
+                    f"update in the length bucket {bucket}: change it, sequences_per_update or "
+                    "tokens_per_batch"
+                )
+            if share // self.micro_batches % (self.data_parallel * self.fsdp):
+                raise ValueError(
+                    f"data_parallel {self.data_parallel} x fsdp {self.fsdp} must divide the "
+                    f"{share // self.micro_batches} sequences of a micro-batch in the length "
+                    f"bucket {bucket}: change them, sequences_per_update or tokens_per_batch"
+                )
         if self.init_drafter and (self.bigram_init or self.local_init):
             raise ValueError(
                 f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "

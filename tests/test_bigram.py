@@ -20,6 +20,12 @@ VOCAB = 12
 SEEN = 10  # tokens 10 and 11 never occur
 
 
+def answered(prompt, answer):
+    """A sequence whose answer alone is supervised."""
+    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return TokenSequence(np.array([*prompt, *answer], np.int32), mask)
+
+
 def chain(seed, count, length=40, sharpness=2.0):
     """Answers of a Markov chain over the seen tokens, each behind a prompt of two other tokens."""
     law = np.random.default_rng(7).gumbel(size=(SEEN, SEEN)) * sharpness
@@ -30,7 +36,7 @@ def chain(seed, count, length=40, sharpness=2.0):
         answer = [int(random.integers(SEEN))]
         while len(answer) < length:
             answer.append(int(random.choice(SEEN, p=law[answer[-1]])))
-        sequences.append(TokenSequence(np.array([11, 11, *answer], np.int32), 3))
+        sequences.append(answered([11, 11, answer[0]], answer[1:]))
     return sequences
 
 
@@ -43,9 +49,9 @@ def counted(sequences, t2d_V, draft_size):
     """log p(y) and log p(y | x) as the module's docstring states them."""
     count = np.zeros((VOCAB, draft_size))
     for sequence in sequences:
-        answer = sequence.token_S[sequence.answer_start - 1 :]
-        for x, y in itertools.pairwise(answer):
-            if t2d_V[y] >= 0:
+        following = zip(itertools.pairwise(sequence.token_S), sequence.loss_mask_S[1:], strict=True)
+        for (x, y), supervised in following:
+            if supervised and t2d_V[y] >= 0:
                 count[x, t2d_V[y]] += 1
     unigram = (count.sum(0) + 0.5) / (count.sum(0) + 0.5).sum()
     law = np.log(unigram) + np.log1p(count / (PRIOR_STRENGTH * unigram))
@@ -72,7 +78,7 @@ def test_low_rank_predicts_better_than_the_unigram_law_and_more_rank_better_stil
     sequences, held_out = chain(0, 60), chain(1, 20)
 
     def score(law):
-        answers = [s.token_S[s.answer_start - 1 :] for s in held_out]
+        answers = [s.token_S[2:] for s in held_out]
         return np.mean([law[a[:-1], a[1:]].mean() for a in answers])
 
     unigram, full = counted(sequences, ALL, VOCAB)
@@ -100,7 +106,7 @@ def test_the_factors_are_balanced_and_the_same_every_time():
 
 @pytest.mark.parametrize("answer", [[0], [0, 1], [0, 0, 0, 0], [6, 6]])
 def test_hardly_any_data_still_gives_numbers(answer):
-    sequence = TokenSequence(np.array([11, *answer], np.int32), 1)
+    sequence = answered([11], answer)
     for rank in (2, 5, 40):
         w1_VR, w2_RU = bigram_factors([sequence], REDUCED, VOCAB, 9, rank)
         assert np.isfinite(w1_VR @ w2_RU).all()

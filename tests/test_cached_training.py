@@ -14,7 +14,17 @@ from safetensors.numpy import load_file
 from dspark_jax import cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.models.load import load_target
-from dspark_jax.training import cache_writer, data, features, fit, step, write_cache
+from dspark_jax.models.target import Vocab
+from dspark_jax.training import (
+    cache_writer,
+    data,
+    features,
+    fit,
+    run,
+    step,
+    utilisation,
+    write_cache,
+)
 from dspark_jax.training.cache import BFLOAT16, INDEX, MANIFEST, CacheReader, CacheSpec
 from tests.tiny_model import TARGET, write_drafter, write_target
 
@@ -73,7 +83,7 @@ def written(recipe, tmp_path_factory):
 def run_of(drafter):
     """Weights and log of a run, but for its speed."""
     log = (drafter.parent / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) | {"blocks_per_s": 0} for line in log]
+    rows = [json.loads(line) | {"blocks_per_s": 0, "tokens_per_s": 0} for line in log]
     return load_file(drafter / "model.safetensors"), rows
 
 
@@ -96,23 +106,30 @@ def files_in(folder):
 
 def test_cached_batches_are_online_batches(recipe, written):
     """All that the loss reads of the target is the same, bit for bit; the target is not asked."""
+    recipe = dataclasses.replace(recipe, length_buckets=())
     target = load_target(recipe.target, jnp.bfloat16)
-    cfg = fit.drafter_config(recipe, target)
-    frozen = step.Frozen(target.params, target.params.vocab, None)
+    cfg = run.drafter_config(recipe, target)
+    frozen = step.Frozen(target.params, Vocab(None, None, np.arange(40)), None)
     outputs = jax.jit(partial(step.target_outputs, target_cfg=target.cfg, cfg=cfg))
-    sources = data.read_conversations(Path(recipe.data)), CacheReader(written)
-    online, cached = (
-        next(data.batches_from(fit.load_sequences(source, target, cfg, recipe)[0], recipe, 0))
-        for source in sources
-    )
+    recipes = recipe, dataclasses.replace(recipe, cache=str(written), data="gone.jsonl")
+    sets = [run.load_sequences(run.open_source(one), target, cfg, one)[0] for one in recipes]
+    recipe, other = (data.with_buckets(recipe, sequences) for sequences in sets)
+    assert other == recipe
+    online, cached = (next(data.batches_from(sequences, recipe, 0)) for sequences in sets)
     expected, found = outputs(frozen, online), outputs(frozen, cached)
     assert (online.feature_BSFD, found[0].dtype) == (None, BFLOAT16)
     real_BS = np.cumsum(online.loss_mask_BS[:, ::-1], axis=1)[:, ::-1] > 0  # not the padding
     np.testing.assert_array_equal(cached.token_BS, online.token_BS)
     np.testing.assert_array_equal(cached.loss_mask_BS, online.loss_mask_BS)
     np.testing.assert_array_equal(found[0][real_BS], expected[0][real_BS])
-    np.testing.assert_array_equal(found[1].prob_BSU[real_BS], expected[1].prob_BSU[real_BS])
+    for name in ("hidden_BSD", "log_norm_BS"):
+        arrays = (getattr(teacher, name)[real_BS] for _, teacher in (found, expected))
+        np.testing.assert_array_equal(*arrays, err_msg=name)
     assert not cached.feature_BSFD[~real_BS].any()
+    flops = [utilisation.step_flops(target.cfg, cfg, recipe, batch) for batch in (online, cached)]
+    size, length = online.token_BS.shape
+    layers = utilisation.target_flops(target.cfg, length, reduced=False, cached=False)
+    assert flops[0] - flops[1] == size * layers
 
 
 @pytest.mark.full
@@ -123,6 +140,22 @@ def test_cached_training_is_online_training(recipe, written, tmp_path):
     assert_same_run(run_of(fit.fit(dataclasses.replace(recipe, **settings))), online)
     turns = {"out": str(tmp_path / "t"), "cache": str(tmp_path / "p"), "cache_gb": PIECE_GB}
     assert_same_run(run_of(fit.fit(dataclasses.replace(recipe, **turns))), online)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cache_gb", [0.0, PIECE_GB])
+def test_a_mesh_trains_on_a_cache(recipe, written, tmp_path, emulated_devices, cache_gb):
+    """Whole or in turns, held-out sequences included: nearly what one device computes."""
+    cache = str(tmp_path / "piece" if cache_gb else written)
+    few = dataclasses.replace(recipe, steps=2, eval_every=2, cache=cache, cache_gb=cache_gb)
+    mesh = {"data_parallel": 2, "tensor_parallel": 2}
+    logs = [
+        run_of(fit.fit(dataclasses.replace(few, out=str(tmp_path / name), **sizes)))[1]
+        for name, sizes in (("one", {}), ("mesh", mesh))
+    ]
+    assert [row.get("split") for row in logs[1]] == [None, None, "held-out"]
+    for row, expected in zip(logs[1], logs[0], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
 
 
 def test_a_whole_cache_is_left_as_it_is(recipe, written):
@@ -207,7 +240,7 @@ def test_samples_of_a_foreign_cache_as_sequences_and_batches():
     sequences, dropped = features.cached_sequences(reader, 200, recipe)
     assert dropped == 3
     assert [len(sequence.token_S) for sequence in sequences] == [12, 12, 12]
-    assert [sequence.answer_start for sequence in sequences] == [1, 2, 2]
+    assert [int(sequence.loss_mask_S.argmax()) for sequence in sequences] == [1, 2, 2]
     assert [len(sequence.token_S) for sequence in sequences[1:]] == [12, 12]
     batch = data.make_batch(sequences, [2, 0], 14, 3)
     for row, sample in ((0, reader[5]), (1, reader[1])):
@@ -239,7 +272,7 @@ def fake_read(token_BS):
 def some_sequences(count=16):
     random = np.random.default_rng(0)
     tokens = [random.integers(1, 99, random.integers(9, 33)).astype(np.int32) for _ in range(count)]
-    return [data.TokenSequence(token_S, 4) for token_S in tokens]
+    return [data.TokenSequence(token_S, np.arange(len(token_S)) >= 4) for token_S in tokens]
 
 
 def deleted_but_mapped(folder):
@@ -327,15 +360,16 @@ def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
     recipe, written, tmp_path, sizes, monkeypatch
 ):
     """Whole runs whose step is traced, but logs its batches instead of being compiled."""
-    train_step = fit.train_step
+    train_step = run.train_step
 
     def log_batch(state, frozen, batch, **static):
         jax.eval_shape(partial(train_step, **static), state, frozen, batch)
         arrays = {"feature": batch.feature_BSFD, "hidden": batch.hidden_BSD}
         sums = {name: check_sum(array) for name, array in arrays.items()}
-        return state, {"loss": 1.0, "accepted_length": 1.0, "blocks": 1.0, **sums}
+        ones = dict.fromkeys(("loss", "accepted_length", "blocks", "tokens"), 1.0)
+        return state, {**ones, **sums}
 
-    monkeypatch.setattr(fit, "train_step", log_batch)
+    monkeypatch.setattr(run, "train_step", log_batch)
     drafter = str(write_drafter(tmp_path / "drafter"))
     changes = {"init_drafter": drafter, "draft_vocab_size": 0, "eval_sequences": 0}
     quick = dataclasses.replace(recipe, seed=1, **changes)
@@ -375,7 +409,8 @@ def test_the_command_says_how_large_a_cache_is_writes_and_checks_it(recipe, tmp_
     code, out, _ = dspark("cache", "estimate", config, "--set", "min_loss_tokens=15")
     assert code == 0
     assert not folder.exists()
-    words = ("cache", "write", config, "--out", folder, "--set", "min_loss_tokens=15")
+    words = ("cache", "write", config, "--out", folder, "--set", "length_buckets=", "--set")
+    words = (*words, "min_loss_tokens=15")
     assert dspark(*words)[:2] == (0, f"{folder}\n")
     size = bytes_in(folder) - (folder / MANIFEST).stat().st_size
     assert out.startswith(f"{size} bytes (0.000 GB) for 7 sequences, ")

@@ -423,6 +423,8 @@ def test_help_and_usage_errors_need_no_jax():
         ["nothing"],
         ["train"],
         ["bench", "speed"],
+        ["prepare"],
+        ["prepare", "p.jsonl"],
         ["cache"],
         ["cache", "write", "x.py"],
     ],

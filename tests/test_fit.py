@@ -20,7 +20,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.engine.generate import generate, make_decoder
 from dspark_jax.engine.state import Request
 from dspark_jax.models.load import load_drafter_for, load_target
-from dspark_jax.training import data, fit, records
+from dspark_jax.training import data, fit, records, run
 from dspark_jax.training.records import MetricsLog
 from tests.tiny_model import TARGET, write_target
 
@@ -35,7 +35,10 @@ METRICS = {
     "confidence_bias",
     "l1",
     "loss",
+    "survival_abs_error",
+    "survival_bias",
 }
+SPEED = {"learning_rate", "blocks_per_s", "tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,8 @@ def assert_same_run(out, whole):
     """Bit-identical weights, and the same log but for the speed."""
     for name, value in weights_of(whole).items():
         np.testing.assert_array_equal(weights_of(out)[name], value, err_msg=name)
-    logs = [[row | {"blocks_per_s": 0} for row in log_of(folder)] for folder in (out, whole)]
+    timed = {"blocks_per_s": 0, "tokens_per_s": 0}
+    logs = [[row | timed for row in log_of(folder)] for folder in (out, whole)]
     assert logs[0] == logs[1]
 
 
@@ -141,12 +145,15 @@ def test_the_log_has_what_is_documented(whole):
     assert [row["step"] for row in train] == list(range(2, STEPS + 1, 2))
     assert [row["step"] for row in held_out] == [10, 20, 30]
     assert all(
-        set(row) == METRICS | {"step", "blocks", "blocks_per_s", "gradient_norm"} for row in train
+        set(row) == METRICS | {"step", "blocks", "tokens", "gradient_norm"} | SPEED for row in train
     )
     assert all(set(row) == METRICS | {"step", "split"} for row in held_out)
     assert all(row["split"] == "held-out" and len(row["accept_rate"]) == 3 for row in held_out)
     assert all(1 <= row["accepted_length"] <= 4 for row in rows)
     assert json.loads((whole / "recipe.json").read_text())["steps"] == STEPS
+    assert train[-1]["learning_rate"] < train[3]["learning_rate"]
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((whole / "tensorboard").iterdir())
 
 
 def test_the_loss_falls_and_the_accepted_length_rises(whole):
@@ -223,7 +230,8 @@ def test_the_log_drops_repeated_and_torn_lines(tmp_path):
     rows = [{"step": 1, "note": "a\u2028b\x85c"}, {"step": 2}, {"step": 3}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join([*lines, '"text"', '{"step": "2"}', '{"step": 1, "los']))
-    MetricsLog(path, 2).write(3, loss=1.5)
+    with MetricsLog(tmp_path, 2) as log:
+        log.write(3, loss=1.5)
     assert log_of(tmp_path) == [*rows[:2], {"step": 3, "loss": 1.5}]
 
 
@@ -308,9 +316,9 @@ def test_a_gradient_that_is_not_finite_counts_too():
 
 
 def test_nothing_is_loaded_or_written_before_the_data_is_read(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "load_target", None)
+    monkeypatch.setattr(run, "load_target", None)
     missing = elsewhere(recipe, tmp_path / "out", data=str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
         fit.fit(missing)
     with pytest.raises(ValueError, match="not readable"):
         fit.fit(dataclasses.replace(missing, data=str(tmp_path)))
@@ -329,104 +337,6 @@ def test_data_that_does_not_suffice_leaves_no_recipe_behind(recipe, tmp_path, ch
     with pytest.raises(ValueError, match=expected):
         fit.fit(elsewhere(recipe, tmp_path, **changes))
     assert not (tmp_path / "recipe.json").exists()
-
-
-TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u2028c\x85d"}]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ("{", "not JSON"),
-        ([], "conversations"),
-        ({"conversations": TURNS[:1]}, "at least two turns"),
-        ({"conversations": "ab"}, "at least two turns"),
-        ({"conversations": [TURNS[0], TURNS[0]]}, "the last turn is the user's"),
-        ({"conversations": [TURNS[0], {"role": "assistant"}]}, 'strings "role" and "content"'),
-        ({"conversations": [{"role": "user", "content": 3}, TURNS[1]]}, 'strings "role" and'),
-        ({"conversations": [3, TURNS[1]]}, 'strings "role" and "content"'),
-        ({"conversations": TURNS, "response_ids": "ab"}, "list of token ids"),
-        ({"conversations": TURNS, "response_ids": [1, 2.5]}, "list of token ids"),
-        ({"conversations": TURNS, "response_ids": [True]}, "list of token ids"),
-        ({"conversations": TURNS, "finish": 1}, '"finish" must be a string'),
-    ],
-)
-def test_a_line_that_is_no_conversation_is_named(tmp_path, row, expected):
-    path = tmp_path / "data.jsonl"
-    good = json.dumps({"conversations": TURNS}, ensure_ascii=False)
-    text = row if isinstance(row, str) else json.dumps(row)
-    path.write_text(f"{good}\n\n{text}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{re.escape(expected)}"):
-        data.read_conversations(path)
-    path.write_text(f"{good}\n\n", encoding="utf-8")
-    ((origin, read),) = data.read_conversations(path)
-    assert origin == f"{path}:1"
-    assert read["conversations"] == TURNS
-
-
-class Tokenizer:
-    """A character a token."""
-
-    def __len__(self):
-        return 128
-
-    def encode(self, text, add_special_tokens=False):
-        return list(text.encode())
-
-
-def test_conversations_become_sequences(recipe):
-    recipe = dataclasses.replace(recipe, max_length=8, length_buckets=(8,), min_loss_tokens=3)
-
-    def rows(**values):
-        return [("d:1", {"conversations": [*TURNS[:1], {"content": "xyz"}], **values})]
-
-    def prompt_ids(tokenizer, turns):
-        return tokenizer.encode(turns[-1]["content"] + ">")
-
-    def only(**values):
-        kept, dropped = data.tokenize(rows(**values), Tokenizer(), prompt_ids, 0, recipe)
-        assert len(kept) + dropped == 1
-        return (kept[0].token_S.tolist(), kept[0].answer_start) if kept else None
-
-    assert only() == ([*b"a>xyz", 0], 2)
-    assert only(finish="length") == ([*b"a>xyz"], 2)
-    assert only(response_ids=[5, 6, 7, 8, 9, 10, 11]) == ([*b"a>", 5, 6, 7, 8, 9, 10], 2)
-    assert only(response_ids=[5], finish="stop") is None
-    for bad in (128, -1):
-        with pytest.raises(ValueError, match=rf"d:1: {bad} in .*0\.\.127"):
-            only(response_ids=[1, bad])
-
-    def refuse(*_):
-        raise ValueError("the prompt is empty")
-
-    with pytest.raises(ValueError, match="d:1: the prompt is empty"):
-        data.tokenize(rows(), Tokenizer(), refuse, 0, recipe)
-
-
-def test_batches_cover_every_sequence_once_an_epoch_wherever_they_start(recipe):
-    lengths = np.random.default_rng(0).integers(9, 41, 23)
-    sequences = [data.TokenSequence(np.full(n, i + 1, np.int32), 4) for i, n in enumerate(lengths)]
-    recipe = dataclasses.replace(recipe, length_buckets=(16, 40))
-    per_epoch = len(data.epoch_batches(sequences, recipe, 0))
-    stream = data.batches_from(sequences, recipe, 0)
-    first = [next(stream) for _ in range(2 * per_epoch)]
-    for epoch in (first[:per_epoch], first[per_epoch:]):
-        seen = sorted(int(row[0]) for batch in epoch for row in batch.token_BS if row.any())
-        assert seen == list(range(1, 24))
-        assert sum(int(batch.loss_mask_BS.sum()) for batch in epoch) == lengths.sum() - 4 * 23
-    for start in (3, per_epoch, per_epoch + 2):
-        resumed = next(data.batches_from(sequences, recipe, start))
-        np.testing.assert_array_equal(resumed.token_BS, first[start].token_BS)
-    assert any(
-        not np.array_equal(one.token_BS, other.token_BS)
-        for one, other in zip(first[:per_epoch], first[per_epoch:], strict=True)
-    )
-
-
-def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens():
-    sequence = data.TokenSequence(np.array([9, 9, 9, 7, 7, 5, 8, 8, 8], np.int32), 3)
-    np.testing.assert_array_equal(data.frequent_tokens([sequence], 2), [7, 8])
-    np.testing.assert_array_equal(data.frequent_tokens([sequence], 5), [0, 1, 5, 7, 8])
 
 
 @pytest.mark.parametrize(
@@ -463,9 +373,9 @@ def test_a_run_without_held_out_sequences(recipe, tmp_path):
 
 
 def test_feature_layers_of_shallow_targets():
-    assert fit.default_feature_layers(30) == (1, 8, 14, 20, 27)
+    assert run.default_feature_layers(30) == (1, 8, 14, 20, 27)
     for layers in range(1, 12):
-        ids = fit.default_feature_layers(layers)
+        ids = run.default_feature_layers(layers)
         assert list(ids) == sorted(set(ids))
         assert ids[0] >= 0
         assert layers < 3 or ids[-1] <= layers - 3

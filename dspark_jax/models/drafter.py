@@ -8,15 +8,18 @@ directions. The same functions serve training (A anchors a sequence) and decodin
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
+from dspark_jax.models.chunks import chunk_sizes, join_chunks, split_chunks
 from dspark_jax.models.heads import declare_confidence_head, declare_markov_head
 from dspark_jax.models.layers import (
     Layer,
@@ -30,6 +33,13 @@ from dspark_jax.models.layers import (
     rope_table,
 )
 from dspark_jax.models.target import Vocab, embed
+
+# What a training step keeps of a layer for the backward pass: results of matrix products. All
+# else, several times as large, is cheap to compute again.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attended"),
+)
 
 
 @struct.dataclass
@@ -105,31 +115,49 @@ def extend_context(
     return context
 
 
-def _attend_block(
-    q_BAGNH: jax.Array,
-    context_BSKH: tuple[jax.Array, jax.Array],
-    block_BAGKH: tuple[jax.Array, jax.Array],
-    visible_BAS: jax.Array,
-    keep_BA: jax.Array,
-) -> jax.Array:
-    """Attention of block slots to the visible context and to their own block.
+@struct.dataclass
+class _BlockAttention:
+    """What some blocks' slots bring to their attention, all [B, A, ...]."""
+
+    q_BAGNH: jax.Array
+    k_BAGKH: jax.Array
+    v_BAGKH: jax.Array
+    position_BA: jax.Array
+    keep_BA: jax.Array
+
+
+def _attend_block(blocks: _BlockAttention, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Attention of block slots to the context before their anchor and to their own block.
 
     The scores of the two parts share one softmax; the cost is A x G x (S + G), never (A x G)^2.
     Blocks that are not kept attend to nothing and give 0.
     """
-    (k_BSKH, v_BSKH), (k_BAGKH, v_BAGKH) = context_BSKH, block_BAGKH
-    *lead, heads, dim = q_BAGNH.shape
-    kv_heads, length = k_BSKH.shape[2:0:-1]
-    q = q_BAGNH.reshape(*lead, kv_heads, heads // kv_heads, dim)
-    to_context = jnp.einsum("bagkrh,bskh->bakrgs", q, k_BSKH, preferred_element_type=jnp.float32)
-    to_block = jnp.einsum("bagkrh,bawkh->bakrgw", q, k_BAGKH, preferred_element_type=jnp.float32)
+    *lead, heads, dim = blocks.q_BAGNH.shape
+    length, kv_heads = k_BSKH.shape[1:3]
+    q = blocks.q_BAGNH.reshape(*lead, kv_heads, heads // kv_heads, dim)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    to_context = product("bagkrh,bskh->bakrgs", q, k_BSKH)
+    to_block = product("bagkrh,bawkh->bakrgw", q, blocks.k_BAGKH)
+    visible_BAS = jnp.arange(length, dtype=jnp.int32) < blocks.position_BA[..., None]
     to_context = jnp.where(visible_BAS[:, :, None, None, None], to_context, -jnp.inf)
     score = jnp.concatenate([to_context, to_block], axis=-1) * dim**-0.5
     weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("bakrgs,bskh->bagkrh", weight[..., :length], v_BSKH)
-    out = out + jnp.einsum("bakrgw,bawkh->bagkrh", weight[..., length:], v_BAGKH)
-    out_BAGNH = out.reshape(q_BAGNH.shape)
-    return jnp.where(keep_BA[:, :, None, None, None], out_BAGNH, 0)
+    out = product("bakrgs,bskh->bagkrh", weight[..., :length], v_BSKH)
+    out = out + product("bakrgw,bawkh->bagkrh", weight[..., length:], blocks.v_BAGKH)
+    out_BAGNH = out.astype(v_BSKH.dtype).reshape(blocks.q_BAGNH.shape)
+    return jnp.where(blocks.keep_BA[:, :, None, None, None], out_BAGNH, 0)
+
+
+def _attend_blocks(blocks: _BlockAttention, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """:func:`_attend_block` over as many blocks at a time as memory bears; the backward pass
+    computes the scores again."""
+    batch, anchors, slots, heads, _ = blocks.q_BAGNH.shape
+    count, size = chunk_sizes(anchors, batch * slots * heads * (k_BSKH.shape[1] + slots))
+    if count == 1:
+        return _attend_block(blocks, k_BSKH, v_BSKH)
+    attend = jax.checkpoint(lambda part: _attend_block(part, k_BSKH, v_BSKH))
+    parts = jax.tree.map(lambda x: split_chunks(x, count, size), blocks)
+    return join_chunks(jax.lax.map(attend, parts), anchors)
 
 
 def block_hidden(
@@ -161,15 +189,16 @@ def block_hidden(
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
     table = rope_table(position_BA[..., None] + slot_G, cfg)
-    length = kv.num_positions(context)
-    visible_BAS = jnp.arange(length, dtype=jnp.int32) < position_BA[..., None]
     x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FED.dtype)
 
     def block(x_BAGD: jax.Array, layer: Layer, index: Any) -> jax.Array:
         h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BAGD, table, cfg)
-        out = _attend_block(q, kv.read(context, index), (k, v), visible_BAS, keep_BA)
+        blocks = _BlockAttention(q, k, v, position_BA, keep_BA)
+        out = checkpoint_name(_attend_blocks(blocks, *kv.read(context, index)), "attended")
         return finish_layer(layer, x_BAGD, out, cfg)
 
+    if not isinstance(drafter.layers, tuple):  # the form that is trained
+        block = jax.checkpoint(block, policy=KEEP_PRODUCTS, prevent_cse=False)
     x_BAGD = loop_layers(block, x_BAGD, drafter.layers)
     return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""Hugging Face directories and hub ids of Llama, Qwen2 and Qwen3 targets.
+"""Hugging Face directories and hub ids: checkpoints, and Llama, Qwen2 and Qwen3 targets.
 
 The tensors follow from the declaration (``tensors.py``). What is spelled out here is what names
 alone cannot say: which ``config.json``, of this or an older transformers, means which
@@ -7,17 +7,29 @@ alone cannot say: which ``config.json``, of this or an older transformers, means
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from safetensors.numpy import save
 
-from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.config import RopeConfig, TargetConfig, TransformerConfig
 from dspark_jax.models.target import TargetParams, declare_target
-from dspark_jax.models.tensors import LoadError, read_json, read_params, read_tensors
+from dspark_jax.models.tensors import (
+    WEIGHTS_FILE,
+    LoadError,
+    Tensors,
+    read_json,
+    read_params,
+    read_tensors,
+)
+
+ConfigT = TypeVar("ConfigT")
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 CONFIG_FILE = "config.json"
@@ -49,6 +61,15 @@ def field(config: Mapping[str, Any], key: str, kind: Any, default: Any = None) -
     if kind in (int, float) and not (math.isfinite(value) and value > 0):
         raise LoadError(f"{key} is {value!r}: it must be positive")
     return value
+
+
+def count_field(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """An integer field that may be 0.
+
+    Raises:
+        LoadError: the key is missing without a default, or its value is not such an integer.
+    """
+    return 0 if config.get(key, default) == 0 else int(field(config, key, int, default))
 
 
 def block_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +131,39 @@ def rope_config(config: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(theta, field(rope, "factor", float), low, high, positions)
 
 
+def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
+    """The blocks in the words of a Qwen3 ``config.json``; :func:`block_config` reads them back."""
+    rope: dict[str, Any] = {"rope_theta": cfg.rope.theta, "rope_type": "default"}
+    if cfg.rope.factor != 1.0:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": cfg.rope.factor,
+            "low_freq_factor": cfg.rope.low_freq_factor,
+            "high_freq_factor": cfg.rope.high_freq_factor,
+            "original_max_position_embeddings": cfg.rope.original_max_positions,
+        }
+    return {
+        "attention_bias": cfg.qkv_bias,
+        "attention_dropout": 0.0,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "layer_types": ["full_attention"] * cfg.num_layers,
+        "max_position_embeddings": cfg.max_positions,
+        "model_type": "qwen3",
+        "num_attention_heads": cfg.num_heads,
+        "num_hidden_layers": cfg.num_layers,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": cfg.vocab_size,
+    }
+
+
 def target_config(config: Mapping[str, Any]) -> TargetConfig:
     """The configuration of a Llama, Qwen2 or Qwen3 target out of its ``config.json``.
 
@@ -153,6 +207,47 @@ def model_directory(source: str | Path) -> Path:
         ) from None
 
 
+def read_checkpoint(
+    source: str | Path, parse: Callable[[Mapping[str, Any]], ConfigT]
+) -> tuple[ConfigT, Tensors]:
+    """Configuration and tensors of a directory or hub id.
+
+    Args:
+        source: the directory, or ``owner/name`` on the hub.
+        parse: makes the configuration out of ``config.json``; ValueError where it cannot.
+
+    Raises:
+        LoadError: something is missing, broken or not supported; the message names the file.
+    """
+    directory = model_directory(source)
+    path = directory / CONFIG_FILE
+    config = read_json(path)
+    try:
+        cfg = parse(config)
+    except ValueError as error:
+        raise LoadError(f"{path}: {error}") from None
+    return cfg, read_tensors(directory)
+
+
+def write_checkpoint(
+    directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Write a configuration and tensors that :func:`read_checkpoint` reads.
+
+    Each file is written beside its place and renamed into it, the configuration last: whoever
+    reads meanwhile sees a whole checkpoint or a directory without one. Other files stay.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (WEIGHTS_FILE, save(dict(tensors), metadata={"format": "pt"})),
+        (CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()),
+    ):
+        beside = directory / f".{name}.{os.getpid()}"
+        beside.write_bytes(content)
+        beside.replace(directory / name)
+
+
 def load_hf_target(source: str | Path, dtype: Any) -> tuple[TargetConfig, TargetParams]:
     """A target out of a Hugging Face directory or hub id.
 
@@ -163,17 +258,12 @@ def load_hf_target(source: str | Path, dtype: Any) -> tuple[TargetConfig, Target
     Raises:
         LoadError: something is missing, broken or not supported.
     """
-    directory = model_directory(source)
-    config = read_json(directory / CONFIG_FILE)
-    try:
-        cfg = target_config(config)
-    except ValueError as error:
-        raise LoadError(f"{directory / CONFIG_FILE}: {error}") from None
-    tensors = read_tensors(directory)
+    cfg, tensors = read_checkpoint(source, target_config)
     if cfg.tied and HEAD in tensors.shapes and EMBEDDING in tensors.shapes:
         if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
             raise LoadError(
-                f"{directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+                f"{tensors.origin}: tie_word_embeddings is true, but {HEAD} differs from "
+                f"{EMBEDDING}"
             )
         tensors = tensors.without(HEAD)
     return cfg, read_params(declare_target(cfg), tensors, dtype)

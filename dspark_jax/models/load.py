@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from dspark_jax.config import DrafterConfig, TargetConfig
@@ -13,7 +14,8 @@ from dspark_jax.models.deepspec import bind_vocab, load_drafter
 from dspark_jax.models.default import default_drafter_path, default_target_path
 from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.models.gguf import load_gguf_target, open_gguf
-from dspark_jax.models.hf import load_hf_target, model_directory
+from dspark_jax.models.hf import CONFIG_FILE, load_hf_target, model_directory
+from dspark_jax.models.speculators import KIND, load_speculators
 from dspark_jax.models.target import TargetParams, Vocab
 from dspark_jax.models.tensors import LoadError, read_json
 from dspark_jax.models.tokenizer import gguf_tokenizer, load_tokenizer, stop_ids
@@ -106,19 +108,42 @@ def load_drafter_for(
 
     Args:
         target: the target.
-        source: ``"default"``, a directory or a hub id.
+        source: ``"default"``, a directory or a hub id, in any of the known layouts.
         use_target_vocab: whether to ignore an embedding and head of the drafter's own.
         dtype: of the parameters; None for the target's.
 
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
+    dtype = target.params.norm_D.dtype if dtype is None else dtype
+    cfg, params, own, name = read_drafter(target.cfg, source)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
+    return Drafter(cfg, jax.tree.map(lambda leaf: leaf.astype(dtype), params), vocab, name)
+
+
+def read_drafter(
+    target_cfg: TargetConfig, source: str | Path
+) -> tuple[DrafterConfig, DrafterParams, Vocab | None, str]:
+    """A drafter as its checkpoint holds it, dtype included, in whichever of the known layouts.
+
+    Args:
+        target_cfg: of the target that it is for.
+        source: ``"default"``, a directory or a hub id.
+
+    Returns:
+        Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and a
+        short name.
+
+    Raises:
+        LoadError: the source is not there, broken or not supported.
+    """
     if str(source) == "default":
         found = default_drafter_path()
         if found is None:
             raise LoadError("this installation has no default drafter: name one, or use none")
         source = found
-    dtype = target.params.norm_D.dtype if dtype is None else dtype
-    cfg, params, own = load_drafter(source, dtype)
-    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
-    return Drafter(cfg, params, vocab, Path(source).resolve().name)
+    directory = model_directory(source)
+    name = Path(source).resolve().name
+    if KIND in read_json(directory / CONFIG_FILE):
+        return *load_speculators(directory, target_cfg.num_layers), name
+    return *load_drafter(directory), name

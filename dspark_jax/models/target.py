@@ -90,10 +90,16 @@ def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
     return jnp.take(vocab.embed_VD, token_X, axis=0, mode="clip")
 
 
+def lm_head(vocab: Vocab) -> jax.Array:
+    """Rows of the LM head [V, D] (or [U, D] under a reduced draft vocabulary)."""
+    return vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
+
+
 def unembed(vocab: Vocab, hidden_XD: jax.Array) -> jax.Array:
     """Logits [X, V] (or [X, U] under a reduced draft vocabulary), float32."""
-    head_VD = vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
-    return jnp.einsum("...d,vd->...v", hidden_XD, head_VD, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...d,vd->...v", hidden_XD, lm_head(vocab), preferred_element_type=jnp.float32
+    )
 
 
 def _keep_feature(

@@ -26,7 +26,14 @@ from dspark_jax.axes import Param, Tree, is_param, map_params
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "I64": "int64",
+    "BOOL": "bool",
+}
 
 
 class LoadError(ValueError):
@@ -93,7 +100,7 @@ def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
         dtype: dtype of the result; None keeps that of the file.
 
     Raises:
-        LoadError: a tensor is missing, left over, or has another shape.
+        LoadError: a tensor is missing, left over, or has another shape or kind of numbers.
     """
     params = jax.tree.leaves(declared, is_leaf=is_param)
     _check_tensors(params, tensors)
@@ -101,6 +108,10 @@ def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
     def load(param: Param) -> jax.Array:
         names = list(file_names(param))
         first = from_file(param, tensors.read(names[0]))
+        if not jnp.issubdtype(first.dtype, jnp.floating):
+            raise LoadError(
+                f"{tensors.origin}: {names[0]} has dtype {first.dtype}: weights must be floats"
+            )
         if not param.stacked:
             return jnp.asarray(np.ascontiguousarray(first), dtype)
         stacked = np.empty(param.shape, first.dtype if dtype is None else dtype)

@@ -50,9 +50,8 @@ def bigram_factors(
         w1_VR and w2_RU, float32; their product is log p(y | x) up to a constant a row. A token
         that never occurs predicts the unigram law.
     """
-    answers = [sequence.token_S[sequence.answer_start - 1 :] for sequence in sequences]
-    before = np.concatenate([answer[:-1] for answer in answers])
-    after = t2d_V[np.concatenate([answer[1:] for answer in answers])]
+    before = np.concatenate([one.token_S[:-1][one.loss_mask_S[1:]] for one in sequences])
+    after = t2d_V[np.concatenate([one.token_S[1:][one.loss_mask_S[1:]] for one in sequences])]
     before, after = before[after >= 0], after[after >= 0]
     unigram_U = np.bincount(after, minlength=draft_size) + 0.5
     unigram_U = unigram_U / unigram_U.sum()

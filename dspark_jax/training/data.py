@@ -1,108 +1,59 @@
-"""Training data: answered conversations as token sequences, in a stateless order of batches.
+"""Training data: conversations as token sequences, in a stateless order of batches.
 
-A line of the file is one conversation: ``conversations`` (turns with ``role`` and ``content``, the
-last one the target's answer) and optionally ``response_ids``, the answer's own token ids, and
-``finish`` (``"stop"``: the answer ended with the end-of-turn token, which is then supervised too).
+Batches have few shapes: sequences are padded to the next of some length buckets. Which sequences
+make up batch number n is a function of the data, the recipe and n alone.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import TrainConfig
 from dspark_jax.training.cache import CachedSample
+from dspark_jax.training.chat import encode_conversation, find_chat_format, needs_format
+from dspark_jax.training.conversations import Conversation
 from dspark_jax.training.step import Batch
+
+logger = logging.getLogger(__name__)
+
+# How buckets are chosen: the fewest that keep the padding of an epoch below this, each of which
+# costs a compilation; lengths are multiples that accelerators like.
+MAX_PADDING = 0.1
+MAX_BUCKETS = 8
+BUCKET_STEP = 16
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised conversation: int32 ids, and where the supervised answer begins.
+    """One tokenised conversation.
 
-    One out of a cache brings its features, and a loss mask that may have gaps.
+    Attributes:
+        token_S: int32 ids.
+        loss_mask_S: bool, the target's own tokens.
+        cached: what a cache has of it, perhaps longer than ``token_S``; None where the target has
+            yet to run.
     """
 
     token_S: np.ndarray
-    answer_start: int
+    loss_mask_S: np.ndarray
     cached: CachedSample | None = None
-
-    @property
-    def loss_mask_S(self) -> np.ndarray:
-        """bool: the supervised tokens."""
-        if self.cached is not None:
-            return self.cached.loss_mask_S[: len(self.token_S)] > 0
-        return np.arange(len(self.token_S)) >= self.answer_start
-
-
-def read_conversations(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Where it was read (``FILE:LINE``) and object of every conversation in a JSON-lines file.
-
-    Raises:
-        ValueError: the file is missing, or a line is not a conversation.
-    """
-    try:
-        # Not splitlines: it also cuts at separators that JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise ValueError(
-            f"training data {path} does not exist: set data to a JSON-lines file"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"training data {path} is not readable: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            origin = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{origin}: not JSON ({error})") from None
-            problem = _problem(row)
-            if problem:
-                raise ValueError(f"{origin}: {problem}")
-            rows.append((origin, row))
-    return rows
-
-
-def _problem(row: Any) -> str | None:
-    """What keeps a line from being a conversation; None where nothing does."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or len(turns) < 2:
-        return 'needs "conversations", a list of at least two turns'
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("role", "content")
-        ):
-            return 'every turn needs the strings "role" and "content"'
-    if turns[-1]["role"] != "assistant":
-        return f"the last turn is the {turns[-1]['role']}'s, not the assistant's answer"
-    ids = row.get("response_ids")
-    if ids is not None and not (isinstance(ids, list) and all(type(id) is int for id in ids)):
-        return '"response_ids" must be a list of token ids'
-    if not isinstance(row.get("finish", "stop"), str):
-        return '"finish" must be a string, "stop" where the answer ended by itself'
-    return None
 
 
 def tokenize(
-    rows: Sequence[tuple[str, dict[str, Any]]],
-    tokenizer: Any,
-    prompt_ids: Any,
-    end_id: int,
-    recipe: TrainConfig,
+    conversations: Sequence[Conversation], tokenizer: Any, end_id: int, recipe: TrainConfig
 ) -> tuple[list[TokenSequence], int]:
     """Conversations as sequences, cut at ``max_length``.
 
     Args:
-        rows: of :func:`read_conversations`.
+        conversations: of :func:`~dspark_jax.training.conversations.read_answered`.
         tokenizer: the target's.
-        prompt_ids: ``(tokenizer, turns) -> ids`` up to where the answer begins.
         end_id: the token that ends an answer.
         recipe: limits.
 
@@ -113,30 +64,17 @@ def tokenize(
     Raises:
         ValueError: the tokenizer cannot take a conversation; the message says where it was read.
     """
-    kept, dropped, count = [], 0, len(tokenizer)
-    for origin, row in rows:
-        *turns, answer = row["conversations"]
+    chat = find_chat_format(tokenizer) if any(map(needs_format, conversations)) else None
+    kept = []
+    for conversation in conversations:
         try:
-            prompt = list(prompt_ids(tokenizer, turns))
+            token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id)
         except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from None
-        ids = row.get("response_ids")
-        if ids is None:
-            ids = tokenizer.encode(answer["content"], add_special_tokens=False)
-        elif ids and not 0 <= min(ids) <= max(ids) < count:
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f'{origin}: {bad} in "response_ids" is no token of the target, whose ids are '
-                f"0..{count - 1}: were these the answers of another model?"
-            )
-        if row.get("finish", "stop") == "stop":
-            ids = [*ids, end_id]
-        token_S = np.array([*prompt, *ids][: recipe.max_length], np.int32)
-        if len(token_S) - len(prompt) < recipe.min_loss_tokens:
-            dropped += 1
-        else:
-            kept.append(TokenSequence(token_S, len(prompt)))
-    return kept, dropped
+            raise ValueError(f"{conversation.origin}: {error}") from None
+        sequence = TokenSequence(token_S[: recipe.max_length], mask_S[: recipe.max_length])
+        if sequence.loss_mask_S.sum() >= recipe.min_loss_tokens:
+            kept.append(sequence)
+    return kept, len(conversations) - len(kept)
 
 
 def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarray:
@@ -147,12 +85,59 @@ def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarra
     """
     counts: Counter[int] = Counter()
     for sequence in sequences:
-        counts.update(sequence.token_S[sequence.answer_start :].tolist())
+        counts.update(sequence.token_S[sequence.loss_mask_S].tolist())
     chosen = [token for token, _ in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))]
     chosen = chosen[:count]
     unseen = (token for token in range(count + len(counts)) if token not in counts)
     chosen += [next(unseen) for _ in range(count - len(chosen))]
     return np.array(sorted(chosen), np.int32)
+
+
+def choose_buckets(lengths: Sequence[int], recipe: TrainConfig) -> tuple[int, ...]:
+    """The fewest length buckets with little padding; the last one is ``max_length``.
+
+    Dynamic programming over the number of buckets finds those with the fewest positions in an
+    epoch, the sequences that fill up last batches included.
+
+    Args:
+        lengths: of the sequences, at most ``max_length``.
+        recipe: ``max_length`` and ``tokens_per_batch``.
+    """
+    edge_E = np.append(np.arange(0, recipe.max_length, BUCKET_STEP), recipe.max_length)
+    below_E = np.searchsorted(np.sort(lengths), edge_E, side="right")
+    size_E = np.array([batch_size(recipe, max(int(edge), 1)) for edge in edge_E])
+    # Of a bucket for the sequences longer than edge i and at most as long as edge j.
+    count_EE = below_E[None, :] - below_E[:, None]
+    positions_EE = np.where(count_EE >= 0, -(-count_EE // size_E) * size_E * edge_E, np.inf)
+    least_E, chosen = positions_EE[0], [(edge,) for edge in edge_E.tolist()]
+    for _ in range(MAX_BUCKETS - 1):
+        if least_E[-1] * (1 - MAX_PADDING) <= sum(lengths):
+            break
+        total_EE = least_E[:, None] + positions_EE
+        last_E, better_E = total_EE.argmin(axis=0).tolist(), total_EE.min(axis=0) < least_E
+        chosen = [
+            (*chosen[last_E[j]], edge) if better_E[j] else chosen[j]
+            for j, edge in enumerate(edge_E.tolist())
+        ]
+        least_E = np.minimum(least_E, total_EE.min(axis=0))
+    return chosen[-1]
+
+
+def with_buckets(recipe: TrainConfig, sequences: Sequence[TokenSequence]) -> TrainConfig:
+    """A recipe whose ``length_buckets``, where it names none, suit the sequences."""
+    if recipe.length_buckets:
+        return recipe
+    buckets = choose_buckets([len(sequence.token_S) for sequence in sequences], recipe)
+    recipe = dataclasses.replace(recipe, length_buckets=buckets)
+    logger.info("length buckets %s: %.1f %% padding", buckets, 100 * padding(sequences, recipe))
+    return recipe
+
+
+def padding(sequences: Sequence[TokenSequence], recipe: TrainConfig) -> float:
+    """Share of an epoch's positions that hold no token."""
+    batches = epoch_batches(sequences, recipe, 0)
+    positions = sum(bucket * batch_size(recipe, bucket) for bucket, _ in batches)
+    return 1 - sum(len(sequence.token_S) for sequence in sequences) / positions
 
 
 def bucket_of(sequence: TokenSequence, recipe: TrainConfig) -> int:

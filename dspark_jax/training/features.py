@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.load import Target
 from dspark_jax.models.target import TargetParams, encode
 from dspark_jax.training import data
 from dspark_jax.training.cache import (
@@ -40,24 +40,18 @@ BatchPlan = tuple[int, list[int]]  # of data.epoch_batches: bucket, indices of s
 class CachedSequences(Sequence[TokenSequence]):
     """The sequences of a cache; each is made when asked for and holds views of the cache."""
 
-    def __init__(
-        self, reader: CacheReader, sample_N: np.ndarray, start_N: np.ndarray, max_length: int
-    ) -> None:
-        """Sequence i is sample ``sample_N[i]``, cut, supervised from ``start_N[i]`` on."""
-        self._reader, self._max_length = reader, max_length
-        self._sample_N, self._start_N = sample_N, start_N
+    def __init__(self, reader: CacheReader, sample_N: np.ndarray, max_length: int) -> None:
+        """Sequence i is sample ``sample_N[i]``, cut."""
+        self._reader, self._sample_N, self._max_length = reader, sample_N, max_length
 
     def __len__(self) -> int:
         return len(self._sample_N)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            chosen = self._sample_N[index], self._start_N[index]
-            return CachedSequences(self._reader, *chosen, self._max_length)
-        sample = self._reader[self._sample_N[index]]
-        return TokenSequence(
-            sample.token_S[: self._max_length], int(self._start_N[index]), cached=sample
-        )
+            return CachedSequences(self._reader, self._sample_N[index], self._max_length)
+        sample, kept = self._reader[self._sample_N[index]], slice(self._max_length)
+        return TokenSequence(sample.token_S[kept], sample.loss_mask_S[kept] > 0, sample)
 
 
 def cached_sequences(
@@ -71,7 +65,7 @@ def cached_sequences(
     Raises:
         ValueError: a token is none of the target's.
     """
-    kept, starts = [], []
+    kept = []
     for number in range(len(reader)):
         sample = reader[number]
         low, high = int(sample.token_S.min()), int(sample.token_S.max())
@@ -81,24 +75,39 @@ def cached_sequences(
                 f"{low if low < 0 else high}, but those of the target are 0..{vocab_size - 1}: "
                 "write the cache again"
             )
-        supervised = np.flatnonzero(sample.loss_mask_S[: recipe.max_length])
-        if len(supervised) >= recipe.min_loss_tokens:
+        if sample.loss_mask_S[: recipe.max_length].sum() >= recipe.min_loss_tokens:
             kept.append(number)
-            starts.append(supervised[0])
-    sequences = CachedSequences(reader, np.array(kept), np.array(starts), recipe.max_length)
+    sequences = CachedSequences(reader, np.array(kept), recipe.max_length)
     return sequences, len(reader) - len(kept)
 
 
-def cache_spec(recipe: TrainConfig, target: Target, cfg: DrafterConfig) -> CacheSpec:
-    """The cache that a recipe needs."""
+def cache_spec(recipe: TrainConfig, cfg: DrafterConfig) -> CacheSpec:
+    """The cache that a recipe and its drafter need."""
     notes = {key: getattr(recipe, key) for key in ("dtype", "max_length", "min_loss_tokens")}
     notes["source_jsonl_paths"] = [recipe.data]
-    return CacheSpec(recipe.target, cfg.target_layer_ids, target.cfg.hidden_size, notes)
+    return CacheSpec(recipe.target, cfg.target_layer_ids, cfg.hidden_size, notes)
 
 
-def target_reader(target: Target, cfg: DrafterConfig) -> ReadTarget:
-    """The compiled forward pass whose results are stored."""
-    return partial(_read, target.params, cfg=target.cfg, feature_layers=cfg.target_layer_ids)
+def target_reader(
+    params: TargetParams,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    sequences: NamedSharding | None = None,
+) -> ReadTarget:
+    """The compiled forward pass whose results are stored.
+
+    Args:
+        params: of the target.
+        target_cfg: of the target.
+        cfg: of the drafter, which names the feature layers.
+        sequences: how a batch is split over the mesh of ``params``; None on a single device.
+    """
+
+    def read(token_BS: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        placed_BS = jax.device_put(token_BS, sequences)
+        return _read(params, placed_BS, cfg=target_cfg, feature_layers=cfg.target_layer_ids)
+
+    return read
 
 
 @partial(jax.jit, static_argnames=("cfg", "feature_layers"))
@@ -188,9 +197,8 @@ def bounded_batches(
                 plans = [plan for plan in coming if sample_of.keys() >= set(plan[1])]
                 store(writer, sequences, plans, sample_of, recipe, read)
             finish(folder, spec)
-            start_N = np.array([sequences[index].answer_start for index in sample_of])
-            samples = np.arange(len(sample_of)), start_N
-            piece = CachedSequences(CacheReader(folder), *samples, recipe.max_length)
+            samples = np.arange(len(sample_of))
+            piece = CachedSequences(CacheReader(folder), samples, recipe.max_length)
             while coming and sample_of.keys() >= set(coming[0][1]):
                 bucket, indices = coming.popleft()
                 members = [sample_of[index] for index in indices]

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.axes import init_params
 from dspark_jax.checkpoint import Checkpoints, write_atomically
-from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
-from dspark_jax.models.deepspec import bind_vocab, save_drafter
-from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.load import Target, load_drafter_for, load_target
-from dspark_jax.models.target import Vocab, encode
-from dspark_jax.models.tokenizer import chat_prompt_ids, unused_token
+from dspark_jax.config import TrainConfig
+from dspark_jax.models.deepspec import save_drafter
+from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.training import data
-from dspark_jax.training.bigram import start_from_bigrams
-from dspark_jax.training.cache import MANIFEST, CacheReader
-from dspark_jax.training.features import (
-    bounded_batches,
-    cache_spec,
-    cached_sequences,
-    target_reader,
-)
-from dspark_jax.training.local_heads import start_with_local_heads
+from dspark_jax.training.curves import draw_curves
+from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
 from dspark_jax.training.records import (
     MetricsLog,
     check_finite,
@@ -44,77 +30,9 @@ from dspark_jax.training.records import (
     plain,
     recipe_record,
 )
-from dspark_jax.training.step import (
-    Frozen,
-    TrainState,
-    evaluation_step,
-    make_optimizer,
-    train_step,
-)
-
-logger = logging.getLogger(__name__)
-
-# Sequences whose features start the local heads: a direction needs no more.
-LOCAL_INIT_SEQUENCES = 8
-
-# Settings that no compiled step reads: runs that differ in nothing else share programs.
-UNREAD: dict[str, Any] = {
-    "target": "",
-    "data": "",
-    "out": "",
-    "eval_sequences": 0,
-    "bigram_init": False,
-    "local_init": False,
-    "init_drafter": "",
-    "cache": "",
-    "cache_gb": 0.0,
-}
-
-# Sequences come from conversations with their places in the data, or out of a cache.
-Source = list[tuple[str, dict[str, Any]]] | CacheReader
-
-
-def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
-    """Layers spread evenly from 1 to L - 3 (spec section 5); fewer where the target is shallow."""
-    last = max(num_target_layers - 3, 0)
-    first = min(1, last)
-    return tuple(sorted({round(x) for x in np.linspace(first, last, count)}))
-
-
-def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
-    """The drafter that a recipe describes, with the target's sizes where it names none."""
-    cfg = target.cfg
-    mask = recipe.mask_token_id
-    return DrafterConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=recipe.intermediate_size or cfg.intermediate_size,
-        num_layers=recipe.num_layers,
-        num_heads=recipe.num_heads or cfg.num_heads,
-        num_kv_heads=recipe.num_kv_heads or cfg.num_kv_heads,
-        head_dim=recipe.head_dim or cfg.head_dim,
-        rms_norm_eps=cfg.rms_norm_eps,
-        rope=RopeConfig(theta=cfg.rope.theta),
-        max_positions=cfg.max_positions,
-        block_size=recipe.block_size,
-        mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
-        target_layer_ids=recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
-        num_target_layers=cfg.num_layers,
-        num_anchors=recipe.num_anchors,
-        markov_rank=recipe.markov_rank,
-        markov_head=recipe.markov_head,
-        confidence=recipe.confidence,
-        confidence_with_markov=recipe.confidence_with_markov,
-        draft_vocab_size=recipe.draft_vocab_size or None,
-        owns_vocab=False,
-    )
-
-
-def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:
-    """int32 [V]: the place of every token in the draft vocabulary, -1 outside it."""
-    t2d_V = np.full(vocab_size, -1, np.int32)
-    t2d_V[d2t_U] = np.arange(len(d2t_U))
-    return jnp.asarray(t2d_V)
+from dspark_jax.training.run import Run, open_source, start_run
+from dspark_jax.training.step import Batch, learning_rate
+from dspark_jax.training.utilisation import peak_flops, step_flops
 
 
 @contextmanager
@@ -137,126 +55,69 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def open_source(recipe: TrainConfig) -> Source:
-    """Where a recipe's sequences come from.
-
-    Raises:
-        ValueError: the data or the cache cannot be used.
-    """
-    if recipe.cache and not recipe.cache_gb:
-        return CacheReader(recipe.cache)
-    if recipe.cache and (Path(recipe.cache) / MANIFEST).exists():
-        raise ValueError(
-            f"cache {recipe.cache} holds a whole cache: set cache_gb to 0 to train on it, or name "
-            "another directory"
-        )
-    return data.read_conversations(Path(recipe.data))
-
-
-def load_sequences(
-    source: Source, target: Target, cfg: DrafterConfig, recipe: TrainConfig
-) -> tuple[Sequence[data.TokenSequence], Sequence[data.TokenSequence]]:
-    """The sequences to train on and the held-out ones, the last of the file or the cache.
-
-    Raises:
-        ValueError: the data does not suit the target, or there is too little of it.
-    """
-    sequences: Sequence[data.TokenSequence]
-    end_id = target.tokenizer.eos_token_id
-    if end_id is None:
-        raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
-    if recipe.max_length > target.cfg.max_positions:
-        raise ValueError(
-            f"max_length {recipe.max_length} is beyond the context of {target.name}: "
-            f"set it to at most {target.cfg.max_positions}"
-        )
-    if isinstance(source, CacheReader):
-        source.require(cache_spec(recipe, target, cfg))
-        sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
-    else:
-        encoding = target.tokenizer, chat_prompt_ids, end_id
-        sequences, dropped = data.tokenize(source, *encoding, recipe)
-    if len(sequences) <= recipe.eval_sequences:
-        name = source.directory if isinstance(source, CacheReader) else recipe.data
-        raise ValueError(
-            f"{name} has {len(sequences)} usable conversations ({dropped} more are too "
-            f"short, or their prompts too long), and eval_sequences takes {recipe.eval_sequences} "
-            "of them: give more data or lower eval_sequences"
-        )
-    cut = len(sequences) - recipe.eval_sequences
-    logger.info("%d sequences, %d dropped", cut, dropped)
-    return sequences[:cut], sequences[cut:]
-
-
-def starting_point(
-    recipe: TrainConfig,
-    cfg: DrafterConfig,
-    target: Target,
-    train_set: Sequence[data.TokenSequence],
-) -> tuple[DrafterParams, np.ndarray | None]:
-    """The drafter before the first step, float32, and its draft vocabulary ``d2t_U``.
-
-    Raises:
-        ValueError: ``init_drafter`` cannot be read, or is not of the recipe's sizes.
-    """
-    if recipe.init_drafter:
-        found = load_drafter_for(target, recipe.init_drafter, dtype=jnp.float32)
-        check_same_sizes(recipe.init_drafter, cfg, found.cfg)
-        d2t_U = None if found.vocab.d2t_U is None else np.asarray(found.vocab.d2t_U)
-        return found.params, d2t_U
-    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
-    d2t_U = t2d_V = None
-    if cfg.draft_vocab_size is not None:
-        d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
-        t2d_V = draft_places(cfg.vocab_size, d2t_U)
-    if recipe.bigram_init:
-        params = start_from_bigrams(params, train_set, t2d_V, cfg)
-    if recipe.local_init:
-        some = next(data.batches_from(train_set, recipe, 0))
-        rows = min(len(some.token_BS), LOCAL_INIT_SEQUENCES)
-        token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
-        read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
-        feature_BSFD = some.feature_BSFD
-        if feature_BSFD is None:
-            _, feature_BSFD = read(target.params, token_BS)
-        params = start_with_local_heads(
-            params,
-            target.params.vocab,
-            feature_BSFD[:rows][supervised_BS].astype(jnp.float32),
-            jnp.asarray(token_BS[supervised_BS]),
-            cfg,
-        )
-    return params, d2t_U
-
-
-def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
-    """Refuse a drafter that is not of the recipe's sizes.
-
-    Raises:
-        ValueError: names the fields that differ.
-    """
-    free = {"owns_vocab", "max_positions", "num_anchors"}
-    differ = [
-        f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
-        for field in dataclasses.fields(DrafterConfig)
-        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+def evaluate(run: Run, params: DrafterParams) -> dict[str, Any]:
+    """Metrics of the held-out conversations."""
+    # Batches as small as an update's: the held-out set may be much smaller than a batch.
+    few = run.recipe.sequences_per_update * run.recipe.max_length
+    small = dataclasses.replace(
+        run.recipe,
+        tokens_per_batch=few or run.recipe.tokens_per_batch,
+        micro_batches=1,
+        data_parallel=1,
+        fsdp=1,
+    )
+    batches = [
+        data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
+        for bucket, indices in data.epoch_batches(run.held_out, small, 0)
     ]
-    if differ:
-        raise ValueError(
-            f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
-            "change these settings, or start afresh"
-        )
+    return mean_metrics([run.programs.evaluate(params, run.frozen, batch) for batch in batches])
 
 
-@cache
-def _compiled(
-    target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
-) -> tuple[Any, Any, Any]:
-    """Optimiser, training step and evaluation step."""
-    optimizer = make_optimizer(recipe, num_updates)
-    static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
-    step_fn = jax.jit(partial(train_step, optimizer=optimizer, **static), donate_argnums=0)
-    return optimizer, step_fn, jax.jit(partial(evaluation_step, **static))
+def batches_of(run: Run, start: int) -> Iterator[Batch]:
+    """The batches after ``start`` steps, in the same order wherever features come from."""
+    if not run.recipe.cache_gb:
+        return data.batches_from(run.train_set, run.recipe, start)
+    sequences = run.programs.sequences
+    return bounded_batches(
+        run.train_set,
+        run.recipe,
+        range(start, run.total),
+        cache_spec(run.recipe, run.cfg),
+        target_reader(run.frozen.target, run.target_cfg, run.cfg, sequences),
+    )
+
+
+class Meter:
+    """Speed of a run, since it began or went on, compilation included."""
+
+    def __init__(self, run: Run) -> None:
+        """Start the clock."""
+        self._run = run
+        updates = run.total * run.recipe.updates_per_batch
+        self._schedule = learning_rate(run.recipe, updates)
+        devices = run.programs.sequences.mesh.devices.flatten()
+        peak = peak_flops(devices[0], run.recipe.dtype)
+        self._peak = None if peak is None else peak * len(devices)
+        self._began = time.monotonic()
+        self._blocks = self._tokens = self._flops = 0.0
+
+    def read(self, step: int, batch: Batch, values: dict[str, Any]) -> dict[str, float]:
+        """``learning_rate`` of the step's last update, ``blocks_per_s``, ``tokens_per_s`` and,
+        where the device's peak is known, ``model_flop_utilisation`` (0 to 1)."""
+        run = self._run
+        self._blocks += values["blocks"]
+        self._tokens += values["tokens"]
+        self._flops += step_flops(run.target_cfg, run.cfg, run.recipe, batch)
+        seconds = time.monotonic() - self._began
+        rate = self._schedule(jnp.float32(step * run.recipe.updates_per_batch - 1))
+        speed = {
+            "learning_rate": float(rate),
+            "blocks_per_s": round(self._blocks / seconds, 2),
+            "tokens_per_s": round(self._tokens / seconds, 2),
+        }
+        if self._peak is not None:
+            speed["model_flop_utilisation"] = round(self._flops / seconds / self._peak, 4)
+        return speed
 
 
 def fit(recipe: TrainConfig) -> Path:
@@ -274,72 +135,44 @@ def fit(recipe: TrainConfig) -> Path:
     source = open_source(recipe)
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)
-    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
-    cfg = drafter_config(recipe, target)
-    train_set, held_out = load_sequences(source, target, cfg, recipe)
-    total = recipe.steps or max(
-        1, round(recipe.epochs * len(data.epoch_batches(train_set, recipe, 0)))
-    )
-
-    params, d2t_U = starting_point(recipe, cfg, target, train_set)
-    own = t2d_V = None
-    if d2t_U is not None:
-        own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
-    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
-    frozen = Frozen(target.params, vocab, t2d_V)
-    optimizer, step_fn, eval_fn = _compiled(
-        target.cfg,
-        cfg,
-        dataclasses.replace(recipe, **UNREAD),
-        total * recipe.updates_per_batch,
-    )
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    # Batches as small as an update's: the held-out set may be much smaller than a batch.
-    few = recipe.sequences_per_update * recipe.max_length
-    small = dataclasses.replace(recipe, tokens_per_batch=few) if few else recipe
-
-    def evaluate(params: DrafterParams) -> dict[str, Any]:
-        batches = [
-            data.make_batch(held_out, indices, bucket, data.batch_size(small, bucket))
-            for bucket, indices in data.epoch_batches(held_out, small, 0)
-        ]
-        return mean_metrics([eval_fn(params, frozen, batch) for batch in batches])
-
+    run = start_run(recipe, source)
+    state, total = run.state, run.total
     write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
     with (
         Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
+        MetricsLog(out, saved.latest or 0) as log,
+        tqdm(total=total, unit="step", desc="train", dynamic_ncols=True) as bar,
     ):
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
-        log = MetricsLog(out / "metrics.jsonl", start)
-        batches = data.batches_from(train_set, recipe, start)
-        if recipe.cache_gb:
-            spec, read = cache_spec(recipe, target, cfg), target_reader(target, cfg)
-            batches = bounded_batches(train_set, recipe, range(start, total), spec, read)
-        began, blocks = time.monotonic(), 0.0
-        bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True)
-        with bar:
-            for step in range(start + 1, total + 1):
-                state, metrics = step_fn(state, frozen, next(batches))
-                values = plain(metrics)
-                last_good = f"the last good checkpoint in {saved.directory} is that of step"
-                check_finite(step, values, f"{last_good} {saved.latest or 0}")
-                blocks += values["blocks"]
-                rate = blocks / (time.monotonic() - began)
-                bar.update()
-                bar.set_postfix(
-                    loss=values["loss"], length=values["accepted_length"], blocks_s=rate
-                )
-                if step % recipe.log_every == 0 or step == total:
-                    log.write(step, blocks_per_s=round(rate, 2), **values)
-                if held_out and (step % recipe.eval_every == 0 or step == total):
-                    log.write(step, split="held-out", **evaluate(state.params))
-                if step % recipe.checkpoint_every == 0 or step == total or stop:
-                    saved.save(step, state)
-                if stop and step < total:
-                    raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    save_drafter(out / "drafter", cfg, state.params, own)
+            bar.update(start)
+        batches = batches_of(run, start)
+        meter = Meter(run)
+        for step in range(start + 1, total + 1):
+            batch = next(batches)
+            state, metrics = run.programs.step(
+                state, run.frozen, jax.device_put(batch, run.programs.sequences)
+            )
+            values = plain(metrics)
+            last_good = f"the last good checkpoint in {saved.directory} is that of step"
+            check_finite(step, values, f"{last_good} {saved.latest or 0}")
+            values |= meter.read(step, batch, values)
+            bar.update()
+            bar.set_postfix(
+                loss=values["loss"],
+                length=values["accepted_length"],
+                blocks_s=values["blocks_per_s"],
+            )
+            if step % recipe.log_every == 0 or step == total:
+                log.write(step, **values)
+            if run.held_out and (step % recipe.eval_every == 0 or step == total):
+                log.write(step, split="held-out", **evaluate(run, state.params))
+            if step % recipe.checkpoint_every == 0 or step == total or stop:
+                saved.save(step, state)
+            if stop and step < total:
+                raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
+    draw_curves(out / "metrics.jsonl", out / "curves.png")
+    save_drafter(out / "drafter", run.cfg, jax.device_get(state.params), run.own)
     return out / "drafter"

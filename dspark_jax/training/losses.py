@@ -4,10 +4,16 @@
 
 Each term is a weighted mean over the supervised slots of the whole batch. Divergences are computed
 in float32: in bfloat16 the gradient of the total variation cancels.
+
+The distributions of a batch's slots would be far larger than everything else, so they exist for a
+few blocks at a time: :func:`head_loss` goes through the blocks in chunks and takes the gradient of
+a chunk while its logits are there. Nothing is computed twice, and memory does not grow with the
+vocabulary.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +23,11 @@ from flax import struct
 
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
+from dspark_jax.models.chunks import chunk_sizes, join_chunks, split_chunks
 from dspark_jax.models.drafter import DrafterParams, block_hidden, inject
-from dspark_jax.models.heads import bias_logits, block_codes, confidence_logit
-from dspark_jax.models.target import Vocab, unembed
+from dspark_jax.models.heads import block_codes, confidence_logit
+from dspark_jax.models.layers import matmul
+from dspark_jax.models.target import Vocab, lm_head, unembed
 from dspark_jax.training.anchors import BlockLabels
 
 EPSILON = 1e-6
@@ -27,39 +35,65 @@ EPSILON = 1e-6
 
 @struct.dataclass
 class Teacher:
-    """The target's distribution at every position of the sequences, over the draft vocabulary.
+    """The target at every position of the sequences, from which its distributions follow.
 
     Attributes:
-        prob_BSU: float32 probabilities of the draft vocabulary's tokens.
-        outside_BS: float32 mass of all other tokens.
+        hidden_BSD: last hidden states, normalised.
+        log_norm_BS: float32 logarithm of the sum of all V exponentials, where the draft vocabulary
+            is reduced; None where the U logits are all there are.
     """
 
-    prob_BSU: jax.Array
-    outside_BS: jax.Array
+    hidden_BSD: jax.Array
+    log_norm_BS: Any
 
 
 @struct.dataclass
 class BlockOutputs:
-    """What the drafter says of all blocks: logits float32, confidence logits or None."""
+    """What the drafter says of all blocks, short of the logits.
 
-    logits_BAGU: jax.Array
+    Attributes:
+        hidden_BAGD: backbone states.
+        code_BAGR: factors of the sequential head's bias, or None.
+        confidence_logit_BAG: float32, or None.
+    """
+
+    hidden_BAGD: jax.Array
+    code_BAGR: Any
     confidence_logit_BAG: Any
 
 
-def teacher_probs(target_vocab: Vocab, hidden_BSD: jax.Array, d2t_U: jax.Array | None) -> Teacher:
-    """The target's distributions from its last (normalised) hidden states.
+@struct.dataclass
+class LossTerms:
+    """Sums over slots that the metrics are made of.
 
-    One sequence at a time, so that only [S, V] logits exist at once.
+    Attributes:
+        ce: float32, weighted sum of cross-entropies.
+        l1_BAG: float32 ``|p^d - p^t|_1`` of every slot.
     """
 
-    def one(hidden_SD: jax.Array) -> Teacher:
-        prob_SV = jax.nn.softmax(unembed(target_vocab, hidden_SD), axis=-1)
-        if d2t_U is None:
-            return Teacher(prob_SV, jnp.zeros(prob_SV.shape[0]))
-        prob_SU = jnp.take(prob_SV, d2t_U, axis=1, mode="clip")
-        return Teacher(prob_SU, jnp.maximum(1.0 - prob_SU.sum(-1), 0.0))
+    ce: jax.Array
+    l1_BAG: jax.Array
 
-    return jax.lax.map(one, hidden_BSD)
+
+def make_teacher(target_vocab: Vocab, hidden_BSD: jax.Array, reduced: bool) -> Teacher:
+    """The target's distributions, not yet spelt out.
+
+    Args:
+        target_vocab: the target's LM head.
+        hidden_BSD: its last (normalised) hidden states.
+        reduced: whether the draft vocabulary is a part of V.
+    """
+    if not reduced:
+        return Teacher(hidden_BSD, None)
+    batch, length, _ = hidden_BSD.shape
+    vocab_size = target_vocab.embed_VD.shape[0]
+    count, size = chunk_sizes(length, batch * vocab_size)
+
+    def log_norm(hidden_BXD: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(unembed(target_vocab, hidden_BXD), axis=-1)
+
+    log_norm_CBX = jax.lax.map(log_norm, split_chunks(hidden_BSD, count, size))
+    return Teacher(hidden_BSD, join_chunks(log_norm_CBX, length))
 
 
 def draft_blocks(
@@ -78,16 +112,142 @@ def draft_blocks(
     context = kv.KVCache(*inject(drafter, feature_BSFD, position_BS, cfg))
     first_BA = labels.previous_BAG[..., 0]
     hidden_BAGD = block_hidden(drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA)
-    logits_BAGU, embedding = unembed(vocab, hidden_BAGD), None
+    code = embedding = confidence = None
     if drafter.head is not None:
         code, embedding = block_codes(
             drafter.head, labels.previous_BAG, hidden_BAGD, cfg.markov_head
         )
-        logits_BAGU = logits_BAGU + bias_logits(drafter.head, code)
-    confidence = None
     if drafter.confidence is not None:
         confidence = confidence_logit(drafter.confidence, hidden_BAGD, embedding, cfg)
-    return BlockOutputs(logits_BAGU, confidence)
+    return BlockOutputs(hidden_BAGD, code, confidence)
+
+
+def draft_logits(vocab: Vocab, w2_RU: Any, hidden_XD: jax.Array, code_XR: Any) -> jax.Array:
+    """Logits of the draft distributions [X, U], float32: LM head and sequential bias."""
+    logits_XU = unembed(vocab, hidden_XD)
+    if w2_RU is None:
+        return logits_XU
+    return logits_XU + jnp.matmul(code_XR, w2_RU, preferred_element_type=jnp.float32)
+
+
+@struct.dataclass
+class _Slots:
+    """What a chunk reads beside the drafter's outputs: all fixed, all [B, A, G, ...]."""
+
+    teacher_BAGD: jax.Array
+    log_norm_BAG: Any
+    label_BAG: jax.Array
+    ce_weight_BAG: jax.Array
+    l1_weight_BAG: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_loss(
+    count_size: tuple[int, int],
+    w2_RU: jax.Array | None,
+    hidden_BAGD: jax.Array,
+    code_BAGR: jax.Array | None,
+    vocab: Vocab,
+    slots: _Slots,
+) -> tuple[jax.Array, LossTerms]:
+    """``sum(ce_weight * CE) + sum(l1_weight * |p^d - p^t|_1)`` over all slots.
+
+    Args:
+        count_size: how many chunks of how many anchors.
+        w2_RU, hidden_BAGD, code_BAGR: what the logits are made of; the gradient is theirs.
+        vocab: the drafter's LM head, which for a reduced vocabulary is a part of the target's.
+        slots: the target's side, labels and weights.
+
+    Returns:
+        The loss, float32, and its terms, which carry no gradient.
+    """
+    loss, terms, _ = _scan_chunks(False, count_size, w2_RU, hidden_BAGD, code_BAGR, vocab, slots)
+    return loss, terms
+
+
+def _head_loss_forward(count_size: tuple[int, int], *arguments: Any) -> Any:
+    loss, terms, gradients = _scan_chunks(True, count_size, *arguments)
+    return (loss, terms), (gradients, arguments[3:])
+
+
+def _head_loss_backward(_: tuple[int, int], kept: Any, cotangent: Any) -> Any:
+    gradients, fixed = kept
+    scaled = jax.tree.map(lambda x: (cotangent[0] * x).astype(x.dtype), gradients)
+    return *scaled, *jax.tree.map(lambda _: None, fixed)
+
+
+head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def _scan_chunks(
+    with_gradient: bool,
+    count_size: tuple[int, int],
+    w2_RU: Any,
+    hidden_BAGD: jax.Array,
+    code_BAGR: Any,
+    vocab: Vocab,
+    slots: _Slots,
+) -> tuple[jax.Array, LossTerms, Any]:
+    """Loss, terms, and the gradients of w2, hidden and code (None where not asked for)."""
+    anchors = hidden_BAGD.shape[1]
+    parts = jax.tree.map(lambda x: split_chunks(x, *count_size), (hidden_BAGD, code_BAGR, slots))
+
+    def step(carry: Any, part: Any) -> Any:
+        loss, ce, w2_gradient = carry
+        hidden, code, some = part
+        logits = draft_logits(vocab, w2_RU, hidden, code)
+        loss_part, ce_part, l1, logit_gradient = _chunk_loss(logits, vocab, some)
+        carry = (loss + loss_part, ce + ce_part, w2_gradient)
+        if not with_gradient:
+            return carry, (l1, None)
+        slope = logit_gradient.astype(hidden.dtype)
+        hidden_gradient, code_gradient = matmul(slope, lm_head(vocab)), None
+        if w2_RU is not None:
+            code_gradient = matmul(slope, w2_RU.T)
+            code_XR, slope_XU = (x.reshape(-1, x.shape[-1]) for x in (code, slope))
+            w2_gradient += jnp.matmul(code_XR.T, slope_XU, preferred_element_type=jnp.float32)
+        return (*carry[:2], w2_gradient), (l1, (hidden_gradient, code_gradient))
+
+    zero = jnp.zeros(())
+    w2_zero = jnp.zeros(w2_RU.shape) if with_gradient and w2_RU is not None else None
+    (loss, ce, w2_gradient), (l1, rest) = jax.lax.scan(step, (zero, zero, w2_zero), parts)
+    l1, rest = jax.tree.map(lambda x: join_chunks(x, anchors), (l1, rest))
+    if not with_gradient:
+        return loss, LossTerms(ce, l1), None
+    w2_gradient = jax.tree.map(lambda x: x.astype(w2_RU.dtype), w2_gradient)
+    return loss, LossTerms(ce, l1), (w2_gradient, *rest)
+
+
+def _chunk_loss(
+    logits_XU: jax.Array, vocab: Vocab, slots: _Slots
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Loss, cross-entropy sum, l1 of every slot, and the loss's gradient by the logits.
+
+    With p the draft's law, t the target's, y the label and s = sign(p - t),
+
+        d CE / d logits = p - onehot(y),    d |p - t|_1 / d logits = p (s - sum(p s)).
+    """
+    log_prob_XU = jax.nn.log_softmax(logits_XU, axis=-1)
+    prob_XU = jnp.exp(log_prob_XU)
+    teacher_XU = unembed(vocab, slots.teacher_BAGD)
+    if slots.log_norm_BAG is None:
+        teacher_XU = jax.nn.softmax(teacher_XU, axis=-1)
+        outside_X = jnp.zeros(())
+    else:
+        teacher_XU = jnp.exp(teacher_XU - slots.log_norm_BAG[..., None])
+        outside_X = jnp.maximum(1.0 - teacher_XU.sum(-1), 0.0)
+    difference_XU = prob_XU - teacher_XU
+    l1_X = jnp.abs(difference_XU).sum(-1) + outside_X
+    hit_XU = jnp.arange(logits_XU.shape[-1]) == slots.label_BAG[..., None]
+    ce_X = -jnp.where(hit_XU, log_prob_XU, 0.0).sum(-1)
+    ce = (slots.ce_weight_BAG * ce_X).sum()
+    loss = ce + (slots.l1_weight_BAG * l1_X).sum()
+
+    sign_XU = jnp.sign(difference_XU)
+    mean_X = (prob_XU * sign_XU).sum(-1)
+    gradient_XU = slots.l1_weight_BAG[..., None] * prob_XU * (sign_XU - mean_X[..., None])
+    gradient_XU += slots.ce_weight_BAG[..., None] * (prob_XU - hit_XU)
+    return loss, ce, l1_X, gradient_XU
 
 
 def slot_weights(supervised_BAG: jax.Array, decay: float) -> jax.Array:
@@ -98,16 +258,49 @@ def slot_weights(supervised_BAG: jax.Array, decay: float) -> jax.Array:
     return supervised_BAG * jnp.exp(-slot_G / decay)
 
 
-def weighted_mean(value: jax.Array, weight: jax.Array) -> jax.Array:
-    """``sum(value * weight) / (sum(weight) + 1e-6)``; 0-weight entries may hold anything finite."""
-    return jnp.sum(value * weight) / (jnp.sum(weight) + EPSILON)
+def ce_slot_weights(weight_BAG: jax.Array, labels: BlockLabels, t2d_V: Any) -> jax.Array:
+    """The weights of the cross-entropy, which skips labels outside the draft vocabulary."""
+    return weight_BAG if t2d_V is None else weight_BAG * (t2d_V[labels.label_BAG] >= 0)
+
+
+@struct.dataclass
+class LossTotals:
+    """Sums over a whole batch that the terms and metrics are divided by.
+
+    They come from the masks alone. A micro-batch has slots of its own and the totals of the whole
+    batch, so that losses, metrics and gradients of the micro-batches add up to the batch's.
+
+    Attributes:
+        ce, slot: float32 sums of the slots' weights in the cross-entropy and in the other terms.
+        blocks: int32 blocks that are not dummies.
+        supervised_G: int32 supervised slots at each place of a block.
+    """
+
+    ce: jax.Array
+    slot: jax.Array
+    blocks: jax.Array
+    supervised_G: jax.Array
+
+
+def loss_totals(labels: BlockLabels, keep_BA: jax.Array, t2d_V: Any, decay: float) -> LossTotals:
+    """The totals of a batch; arguments as in :func:`dspark_loss`."""
+    weight_BAG = slot_weights(labels.supervised_BAG, decay)
+    return LossTotals(
+        ce=ce_slot_weights(weight_BAG, labels, t2d_V).sum(),
+        slot=weight_BAG.sum(),
+        blocks=keep_BA.sum(),
+        supervised_G=labels.supervised_BAG.sum((0, 1)),
+    )
 
 
 def dspark_loss(
+    drafter: DrafterParams,
+    vocab: Vocab,
     outputs: BlockOutputs,
     teacher: Teacher,
     labels: BlockLabels,
     keep_BA: jax.Array,
+    totals: LossTotals,
     t2d_V: jax.Array | None,
     *,
     ce_weight: float = 0.1,
@@ -115,58 +308,69 @@ def dspark_loss(
     confidence_weight: float = 1.0,
     decay: float = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of a batch.
+    """Loss and metrics of a batch, or a micro-batch's share of them.
 
     Args:
+        drafter: of which the sequential head is read.
+        vocab: the drafter's vocabulary.
         outputs: of the drafter.
         teacher: of the target.
         labels: of the blocks.
         keep_BA: False for dummy blocks.
+        totals: of the whole batch.
         t2d_V: int32 place of every token in the draft vocabulary, -1 outside it; None where the
-            draft vocabulary is all of V. The cross-entropy skips labels outside.
-        ce_weight, l1_weight, confidence_weight: a term of weight 0 is skipped.
+            draft vocabulary is all of V.
+        ce_weight, l1_weight, confidence_weight: of the three terms.
         decay: see :func:`slot_weights`.
 
     Returns:
         The loss (float32 scalar) and its parts and metrics; those ending in ``_G`` are per slot.
+        All of them add up over micro-batches.
     """
-    weight_BAG = slot_weights(labels.supervised_BAG, decay)
-    loss = jnp.zeros(())
-    metrics: dict[str, jax.Array] = {}
-
-    if ce_weight:
-        label_BAG = labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG]
-        entropy_BAG = optax.softmax_cross_entropy_with_integer_labels(
-            outputs.logits_BAGU, jnp.maximum(label_BAG, 0)
-        )
-        metrics["ce"] = weighted_mean(entropy_BAG, weight_BAG * (label_BAG >= 0))
-        loss += ce_weight * metrics["ce"]
-
     batch_B11 = jnp.arange(keep_BA.shape[0])[:, None, None]
-    prob_BAGU = jax.nn.softmax(outputs.logits_BAGU, axis=-1)
-    teacher_BAGU = teacher.prob_BSU[batch_B11, labels.position_BAG]
-    outside_BAG = teacher.outside_BS[batch_B11, labels.position_BAG]
-    l1_BAG = jnp.abs(prob_BAGU - teacher_BAGU).sum(-1) + outside_BAG
-    if l1_weight:
-        metrics["l1"] = weighted_mean(l1_BAG, weight_BAG)
-        loss += l1_weight * metrics["l1"]
+    log_norm_BAG = teacher.log_norm_BS
+    if log_norm_BAG is not None:
+        log_norm_BAG = log_norm_BAG[batch_B11, labels.position_BAG]
+    # Weights that make every weighted sum a share of the batch's weighted mean.
+    weight_BAG = slot_weights(labels.supervised_BAG, decay)
+    ce_BAG = ce_slot_weights(weight_BAG, labels, t2d_V) / (totals.ce + EPSILON)
+    weight_BAG = weight_BAG / (totals.slot + EPSILON)
+    slots = _Slots(
+        teacher_BAGD=teacher.hidden_BSD[batch_B11, labels.position_BAG],
+        log_norm_BAG=log_norm_BAG,
+        label_BAG=labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG],
+        ce_weight_BAG=ce_weight * ce_BAG,
+        l1_weight_BAG=l1_weight * weight_BAG,
+    )
+    batch, anchors, block = labels.label_BAG.shape
+    chunks = chunk_sizes(anchors, batch * block * lm_head(vocab).shape[0])
+    w2_RU = None if drafter.head is None else drafter.head.w2_RU
+    loss, terms = head_loss(chunks, w2_RU, outputs.hidden_BAGD, outputs.code_BAGR, vocab, slots)
+    metrics = {"l1": (weight_BAG * terms.l1_BAG).sum()}
+    if ce_weight:
+        metrics["ce"] = terms.ce / ce_weight
 
-    accept_BAG = jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * l1_BAG, 0.0, 1.0))
+    accept_BAG = jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * terms.l1_BAG, 0.0, 1.0))
     if confidence_weight and outputs.confidence_logit_BAG is not None:
         logit_BAG = outputs.confidence_logit_BAG
         bce_BAG = optax.sigmoid_binary_cross_entropy(logit_BAG, accept_BAG)
-        metrics["confidence"] = weighted_mean(bce_BAG, weight_BAG)
+        confidence_BAG = jax.nn.sigmoid(logit_BAG)
+        survival_error_BAG = jnp.cumprod(confidence_BAG, -1) - jnp.cumprod(accept_BAG, -1)
+        metrics["confidence"] = (weight_BAG * bce_BAG).sum()
+        for name, error_BAG in (
+            ("confidence", confidence_BAG - accept_BAG),
+            ("survival", survival_error_BAG),
+        ):
+            metrics[f"{name}_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
+            metrics[f"{name}_bias"] = (weight_BAG * error_BAG).sum()
         loss += confidence_weight * metrics["confidence"]
-        error_BAG = jax.nn.sigmoid(logit_BAG) - accept_BAG
-        metrics["confidence_abs_error"] = weighted_mean(jnp.abs(error_BAG), weight_BAG)
-        metrics["confidence_bias"] = weighted_mean(error_BAG, weight_BAG)
 
     supervised = labels.supervised_BAG.astype(jnp.float32)
-    blocks = keep_BA.sum()
     survival_BAG = jnp.cumprod(accept_BAG * supervised, axis=-1)
-    count_G = jnp.maximum(supervised.sum((0, 1)), 1.0)
+    count_G = jnp.maximum(totals.supervised_G, 1)
     metrics["accept_rate_G"] = (accept_BAG * supervised).sum((0, 1)) / count_G
-    metrics["accepted_length"] = 1.0 + survival_BAG.sum() / jnp.maximum(blocks, 1)
-    metrics["blocks"] = blocks
+    committed = keep_BA.sum() + survival_BAG.sum()
+    metrics["accepted_length"] = committed / jnp.maximum(totals.blocks, 1)
+    metrics["blocks"] = keep_BA.sum()
     metrics["loss"] = loss
     return loss, metrics

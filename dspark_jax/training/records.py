@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tensorboardX import SummaryWriter
 
 from dspark_jax.checkpoint import read_json, write_atomically
 from dspark_jax.config import TrainConfig
@@ -18,19 +19,37 @@ from dspark_jax.training.cache import INDEX
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one line a logged step; steps that a resumed run repeats are cut first."""
+    """``metrics.jsonl`` and TensorBoard files; a context manager that closes them.
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        """Open a log for the steps after ``start_step``."""
-        self.path = path
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    Steps that a resumed run repeats are cut from the one, and hidden in the other.
+    """
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        """Open the logs in a directory for the steps after ``start_step``."""
+        self.path = directory / "metrics.jsonl"
+        found = self.path.exists()
+        text = self.path.read_text(encoding="utf-8", errors="replace") if found else ""
         kept = [line for line in text.split("\n") if _step_of(line) <= start_step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line."""
+        """Append one line; ``split`` names another part of the data than that trained on."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        split = values.pop("split", "training")
+        for name, value in values.items():
+            places = {name: value}
+            if isinstance(value, list):
+                places = {f"{name}/{place}": each for place, each in enumerate(value, 1)}
+            for place, number in places.items():
+                self._board.add_scalar(f"{split}/{place}", number, step)
 
 
 def _step_of(line: str) -> float:

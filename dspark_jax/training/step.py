@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax.axes import abstract_params, param_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.target import TargetParams, Vocab, encode
-from dspark_jax.training.anchors import block_labels, sample_anchors
-from dspark_jax.training.losses import Teacher, draft_blocks, dspark_loss, teacher_probs
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.target import TargetParams, Vocab, declare_target, encode
+from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
+from dspark_jax.training.losses import (
+    LossTotals,
+    Teacher,
+    draft_blocks,
+    dspark_loss,
+    loss_totals,
+    make_teacher,
+)
 
 
 @struct.dataclass
@@ -59,6 +68,38 @@ class Batch:
     hidden_BSD: Any = None
 
 
+def step_shardings(
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[Any, Any, NamedSharding]:
+    """Shardings in the form of a ``TrainState`` and a ``Frozen``, and that of a batch's arrays.
+
+    Weights and the optimiser's moments are split by :data:`dspark_jax.axes.MESH_RULES`, sequences
+    over the data and fsdp axes.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    declared = declare_drafter(cfg)
+    params = param_shardings(declared, mesh)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract_params(declared)),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    target = param_shardings(declare_target(target_cfg), mesh)
+    reduced = cfg.draft_vocab_size is not None
+    head, places = target.vocab.unembed_VD, replicated if reduced else None
+    if reduced:
+        shape = (cfg.sizes["U"], cfg.hidden_size)
+        head = NamedSharding(mesh, partition("UD", shape, mesh))
+    frozen = Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
+    sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return TrainState(replicated, params, moments), frozen, sequences  # type: ignore[arg-type]
+
+
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine to 0, with the reference's constants.
 
@@ -92,31 +133,64 @@ def anchors_of(recipe: TrainConfig, length: int) -> int:
     return max(1, recipe.num_anchors * length // recipe.max_length)
 
 
-def batch_loss(
-    params: DrafterParams,
-    frozen: Frozen,
+@struct.dataclass
+class Blocks:
+    """The training blocks of some sequences, with all that the target has to say of them.
+
+    Attributes:
+        feature_BSFD: the target's features.
+        teacher: its distributions.
+        anchor_BA, keep_BA: anchors, and False for dummy blocks.
+        labels: what the slots are trained towards.
+    """
+
+    feature_BSFD: jax.Array
+    teacher: Teacher
+    anchor_BA: jax.Array
+    keep_BA: jax.Array
+    labels: BlockLabels
+
+
+def choose_blocks(
     batch: Batch,
-    feature_BSFD: jax.Array,
-    teacher: Teacher,
+    target: tuple[jax.Array, Teacher],
     key: jax.Array,
     turn: jax.Array | float,
     cfg: DrafterConfig,
     recipe: TrainConfig,
+) -> Blocks:
+    """Random blocks of a batch; ``turn`` as in :func:`sample_anchors`."""
+    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
+    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
+    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    return Blocks(*target, anchor_BA, keep_BA, labels)
+
+
+def blocks_loss(
+    params: DrafterParams,
+    frozen: Frozen,
+    blocks: Blocks,
+    totals: LossTotals,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of a batch whose target features are given.
+    """Loss and metrics of some blocks, as shares of a batch with these totals.
 
     The forward pass runs in ``recipe.dtype``; gradients and divergences are float32.
     """
     params = jax.tree.map(lambda x: x.astype(recipe.dtype), params)
-    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
-    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
-    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
-    outputs = draft_blocks(params, frozen.vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
+    outputs = draft_blocks(
+        params, frozen.vocab, blocks.feature_BSFD, blocks.labels, blocks.anchor_BA, blocks.keep_BA,
+        cfg,
+    )  # fmt: skip
     return dspark_loss(
+        params,
+        frozen.vocab,
         outputs,
-        teacher,
-        labels,
-        keep_BA,
+        blocks.teacher,
+        blocks.labels,
+        blocks.keep_BA,
+        totals,
         frozen.t2d_V,
         ce_weight=recipe.ce_weight,
         l1_weight=recipe.l1_weight,
@@ -125,16 +199,43 @@ def batch_loss(
     )
 
 
+def blocks_gradient(
+    params: DrafterParams,
+    frozen: Frozen,
+    blocks: Blocks,
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+) -> tuple[DrafterParams, dict[str, jax.Array]]:
+    """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other."""
+    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    gradient_of = jax.grad(blocks_loss, has_aux=True)
+    count = recipe.micro_batches
+    if count == 1:
+        return gradient_of(params, frozen, blocks, totals, cfg, recipe)
+    # Every count-th sequence, so that a part of a batch that is split over devices is split too.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), blocks)
+
+    def add(total: Any, part: Blocks) -> tuple[Any, None]:
+        return jax.tree.map(
+            jnp.add, total, gradient_of(params, frozen, part, totals, cfg, recipe)
+        ), None
+
+    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+    start = gradient_of(params, frozen, first, totals, cfg, recipe)
+    return jax.lax.scan(add, start, rest)[0]
+
+
 def target_outputs(
     frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
 ) -> tuple[jax.Array, Teacher]:
-    """Features and distributions of the frozen target for a batch."""
+    """Features and distributions of the frozen target for a batch that may bring its outputs."""
     hidden_BSD, feature_BSFD = batch.hidden_BSD, batch.feature_BSFD
     if feature_BSFD is None:
         hidden_BSD, feature_BSFD = encode(
             frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
         )
-    return feature_BSFD, teacher_probs(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U)
+    teacher = make_teacher(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U is not None)
+    return feature_BSFD, teacher
 
 
 def train_step(
@@ -156,24 +257,25 @@ def train_step(
 
     Returns:
         The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
-        means over the updates, ``blocks`` their sum.
+        means over the updates, ``blocks`` their sum; ``tokens`` of the batch, padding aside.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
+    seen = (batch, target_outputs(frozen, batch, target_cfg, cfg))
     size = batch.token_BS.shape[0]
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
 
     def update(carry: tuple[DrafterParams, Any], index: jax.Array) -> Any:
         params, optimizer_state = carry
-        first = index * share
-        lap = first // size
-        order_B = jax.random.permutation(jax.random.fold_in(key, lap), size)
-        chosen = order_B[(first + jnp.arange(share)) % size]
-        part, feature, law = jax.tree.map(lambda x: x[chosen], (batch, feature_BSFD, teacher))
-        (_, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            params, frozen, part, feature, law, key, lap / laps, cfg, recipe
-        )
+        lap, part = index, seen
+        if share < size:
+            first = index * share
+            lap = first // size
+            order_B = jax.random.permutation(jax.random.fold_in(key, lap), size)
+            chosen = order_B[(first + jnp.arange(share)) % size]
+            part = jax.tree.map(lambda x: x[chosen], seen)
+        blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
+        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
@@ -183,6 +285,9 @@ def train_step(
     )
     metrics = {name: value.mean(0) for name, value in each.items()}
     metrics["blocks"] = each["blocks"].sum()
+    # An answer ends its sequence: what lies behind is padding.
+    place_S = jnp.arange(1, batch.token_BS.shape[1] + 1)
+    metrics["tokens"] = jnp.max(batch.loss_mask_BS * place_S, axis=1).sum()
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
@@ -195,6 +300,7 @@ def evaluation_step(
     recipe: TrainConfig,
 ) -> dict[str, jax.Array]:
     """Metrics of held-out sequences, always with the same anchors."""
-    feature_BSFD, teacher = target_outputs(frozen, batch, target_cfg, cfg)
-    key = jax.random.key(recipe.seed)
-    return batch_loss(params, frozen, batch, feature_BSFD, teacher, key, 0.0, cfg, recipe)[1]
+    target = target_outputs(frozen, batch, target_cfg, cfg)
+    blocks = choose_blocks(batch, target, jax.random.key(recipe.seed), 0.0, cfg, recipe)
+    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    return blocks_loss(params, frozen, blocks, totals, cfg, recipe)[1]

@@ -13,8 +13,8 @@ from dspark_jax.training import data
 from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete
 from dspark_jax.training.features import ReadTarget, cache_spec, store, target_reader
-from dspark_jax.training.fit import drafter_config, load_sequences
 from dspark_jax.training.records import sha256
+from dspark_jax.training.run import drafter_config, load_sequences, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def cache_size(recipe: TrainConfig) -> CacheSize:
     Raises:
         ValueError: bad data or configuration.
     """
-    sequences, spec, _ = _contents(recipe)
+    _, sequences, spec, _ = _contents(recipe)
     num_tokens = sum(len(sequence.token_S) for sequence in sequences)
     return CacheSize(len(sequences), num_tokens, estimate(num_tokens, len(sequences), spec))
 
@@ -54,7 +54,7 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     """
     if not 0 <= process < processes:
         raise ValueError(f"process {process} must lie in 0..{processes - 1}")
-    sequences, spec, read = _contents(recipe)
+    recipe, sequences, spec, read = _contents(recipe)
     if (out / MANIFEST).exists():
         found = CacheReader(out)
         found.require(spec)
@@ -71,14 +71,18 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     return finish(out, spec, processes)
 
 
-def _contents(recipe: TrainConfig) -> tuple[list[data.TokenSequence], CacheSpec, ReadTarget]:
-    """All sequences of the data, what a cache of them says of itself, and the target."""
+def _contents(
+    recipe: TrainConfig,
+) -> tuple[TrainConfig, list[data.TokenSequence], CacheSpec, ReadTarget]:
+    """The recipe with its buckets and without a cache, all sequences of its data, what a cache of
+    them says of itself, and the target."""
     recipe = dataclasses.replace(recipe, cache="", cache_gb=0.0)
-    rows = data.read_conversations(Path(recipe.data))
+    source = open_source(recipe)
     target = load_target(recipe.target, jnp.dtype(recipe.dtype))
     cfg = drafter_config(recipe, target)
-    train_set, held_out = load_sequences(rows, target, cfg, recipe)
-    spec = cache_spec(recipe, target, cfg)
+    train_set, held_out = load_sequences(source, target, cfg, recipe)
+    recipe = data.with_buckets(recipe, train_set)  # those of the training
+    spec = cache_spec(recipe, cfg)
     notes = {**spec.notes, "data_sha256": sha256(Path(recipe.data))}
-    read = target_reader(target, cfg)
-    return [*train_set, *held_out], dataclasses.replace(spec, notes=notes), read
+    read = target_reader(target.params, target.cfg, cfg)
+    return recipe, [*train_set, *held_out], dataclasses.replace(spec, notes=notes), read

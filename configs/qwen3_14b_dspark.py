@@ -1,0 +1,32 @@
+"""A DSpark drafter for Qwen3-14B with the settings of the released one.
+
+Command: dspark train configs/qwen3_14b_dspark.py --set data=responses.jsonl
+Data: the target's own answers (non-thinking, its recommended sampling) to the 1.3 M prompts of
+    Open-PerfectBlend, 10 epochs.
+Hardware and time: not run yet.
+Result: not run yet.
+
+A batch is the released one, 512 sequences of up to 4,096 tokens with 512 anchors each. The step
+takes a batch at once: where that does not fit, lower tokens_per_batch (a multiple of 4096).
+"""
+
+from dspark_jax.config import TrainConfig
+
+config = TrainConfig(
+    target="Qwen/Qwen3-14B",
+    data="responses.jsonl",
+    out="runs/qwen3_14b_dspark",
+    num_layers=5,
+    block_size=7,
+    target_layer_ids=(1, 10, 19, 28, 37),
+    mask_token_id=151669,
+    markov_rank=256,
+    max_length=4096,
+    length_buckets=(4096,),
+    tokens_per_batch=512 * 4096,
+    num_anchors=512,
+    epochs=10.0,
+    learning_rate=6e-4,
+    eval_sequences=64,
+    dtype="bfloat16",
+)

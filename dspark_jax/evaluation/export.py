@@ -1,0 +1,214 @@
+"""Drafters written in the layouts that this and other programs read, each checked after writing.
+
+The check reads the new files back and measures the teacher-forced acceptance of drafts, position
+by position, on given answers: ``1 - TV`` of draft and target distribution behind the same anchors.
+It must be what it was before. Another feature layer, another slot or another token table shows at
+position 1 already; a checkpoint that fails never appears under its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.deepspec import bind_vocab, save_drafter
+from dspark_jax.models.default import HUB_ID
+from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.full_vocabulary import with_full_vocabulary
+from dspark_jax.models.load import Target, load_target, read_drafter
+from dspark_jax.models.speculators import save_speculators
+from dspark_jax.models.target import TargetParams, Vocab, encode
+from dspark_jax.models.tokenizer import chat_prompt_ids
+from dspark_jax.training.anchors import block_labels, sample_anchors
+from dspark_jax.training.data import TokenSequence, make_batch
+from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals, make_teacher
+from dspark_jax.training.step import Batch
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5
+NUM_ANCHORS = 16  # of each answer: the drafts' logits over a large vocabulary take the memory
+LENGTH = 96
+ANSWERS = (
+    (
+        "Why is the sky blue?",
+        "The sky looks blue because molecules in the air scatter the short wavelengths of "
+        "sunlight more strongly than the long ones, and blue light reaches us from all sides.",
+    ),
+    (
+        "A box holds 12 eggs. How many eggs are in 7 boxes?",
+        "Each box holds 12 eggs, so 7 boxes hold 7 * 12 = 84 eggs. The answer is 84.",
+    ),
+    (
+        "Write a Python function that adds two numbers.",
+        "Here is the function: def add(a, b): return a + b. Call it with add(2, 3) to get 5.",
+    ),
+)
+
+
+def write_drafter(
+    target: str | Path,
+    drafter: str | Path,
+    layout: str,
+    out: str | Path,
+    *,
+    dtype: Any = "float32",
+    full_vocabulary: bool = False,
+) -> Path:
+    """Write a drafter's checkpoint in a layout, in the dtype of its own file.
+
+    Args:
+        target: what ``load_target`` takes; its embedding and head are written where the layout
+            wants them, and the check compares with its distributions.
+        drafter: ``"default"``, a directory or a hub id, in any of the layouts.
+        layout: ``"dspark"`` is the project's own: the reference layout without embedding and
+            head. ``"deepspec"`` is the reference layout, ``"speculators"`` that of
+            vllm-project/speculators.
+        out: the directory to write, which must not exist yet.
+        dtype: of the target and of the check.
+        full_vocabulary: make a drafter over a reduced vocabulary one over the whole of it.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` exists, a source cannot be read, they do not fit, the layout cannot
+            hold the drafter, or the check failed; nothing is written then.
+        FloatingPointError: the drafter's or the target's numbers are not finite.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists already: remove it, or write to another directory")
+    loaded = load_target(target, jnp.dtype(dtype))
+    batch = check_batch(loaded)
+    cfg, params, own, _ = read_drafter(loaded.cfg, drafter)
+    vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
+    before_G = acceptance(loaded, cfg, params, vocab, batch)
+    if full_vocabulary and vocab.d2t_U is not None:
+        cfg, params = with_full_vocabulary(cfg, params, vocab.d2t_U)
+        vocab = loaded.params.vocab
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        written = Path(folder) / out.name
+        _save(written, layout, cfg, params, vocab, _verifier(target, loaded.cfg))
+        cfg, params, own, _ = read_drafter(loaded.cfg, written)
+        vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
+        check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
+        written.rename(out)
+    logger.info("acceptance at position 1 is %.4f, before and after", before_G[0])
+    return out
+
+
+def _save(
+    directory: Path,
+    layout: str,
+    cfg: DrafterConfig,
+    params: DrafterParams,
+    vocab: Vocab,
+    verifier: dict[str, Any],
+) -> None:
+    """Write one layout; ``vocab`` is the one that the drafter is bound to."""
+    dtype = params.norm_D.dtype
+    embed_VD = vocab.embed_VD.astype(dtype)
+    head_UD = embed_VD if vocab.unembed_VD is None else vocab.unembed_VD.astype(dtype)
+    held = Vocab(embed_VD, head_UD, vocab.d2t_U)
+    if layout == "speculators":
+        save_speculators(directory, cfg, params, held, verifier)
+        return
+    if layout == "deepspec" and cfg.draft_vocab_size is not None:
+        raise ValueError(
+            f"draft_vocab_size is {cfg.draft_vocab_size}, and the reference layout has no reduced "
+            "vocabulary: add --full-vocabulary, or choose the format speculators"
+        )
+    save_drafter(directory, replace(cfg, owns_vocab=layout == "deepspec"), params, held)
+
+
+def _verifier(target: str | Path, cfg: TargetConfig) -> dict[str, Any]:
+    """How others find the target."""
+    name = HUB_ID if str(target) == "default" else str(target)
+    return {"name_or_path": name, "architectures": [f"{cfg.family.capitalize()}ForCausalLM"]}
+
+
+def check_batch(target: Target) -> Batch:
+    """The answers on which acceptance is compared, tokenised for a target."""
+    length = min(LENGTH, target.cfg.max_positions)
+    sequences = []
+    for prompt, answer in ANSWERS:
+        start = chat_prompt_ids(target.tokenizer, prompt)
+        ids = start + target.tokenizer.encode(answer, add_special_tokens=False)
+        token_S = np.array(ids[:length], np.int32)
+        sequences.append(TokenSequence(token_S, np.arange(len(token_S)) >= len(start)))
+    return make_batch(sequences, range(len(sequences)), length, len(sequences))
+
+
+def acceptance(
+    target: Target, cfg: DrafterConfig, params: DrafterParams, vocab: Vocab, batch: Batch
+) -> np.ndarray:
+    """Teacher-forced acceptance of a drafter by position of the block, in the target's dtype.
+
+    Args:
+        target: the target.
+        cfg: of the drafter.
+        params: of the drafter.
+        vocab: that it is bound to.
+        batch: the sequences; anchors depend on nothing else.
+
+    Returns:
+        Mean of ``1 - TV`` over the anchors, float32 [G].
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(target.params.norm_D.dtype), params)
+    cfg = replace(cfg, owns_vocab=False)  # says nothing about numbers: one program for both
+    rate_G = np.asarray(_acceptance(target.params, params, vocab, batch, target.cfg, cfg))
+    if not np.isfinite(rate_G).all():
+        raise FloatingPointError("the drafts' probabilities are not finite: broken weights")
+    return rate_G
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _acceptance(
+    target: TargetParams,
+    params: DrafterParams,
+    vocab: Vocab,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+) -> jax.Array:
+    """``accept_rate_G`` of the training metrics."""
+    hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    teacher = make_teacher(target.vocab, hidden_BSD, vocab.d2t_U is not None)
+    anchor_BA, keep_BA = sample_anchors(jax.random.key(0), batch.loss_mask_BS, NUM_ANCHORS)
+    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
+    totals = loss_totals(labels, keep_BA, None, 0.0)
+    _, metrics = dspark_loss(
+        params, vocab, outputs, teacher, labels, keep_BA, totals, None,
+        ce_weight=0.0, confidence_weight=0.0,
+    )  # fmt: skip
+    return metrics["accept_rate_G"]
+
+
+def check_same(before_G: np.ndarray, after_G: np.ndarray, layout: str) -> None:
+    """Refuse an export that drafts otherwise than what it was made of.
+
+    Raises:
+        ValueError: acceptance differs at a position, or there are more or fewer positions.
+    """
+    same = before_G.shape == after_G.shape
+    if not same or not np.allclose(before_G, after_G, rtol=0, atol=TOLERANCE):
+        before, after = (np.round(rate_G, 5).tolist() for rate_G in (before_G, after_G))
+        raise ValueError(
+            f"self-check of the format {layout} failed, nothing is written: read back, the "
+            f"drafter's acceptance by position is {after}, but it was {before}; please report it"
+        )

@@ -1,0 +1,237 @@
+"""Training data out of prompts: the target answers every conversation of a file, turn by turn.
+
+The drafter learns to predict the target and nobody else, so whatever answers a file brings are
+dropped and written anew: the user's first message is answered, then the second one after that
+answer, and so on. An answer that does not end by itself ends its conversation.
+
+The output is only ever appended to, one whole line a conversation, so a run that was killed goes
+on where it stopped. Line i of the input has its own randomness: what becomes of it depends neither
+on the lines around it nor on how the work is split. With N processes, process I answers every
+N-th line into ``OUT.part-I-of-N``; the same command without processes then takes over their lines,
+answers what is missing and puts everything in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dspark_jax.checkpoint import write_atomically
+from dspark_jax.engine.generate import Decoder, Generation
+from dspark_jax.engine.state import Request
+from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
+from dspark_jax.evaluation.speed import Decode
+from dspark_jax.models.tokenizer import chat_prompt_ids
+from dspark_jax.training.conversations import Conversation, Turn
+from pallas_kernels import random
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which conversations a process answers: every ``processes``-th, from ``process`` on."""
+
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.process < self.processes:
+            raise ValueError(
+                f"process is {self.process}: of {self.processes} processes, it must lie in "
+                f"0..{self.processes - 1}"
+            )
+
+    def path(self, out: Path) -> Path:
+        """The file that this process writes."""
+        if self.processes == 1:
+            return out
+        return out.with_name(f"{out.name}.part-{self.process}-of-{self.processes}")
+
+
+@dataclass(eq=False)
+class Dialogue:
+    """A conversation that is being answered.
+
+    Attributes:
+        number: its place in the input, counted from 0.
+        origin: where it was read, for error messages.
+        turns: those asked and answered so far, behind a system turn if there is one.
+        questions: those to come.
+        request: the question that is open.
+        answer: the last one.
+    """
+
+    number: int
+    origin: str
+    turns: list[Turn]
+    questions: deque[Turn]
+    request: Request | None = None
+    answer: Generation | None = None
+
+
+def prepare(
+    decode: Decode,
+    decoder: Decoder,
+    conversations: Sequence[Conversation],
+    limits: Request,
+    out: Path,
+    recipe: dict[str, Any],
+    *,
+    seed: int = 0,
+    batch: int = 1,
+    share: Share = Share(),
+) -> Path:
+    """Have the target answer conversations, or go on where an interrupted run stopped.
+
+    Args:
+        decode: ``generate`` with decoder and options filled in.
+        decoder: whose tokenizer and context length are used.
+        conversations: of :func:`~dspark_jax.training.conversations.read_questions`, all of them.
+        limits: all of a request but prompt and key.
+        out: the JSON-lines file of answered conversations; ``id`` is the place in the input.
+        recipe: what the answers depend on besides ``limits`` and ``seed``, as JSON values; it lies
+            in ``OUT.recipe.json``, and another one is refused.
+        seed: answer number t of conversation i has the key ``fold_in(seed_key(seed), i, t)``, so
+            the first one that of line i of ``dspark generate --prompts``.
+        batch: conversations decoded together.
+        share: of this process.
+
+    Returns:
+        The file that was written: ``out``, or this process's part of it.
+
+    Raises:
+        ValueError: the output belongs to something else, or another process is writing it.
+        FloatingPointError: the target's logits are not finite; what was finished stays.
+    """
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    settings = {name: getattr(limits, name) for name in names}
+    check_recipe(out, recipe | settings | {"seed": seed})
+    mine = range(share.process, len(conversations), share.processes)
+    path = share.path(out)
+    with open_lines(path) as (file, lines):
+        if path == out:
+            take_over_parts(out, file, lines)
+        elsewhere = read_lines(out)[0] if path != out and out.exists() else {}
+        todo = [number for number in mine if number not in lines and number not in elsewhere]
+        dialogues = [begin(number, conversations[number]) for number in todo]
+        ask = make_asker(decoder, limits, seed)
+        before = len(mine) - len(todo)
+        with tqdm(
+            total=len(mine), initial=before, unit="line", desc="prepare", dynamic_ncols=True
+        ) as bar:
+            for dialogue in answer_all(decode, ask, dialogues, batch, bar):
+                lines[dialogue.number] = line_of(dialogue, limits.temperature)
+                file.write(lines[dialogue.number])
+                file.flush()
+        if list(lines) != sorted(lines):
+            write_atomically(path, b"".join(lines[number] for number in sorted(lines)).decode())
+    return path
+
+
+def begin(number: int, conversation: Conversation) -> Dialogue:
+    """A conversation of which nothing has been asked yet."""
+    turns = deque(conversation.turns)
+    system = [turns.popleft()] if turns[0]["role"] == "system" else []
+    return Dialogue(number, conversation.origin, system, turns)
+
+
+def make_asker(decoder: Decoder, limits: Request, seed: int) -> Callable[[Dialogue], str | None]:
+    """A function that opens a dialogue's next question, or says why that cannot be."""
+    root, fold_in = random.seed_key(seed), jax.jit(random.fold_in)
+
+    def ask(dialogue: Dialogue) -> str | None:
+        turns = [*dialogue.turns, dialogue.questions[0]]
+        number = sum(turn["role"] == "assistant" for turn in turns)
+        key_2 = np.asarray(fold_in(root, np.uint32(dialogue.number), np.uint32(number)))
+        try:
+            ids = chat_prompt_ids(decoder.tokenizer, turns)
+            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request.check(decoder.target.max_positions)
+        except ValueError as error:
+            return str(error)
+        dialogue.request = request
+        dialogue.turns.append(dialogue.questions.popleft())
+        return None
+
+    return ask
+
+
+def answer_all(
+    decode: Decode,
+    ask: Callable[[Dialogue], str | None],
+    dialogues: Sequence[Dialogue],
+    batch: int,
+    bar: tqdm,
+) -> Iterator[Dialogue]:
+    """The dialogues, each as soon as it is over; one that cannot even begin is left out.
+
+    Whoever is over makes room for the next, so that the batch stays full.
+    """
+    waiting, active, left_out = deque(dialogues), list[Dialogue](), list[str]()
+    size, tokens, start = min(batch, len(dialogues)), 0, time.monotonic()
+    while waiting or active:
+        while waiting and len(active) < size:
+            dialogue = waiting.popleft()
+            problem = ask(dialogue)
+            if problem is None:
+                active.append(dialogue)
+            else:
+                left_out.append(f"{dialogue.origin}: {problem}")
+                bar.update()
+        results = answer(decode, active, size)
+        tokens += sum(len(result.token_ids) for result in results)
+        bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.1f} tokens/s")
+        # An answer that was cut is nothing to go on from.
+        open_ones = [
+            dialogue
+            for dialogue, result in zip(active, results, strict=True)
+            if result.finish_reason == "stop" and dialogue.questions and ask(dialogue) is None
+        ]
+        for dialogue in active:
+            if dialogue not in open_ones:
+                bar.update()
+                yield dialogue
+        active = open_ones
+    if left_out:
+        logger.warning("%d left out; the first: %s", len(left_out), left_out[0])
+
+
+def answer(decode: Decode, dialogues: Sequence[Dialogue], size: int) -> list[Generation]:
+    """Answer the open question of every dialogue, in one batch of always the same size."""
+    if not dialogues:
+        return []
+    requests = [dialogue.request for dialogue in dialogues if dialogue.request]
+    # The shape of a batch is compiled: requests of one token are cheaper than another shape.
+    spare = dataclasses.replace(requests[0], max_new_tokens=1)
+    results = decode([*requests, *[spare] * (size - len(requests))])[: len(requests)]
+    for dialogue, result in zip(dialogues, results, strict=True):
+        if result.finish_reason == "error":
+            raise FloatingPointError(f"{dialogue.origin}: the target's logits are not finite")
+        dialogue.answer = result
+        dialogue.turns.append({"role": "assistant", "content": result.text})
+    return results
+
+
+def line_of(dialogue: Dialogue, temperature: float) -> bytes:
+    """A dialogue that is over, as a line of the output."""
+    assert dialogue.answer is not None
+    row = {
+        "id": dialogue.number,
+        "conversations": dialogue.turns,
+        "response_ids": dialogue.answer.token_ids,
+        "finish": dialogue.answer.finish_reason,
+        "temperature": temperature,
+    }
+    return json.dumps(row).encode() + b"\n"

@@ -1,0 +1,50 @@
+"""A picture of a run: what ``metrics.jsonl`` says, as ``curves.png``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+PANELS = (
+    ("loss", "loss"),
+    ("accepted_length", "expected accepted length"),
+    ("accept_rate", "acceptance by position"),
+    ("confidence_abs_error", "confidence, absolute error"),
+)
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Losses and acceptance over training blocks, training and held-out; written atomically.
+
+    Args:
+        metrics: the log of a run.
+        picture: PNG file to write.
+    """
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for held_out, style in ((False, "-"), (True, "o--")):
+            seen = [row for row in rows if ("split" in row) == held_out and key in row]
+            for label, values in _lines(seen, key):
+                name = f"held-out{label}" if held_out else f"training{label}"
+                axes.plot([row["step"] for row in seen], values, style, ms=3, label=name)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    part = picture.with_name(f".{picture.name}.{os.getpid()}.part")
+    figure.savefig(part, format="png", dpi=110)
+    part.replace(picture)
+
+
+def _lines(rows: list[dict[str, Any]], key: str) -> list[tuple[str, list[float]]]:
+    """(label, values) of a number, or of each entry of a list."""
+    if not rows or not isinstance(rows[0][key], list):
+        return [("", [row[key] for row in rows])]
+    return [
+        (f" {place + 1}", [row[key][place] for row in rows]) for place in range(len(rows[0][key]))
+    ]

@@ -1,0 +1,300 @@
+"""A recipe made ready to train: sizes, data, programs, frozen weights, the state to begin with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dspark_jax.axes import init_params, make_mesh
+from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
+from dspark_jax.models.deepspec import bind_vocab
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.load import Target, load_drafter_for, load_target
+from dspark_jax.models.target import Vocab, encode
+from dspark_jax.models.tokenizer import unused_token
+from dspark_jax.training import data
+from dspark_jax.training.bigram import start_from_bigrams
+from dspark_jax.training.cache import MANIFEST, CacheReader
+from dspark_jax.training.conversations import Conversation, read_answered
+from dspark_jax.training.features import cache_spec, cached_sequences
+from dspark_jax.training.local_heads import start_with_local_heads
+from dspark_jax.training.step import (
+    Frozen,
+    TrainState,
+    evaluation_step,
+    make_optimizer,
+    step_shardings,
+    train_step,
+)
+
+logger = logging.getLogger(__name__)
+
+# Sequences whose features start the local heads: a direction needs no more.
+LOCAL_INIT_SEQUENCES = 8
+
+# Settings that no compiled step reads: runs that differ in nothing else share programs.
+UNREAD: dict[str, Any] = {
+    "target": "",
+    "data": "",
+    "out": "",
+    "eval_sequences": 0,
+    "bigram_init": False,
+    "local_init": False,
+    "init_drafter": "",
+    "cache": "",
+    "cache_gb": 0.0,
+}
+
+# Sequences come from conversations, or out of a cache.
+Source = list[Conversation] | CacheReader
+
+
+def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
+    """Layers spread evenly from 1 to L - 3 (spec section 5); fewer where the target is shallow."""
+    last = max(num_target_layers - 3, 0)
+    first = min(1, last)
+    return tuple(sorted({round(x) for x in np.linspace(first, last, count)}))
+
+
+def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
+    """The drafter that a recipe describes, with the target's sizes where it names none."""
+    cfg = target.cfg
+    mask = recipe.mask_token_id
+    return DrafterConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=recipe.intermediate_size or cfg.intermediate_size,
+        num_layers=recipe.num_layers,
+        num_heads=recipe.num_heads or cfg.num_heads,
+        num_kv_heads=recipe.num_kv_heads or cfg.num_kv_heads,
+        head_dim=recipe.head_dim or cfg.head_dim,
+        rms_norm_eps=cfg.rms_norm_eps,
+        rope=RopeConfig(theta=cfg.rope.theta),
+        max_positions=cfg.max_positions,
+        block_size=recipe.block_size,
+        mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
+        target_layer_ids=recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
+        num_target_layers=cfg.num_layers,
+        num_anchors=recipe.num_anchors,
+        markov_rank=recipe.markov_rank,
+        markov_head=recipe.markov_head,
+        confidence=recipe.confidence,
+        confidence_with_markov=recipe.confidence_with_markov,
+        draft_vocab_size=recipe.draft_vocab_size or None,
+        owns_vocab=False,
+    )
+
+
+def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:
+    """int32 [V]: the place of every token in the draft vocabulary, -1 outside it."""
+    t2d_V = np.full(vocab_size, -1, np.int32)
+    t2d_V[d2t_U] = np.arange(len(d2t_U))
+    return jnp.asarray(t2d_V)
+
+
+def open_source(recipe: TrainConfig) -> Source:
+    """Where a recipe's sequences come from.
+
+    Raises:
+        ValueError: the data or the cache cannot be used.
+    """
+    if recipe.cache and not recipe.cache_gb:
+        return CacheReader(recipe.cache)
+    if recipe.cache and (Path(recipe.cache) / MANIFEST).exists():
+        raise ValueError(
+            f"cache {recipe.cache} holds a whole cache: set cache_gb to 0 to train on it, or name "
+            "another directory"
+        )
+    return read_answered(recipe.data)
+
+
+def load_sequences(
+    source: Source, target: Target, cfg: DrafterConfig, recipe: TrainConfig
+) -> tuple[Sequence[data.TokenSequence], Sequence[data.TokenSequence]]:
+    """The sequences to train on and the held-out ones, the last of the file or the cache.
+
+    Raises:
+        ValueError: the data or the cache does not suit the target, or there is too little of it.
+    """
+    sequences: Sequence[data.TokenSequence]
+    end_id = target.tokenizer.eos_token_id
+    if end_id is None:
+        raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
+    if recipe.max_length > target.cfg.max_positions:
+        raise ValueError(
+            f"max_length {recipe.max_length} is beyond the context of {target.name}: "
+            f"set it to at most {target.cfg.max_positions}"
+        )
+    if isinstance(source, CacheReader):
+        source.require(cache_spec(recipe, cfg))
+        sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
+    else:
+        sequences, dropped = data.tokenize(source, target.tokenizer, end_id, recipe)
+    if len(sequences) <= recipe.eval_sequences:
+        name = source.directory if isinstance(source, CacheReader) else recipe.data
+        raise ValueError(
+            f"{name} has {len(sequences)} usable conversations ({dropped} more are too "
+            f"short, or their prompts too long), and eval_sequences takes {recipe.eval_sequences} "
+            "of them: give more data or lower eval_sequences"
+        )
+    cut = len(sequences) - recipe.eval_sequences
+    logger.info("%d sequences, %d dropped", cut, dropped)
+    return sequences[:cut], sequences[cut:]
+
+
+def starting_point(
+    recipe: TrainConfig,
+    cfg: DrafterConfig,
+    target: Target,
+    train_set: Sequence[data.TokenSequence],
+) -> tuple[DrafterParams, np.ndarray | None]:
+    """The drafter before the first step, float32, and its draft vocabulary ``d2t_U``.
+
+    Raises:
+        ValueError: ``init_drafter`` cannot be read, or is not of the recipe's sizes.
+    """
+    if recipe.init_drafter:
+        found = load_drafter_for(target, recipe.init_drafter, dtype=jnp.float32)
+        check_same_sizes(recipe.init_drafter, cfg, found.cfg)
+        d2t_U = None if found.vocab.d2t_U is None else np.asarray(found.vocab.d2t_U)
+        return found.params, d2t_U
+    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+    d2t_U = t2d_V = None
+    if cfg.draft_vocab_size is not None:
+        d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
+        t2d_V = draft_places(cfg.vocab_size, d2t_U)
+    if recipe.bigram_init:
+        params = start_from_bigrams(params, train_set, t2d_V, cfg)
+    if recipe.local_init:
+        some = next(data.batches_from(train_set, recipe, 0))
+        rows = min(len(some.token_BS), LOCAL_INIT_SEQUENCES)
+        token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
+        feature_BSFD = some.feature_BSFD
+        if feature_BSFD is None:
+            read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
+            _, feature_BSFD = read(target.params, token_BS)
+        params = start_with_local_heads(
+            params,
+            target.params.vocab,
+            feature_BSFD[:rows][supervised_BS].astype(jnp.float32),
+            jnp.asarray(token_BS[supervised_BS]),
+            cfg,
+        )
+    return params, d2t_U
+
+
+def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
+    """Refuse a drafter that is not of the recipe's sizes.
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    free = {"owns_vocab", "max_positions", "num_anchors"}
+    differ = [
+        f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
+        for field in dataclasses.fields(DrafterConfig)
+        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
+            "change these settings, or start afresh"
+        )
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The jitted steps of a recipe, its optimiser, and where the arguments of a step live."""
+
+    step: Any
+    evaluate: Any
+    optimizer: optax.GradientTransformation
+    state: Any
+    frozen: Any
+    sequences: NamedSharding
+
+
+@cache
+def programs_of(
+    target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
+) -> Programs:
+    """The programs of a recipe, in which ``UNREAD`` settings do not matter.
+
+    Raises:
+        ValueError: the mesh has more devices than there are.
+    """
+    mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
+    optimizer = make_optimizer(recipe, num_updates)
+    state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
+    static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
+    step = jax.jit(
+        partial(train_step, optimizer=optimizer, **static),
+        donate_argnums=0,
+        in_shardings=(state, frozen, sequences),
+        out_shardings=(state, None),
+    )
+    # A held-out batch may have fewer sequences than the mesh has parts.
+    whole = NamedSharding(mesh, PartitionSpec())
+    evaluate = jax.jit(
+        partial(evaluation_step, **static), in_shardings=(state.params, frozen, whole)
+    )
+    return Programs(step, evaluate, optimizer, state, frozen, sequences)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe made ready: data, programs, frozen weights and the state to begin with."""
+
+    recipe: TrainConfig
+    target_cfg: TargetConfig
+    cfg: DrafterConfig
+    own: Vocab | None
+    train_set: Sequence[data.TokenSequence]
+    held_out: Sequence[data.TokenSequence]
+    total: int
+    programs: Programs
+    frozen: Frozen
+    state: TrainState
+
+
+def start_run(recipe: TrainConfig, source: Source) -> Run:
+    """Load, tokenise, initialise and place; nothing is written.
+
+    Args:
+        recipe: of the run.
+        source: of :func:`open_source`; its last sequences are held out.
+
+    Raises:
+        ValueError: bad data or configuration; the message names the field and the remedy.
+    """
+    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
+    cfg = drafter_config(recipe, target)
+    train_set, held_out = load_sequences(source, target, cfg, recipe)
+    recipe = data.with_buckets(recipe, train_set)
+    batches = len(data.epoch_batches(train_set, recipe, 0))
+    total = recipe.steps or max(1, round(recipe.epochs * batches))
+    params, d2t_U = starting_point(recipe, cfg, target, train_set)
+    own = t2d_V = None
+    if d2t_U is not None:
+        own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
+    frozen = Frozen(target.params, vocab, t2d_V)
+    programs = programs_of(
+        target.cfg, cfg, dataclasses.replace(recipe, **UNREAD), total * recipe.updates_per_batch
+    )
+    params = jax.device_put(params, programs.state.params)
+    moments = jax.jit(programs.optimizer.init, out_shardings=programs.state.optimizer)(params)
+    state = TrainState(jax.device_put(jnp.int32(0), programs.state.step), params, moments)
+    frozen = jax.device_put(frozen, programs.frozen)
+    return Run(recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state)

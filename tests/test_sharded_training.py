@@ -1,0 +1,121 @@
+"""Training over a mesh of devices: the same losses, and a share of the weights on each."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dspark_jax.axes import make_mesh, partition
+from dspark_jax.config import TrainConfig, override
+from dspark_jax.training import fit, run
+from dspark_jax.training.conversations import read_answered
+from tests.tiny_model import TARGET, write_target
+
+MESHES = {
+    "data": {"data_parallel": 8},
+    "fsdp": {"fsdp": 8},
+    "all": {"data_parallel": 2, "fsdp": 2, "tensor_parallel": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Twenty steps of eight sequences, over a whole vocabulary that eight devices can share."""
+    folder = tmp_path_factory.mktemp("sharded")
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": "say it"},
+                {"role": "assistant", "content": "".join(random.choice(list("abc"), 30))},
+            ]
+        }
+        for _ in range(40)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig(
+        target=str(write_target(folder / "target", dataclasses.replace(TARGET, num_kv_heads=2))),
+        data=str(folder / "data.jsonl"),
+        out=str(folder / "one"),
+        num_layers=1,
+        block_size=3,
+        markov_rank=8,
+        target_layer_ids=(-1, 0),
+        max_length=48,
+        length_buckets=(48,),
+        tokens_per_batch=8 * 48,
+        num_anchors=4,
+        steps=20,
+        learning_rate=3e-3,
+        eval_sequences=8,
+        eval_every=20,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(recipe):
+    return losses_of(recipe)
+
+
+def losses_of(recipe):
+    fit.fit(recipe)
+    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
+    keys = ("loss", "ce", "l1", "confidence", "accepted_length", "gradient_norm")
+    return [[row.get(key, 0.0) for key in keys] for row in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("data", marks=pytest.mark.full),
+        pytest.param("fsdp", marks=pytest.mark.full),
+        "all",
+    ],
+)
+def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, name):
+    found = losses_of(dataclasses.replace(recipe, out=str(tmp_path), **MESHES[name]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_optimisers_state_is_shared_out_under_fsdp(recipe, emulated_devices):
+    def bytes_per_device(recipe):
+        state = run.start_run(recipe, read_answered(recipe.data)).state
+        leaves = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+    whole = bytes_per_device(recipe)
+    shared = bytes_per_device(dataclasses.replace(recipe, fsdp=8))
+    # All but the norms of query and key and one bias, whose axes no rule names.
+    assert whole / 8 <= shared < whole / 8 * 1.03
+
+
+def test_axes_that_share_a_mesh_axis_and_axes_that_do_not_divide(emulated_devices):
+    mesh = make_mesh(data=2, tensor=2, fsdp=2)
+    assert partition("BX", (8, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert partition("DNH", (16, 4, 8), mesh) == PartitionSpec(("fsdp",), ("tensor",), None)
+    assert partition("VR", (97, 8), mesh) == PartitionSpec(None, ("fsdp",))
+    assert partition("BD", (2, 16), mesh) == PartitionSpec(None, ("fsdp",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("data_parallel=3", r"data_parallel 3 x fsdp 1 must divide the 8 sequences"),
+        ("micro_batches=3", r"micro_batches 3 must divide the 8 sequences"),
+        ("fsdp=0", r"fsdp 0 must be an integer of at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(recipe, setting, expected):
+    with pytest.raises(ValueError, match=expected):
+        override(recipe, [setting])
+
+
+def test_more_devices_than_there_are(recipe, emulated_devices):
+    many = dataclasses.replace(recipe, tokens_per_batch=64 * 48, fsdp=64)
+    with pytest.raises(ValueError, match=r"fsdp=64 .* needs 64 devices, but 8 are here"):
+        run.start_run(many, read_answered(many.data))
