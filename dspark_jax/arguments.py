@@ -10,7 +10,7 @@ import contextlib
 from typing import Any, NoReturn
 
 # What the packaged drafter does best with; other drafters verify the whole block.
-DEFAULT_POLICY = "threshold:0.35"
+DEFAULT_POLICY = "threshold:0.25"
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
