@@ -196,6 +196,7 @@ def prepare(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train a drafter from a configuration file."""
     recipe = override(_recipe(args.config), args.set)
+    _join_processes(args)
     _use_compilation_cache()
     from dspark_jax.training.fit import fit
 
@@ -263,6 +264,29 @@ def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **option
 
     print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
     return 0
+
+
+def _join_processes(args: argparse.Namespace) -> None:
+    """Make this one of several processes, if it is to be one.
+
+    Raises:
+        ValueError: the arguments do not go together, or the others cannot be reached.
+    """
+    places = (args.coordinator, args.processes, args.process)
+    if places == (None, None, None) and not args.distributed:
+        return
+    if None in places and places != (None, None, None):
+        raise ValueError("--coordinator, --processes and --process belong together: give all three")
+    import jax
+
+    try:
+        jax.distributed.initialize(*places)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"this process could not join the others ({reason}): start it where Slurm, Open MPI or "
+            "Kubernetes say who is who, or give --coordinator, --processes and --process"
+        ) from None
 
 
 def _recipe(path: str) -> TrainConfig:

@@ -318,12 +318,13 @@ class TrainConfig:
                     f"update in the length bucket {bucket}: change it, sequences_per_update or "
                     "tokens_per_batch"
                 )
-            if share // self.micro_batches % (self.data_parallel * self.fsdp):
-                raise ValueError(
-                    f"data_parallel {self.data_parallel} x fsdp {self.fsdp} must divide the "
-                    f"{share // self.micro_batches} sequences of a micro-batch in the length "
-                    f"bucket {bucket}: change them, sequences_per_update or tokens_per_batch"
-                )
+            for count, what in ((batch, "batch"), (share // self.micro_batches, "micro-batch")):
+                if count % (self.data_parallel * self.fsdp):
+                    raise ValueError(
+                        f"data_parallel {self.data_parallel} x fsdp {self.fsdp} must divide the "
+                        f"{count} sequences of a {what} in the length bucket {bucket}: change "
+                        "them, sequences_per_update or tokens_per_batch"
+                    )
         if self.init_drafter and (self.bigram_init or self.local_init):
             raise ValueError(
                 f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "

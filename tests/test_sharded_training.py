@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from dspark_jax.axes import make_mesh, partition
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.training import fit, run
+from dspark_jax.training import data, fit, run
 from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import TARGET, write_target
 
@@ -64,7 +69,11 @@ def expected(recipe):
 
 def losses_of(recipe):
     fit.fit(recipe)
-    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
+    return read_losses(Path(recipe.out))
+
+
+def read_losses(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     keys = ("loss", "ce", "l1", "confidence", "accepted_length", "gradient_norm")
     return [[row.get(key, 0.0) for key in keys] for row in map(json.loads, lines)]
 
@@ -106,16 +115,67 @@ def test_axes_that_share_a_mesh_axis_and_axes_that_do_not_divide(emulated_device
     ("setting", "expected"),
     [
         ("data_parallel=3", r"data_parallel 3 x fsdp 1 must divide the 8 sequences"),
+        ("tokens_per_batch=432", r"2 x fsdp 1 must divide the 9 sequences of a batch"),
         ("micro_batches=3", r"micro_batches 3 must divide the 8 sequences"),
         ("fsdp=0", r"fsdp 0 must be an integer of at least 1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(recipe, setting, expected):
     with pytest.raises(ValueError, match=expected):
-        override(recipe, [setting])
+        override(dataclasses.replace(recipe, data_parallel=2), [setting])
 
 
 def test_more_devices_than_there_are(recipe, emulated_devices):
     many = dataclasses.replace(recipe, tokens_per_batch=64 * 48, fsdp=64)
     with pytest.raises(ValueError, match=r"fsdp=64 .* needs 64 devices, but 8 are here"):
         run.start_run(many, read_answered(many.data))
+
+
+@pytest.mark.full
+def test_two_processes_of_four_devices(recipe, expected, tmp_path):
+    """The command itself, once for each process."""
+    config = tmp_path / "config.py"
+    fields = dataclasses.replace(recipe, out=str(tmp_path / "out"), **MESHES["all"])
+    config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {fields!r}\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    together = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
+    code = "import sys; from dspark_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, "train", str(config), *together, str(process)],
+            env=os.environ | flags,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err[-3000:]
+    np.testing.assert_allclose(read_losses(tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "out" / "drafter" / "model.safetensors").is_file()
+
+
+@pytest.mark.full
+def test_a_run_goes_on_with_another_number_of_devices(
+    recipe, expected, tmp_path, monkeypatch, emulated_devices
+):
+    batches_from = data.batches_from
+
+    def interrupted(sequences, recipe, start):
+        for step, batch in enumerate(batches_from(sequences, recipe, start), start + 1):
+            if step == 9:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(data, "batches_from", interrupted)
+    many = dataclasses.replace(recipe, out=str(tmp_path), **MESHES["all"])
+    with pytest.raises(KeyboardInterrupt, match="saved step 9"):
+        fit.fit(many)
+    monkeypatch.setattr(data, "batches_from", batches_from)
+    found = losses_of(dataclasses.replace(recipe, out=str(tmp_path), fsdp=8))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -7,12 +7,14 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dspark_jax.checkpoint import Checkpoints, write_atomically
@@ -30,7 +32,7 @@ from dspark_jax.training.records import (
     plain,
     recipe_record,
 )
-from dspark_jax.training.run import Run, open_source, start_run
+from dspark_jax.training.run import Run, open_source, place, start_run
 from dspark_jax.training.step import Batch, learning_rate
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
@@ -70,7 +72,26 @@ def evaluate(run: Run, params: DrafterParams) -> dict[str, Any]:
         data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
         for bucket, indices in data.epoch_batches(run.held_out, small, 0)
     ]
-    return mean_metrics([run.programs.evaluate(params, run.frozen, batch) for batch in batches])
+    return mean_metrics(
+        [
+            run.programs.evaluate(params, run.frozen, place(batch, run.programs.whole))
+            for batch in batches
+        ]
+    )
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes, which all ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def whole_params(params: DrafterParams) -> DrafterParams:
+    """The parameters as NumPy arrays, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(params)
+    return multihost_utils.process_allgather(params, tiled=True)
 
 
 def batches_of(run: Run, start: int) -> Iterator[Batch]:
@@ -137,12 +158,15 @@ def fit(recipe: TrainConfig) -> Path:
     check_same_recipe(out / "recipe.json", record)
     run = start_run(recipe, source)
     state, total = run.state, run.total
-    write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
+    # Every process takes every step; one of them writes, and the checkpoints are everybody's.
+    writes = jax.process_index() == 0
+    if writes:
+        write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
     with (
         Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
-        MetricsLog(out, saved.latest or 0) as log,
-        tqdm(total=total, unit="step", desc="train", dynamic_ncols=True) as bar,
+        MetricsLog(out, saved.latest or 0) if writes else nullcontext() as log,
+        tqdm(total=total, unit="step", desc="train", dynamic_ncols=True, disable=not writes) as bar,
     ):
         start = saved.latest or 0
         if start:
@@ -153,7 +177,7 @@ def fit(recipe: TrainConfig) -> Path:
         for step in range(start + 1, total + 1):
             batch = next(batches)
             state, metrics = run.programs.step(
-                state, run.frozen, jax.device_put(batch, run.programs.sequences)
+                state, run.frozen, place(batch, run.programs.sequences)
             )
             values = plain(metrics)
             last_good = f"the last good checkpoint in {saved.directory} is that of step"
@@ -165,14 +189,19 @@ def fit(recipe: TrainConfig) -> Path:
                 length=values["accepted_length"],
                 blocks_s=values["blocks_per_s"],
             )
-            if step % recipe.log_every == 0 or step == total:
+            if log is not None and (step % recipe.log_every == 0 or step == total):
                 log.write(step, **values)
             if run.held_out and (step % recipe.eval_every == 0 or step == total):
-                log.write(step, split="held-out", **evaluate(run, state.params))
-            if step % recipe.checkpoint_every == 0 or step == total or stop:
+                held_out = evaluate(run, state.params)
+                if log is not None:
+                    log.write(step, split="held-out", **held_out)
+            stopped = any_process(bool(stop))
+            if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
-            if stop and step < total:
+            if stopped and step < total:
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    draw_curves(out / "metrics.jsonl", out / "curves.png")
-    save_drafter(out / "drafter", run.cfg, jax.device_get(state.params), run.own)
+    params = whole_params(state.params)
+    if writes:
+        draw_curves(out / "metrics.jsonl", out / "curves.png")
+        save_drafter(out / "drafter", run.cfg, params, run.own)
     return out / "drafter"

@@ -119,7 +119,10 @@ def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
     # An older run has the defaults of newer fields.
     defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
     before = defaults | {"data_sha256": now["data_sha256"]} | found
-    may_change = {"out", "data", "cache", "cache_gb", "eval_every", "checkpoint_every", "log_every"}
+    may_change = {
+        "out", "data", "cache", "cache_gb", "eval_every", "checkpoint_every", "log_every",
+        "data_parallel", "fsdp", "tensor_parallel", "micro_batches",
+    }  # fmt: skip
     differ = [k for k in now if k not in may_change and before[k] != now[k]]
     if differ:
         changes = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in differ)

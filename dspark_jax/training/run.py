@@ -223,6 +223,7 @@ class Programs:
     state: Any
     frozen: Any
     sequences: NamedSharding
+    whole: NamedSharding
 
 
 @cache
@@ -232,24 +233,52 @@ def programs_of(
     """The programs of a recipe, in which ``UNREAD`` settings do not matter.
 
     Raises:
-        ValueError: the mesh has more devices than there are.
+        ValueError: the mesh has more devices than there are, or leaves some of several processes'
+            devices out.
     """
     mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise ValueError(
+            f"data_parallel {recipe.data_parallel} x fsdp {recipe.fsdp} x tensor_parallel "
+            f"{recipe.tensor_parallel} is {mesh.size} devices, but the {jax.process_count()} "
+            f"processes have {jax.device_count()}: use them all"
+        )
     optimizer = make_optimizer(recipe, num_updates)
+    whole = NamedSharding(mesh, PartitionSpec())
     state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
     step = jax.jit(
         partial(train_step, optimizer=optimizer, **static),
         donate_argnums=0,
         in_shardings=(state, frozen, sequences),
-        out_shardings=(state, None),
+        out_shardings=(state, whole),
     )
     # A held-out batch may have fewer sequences than the mesh has parts.
-    whole = NamedSharding(mesh, PartitionSpec())
     evaluate = jax.jit(
-        partial(evaluation_step, **static), in_shardings=(state.params, frozen, whole)
+        partial(evaluation_step, **static),
+        in_shardings=(state.params, frozen, whole),
+        out_shardings=whole,
     )
-    return Programs(step, evaluate, optimizer, state, frozen, sequences)
+    return Programs(step, evaluate, optimizer, state, frozen, sequences, whole)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, on the devices of the mesh.
+
+    Args:
+        tree: arrays.
+        shardings: one for each of them, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 @dataclass(frozen=True)
@@ -293,8 +322,8 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     programs = programs_of(
         target.cfg, cfg, dataclasses.replace(recipe, **UNREAD), total * recipe.updates_per_batch
     )
-    params = jax.device_put(params, programs.state.params)
+    params = place(params, programs.state.params)
     moments = jax.jit(programs.optimizer.init, out_shardings=programs.state.optimizer)(params)
-    state = TrainState(jax.device_put(jnp.int32(0), programs.state.step), params, moments)
-    frozen = jax.device_put(frozen, programs.frozen)
+    state = TrainState(place(np.int32(0), programs.state.step), params, moments)
+    frozen = place(frozen, programs.frozen)
     return Run(recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state)
