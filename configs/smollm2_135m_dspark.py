@@ -1,7 +1,7 @@
 """The default drafter for SmolLM2-135M-Instruct, shipped in `dspark_jax/pretrained/`.
 
-Command, in two parts, of which the second goes on from the drafter of the first:
-    dspark train configs/smollm2_135m_dspark.py --set data=responses.jsonl
+Command: dspark train configs/smollm2_135m_dspark.py --set data=responses.jsonl
+    and a second part, which goes on from the drafter of the first:
     dspark train configs/smollm2_135m_dspark.py --set data=responses.jsonl \\
         --set bigram_init=false --set local_init=false \\
         --set init_drafter=runs/smollm2_135m_dspark/drafter \\

@@ -26,7 +26,18 @@ from dspark_jax.models.target import Rows, extend, unembed
 
 FOLDER = Path(__file__).parent / "data" / "spec_decode_greedy" / "qwen3"
 HEADS = Path(__file__).parent / "data" / "markov_heads"
-DRAFTERS = ["dspark", "dspark_rnn", "dspark_gated", "dflash"]
+# Compilation makes these slow, so by default each drafter takes one of the two proofs.
+full = pytest.mark.full
+RUNS = [
+    "dspark",
+    "dspark_rnn",
+    *(pytest.param(name, marks=full) for name in ("dspark_gated", "dflash")),
+]
+ROUNDS = [
+    "dspark_gated",
+    "dflash",
+    *(pytest.param(name, marks=full) for name in ("dspark", "dspark_rnn")),
+]
 MAX_NEW_TOKENS = 48
 
 
@@ -35,12 +46,13 @@ def target():
     return hf.load_hf_target(FOLDER / "target", jnp.float32)
 
 
-@pytest.fixture(scope="module", params=DRAFTERS)
+@pytest.fixture(scope="module")
 def drafter(request, target):
     cfg, params, own = deepspec.load_drafter(FOLDER / request.param / "checkpoint")
     return request.param, cfg, params, deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
 
 
+@pytest.mark.parametrize("drafter", RUNS, indirect=True)
 def test_runs(target, drafter):
     name, *parts = drafter
     decoder = make_decoder(target, tuple(parts))
@@ -63,6 +75,7 @@ def test_runs(target, drafter):
         assert proposed == run["proposal_lengths"], note
 
 
+@pytest.mark.parametrize("drafter", ROUNDS, indirect=True)
 def test_rounds(target, drafter):
     name, cfg, params, vocab = drafter
     target_cfg, target_params = target

@@ -130,13 +130,20 @@ def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
     assert spec.accepted_lengths == [5, 5, 5, 5]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold):
+@pytest.mark.parametrize(
+    ("threshold", "kinds"),
+    [
+        (0.0, ("vanilla", "reduced")),
+        pytest.param(0.0, tuple(DRAFTERS), marks=pytest.mark.full),
+        pytest.param(0.5, tuple(DRAFTERS), marks=pytest.mark.full),
+    ],
+)
+def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold, kinds):
     sampled = {"temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.01}
     plain = generate(make_decoder(target), requests(**sampled), acceptance="coupled")
     assert len({tuple(text) for text in texts(plain)}) == len(PROMPTS)
-    for kind, changes in DRAFTERS.items():
-        decoder = make_decoder(target, drafter_of(target, seed=3, **changes))
+    for kind in kinds:
+        decoder = make_decoder(target, drafter_of(target, seed=3, **DRAFTERS[kind]))
         if threshold and not decoder.drafter.confidence:
             continue
         results = generate(decoder, requests(**sampled), acceptance="coupled", threshold=threshold)
@@ -147,9 +154,18 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold)
     assert texts(alone) == texts(plain)[2:3]
 
 
-@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
-@pytest.mark.parametrize("kind", ["rnn", "reduced", "plain"])
-def test_distribution_of_the_text(acceptance, kind):
+@pytest.mark.parametrize(
+    ("kind", "acceptance"),
+    [
+        ("rnn", "rejection"),
+        ("reduced", "coupled"),
+        pytest.param("rnn", "coupled", marks=pytest.mark.full),
+        pytest.param("reduced", "rejection", marks=pytest.mark.full),
+        pytest.param("plain", "rejection", marks=pytest.mark.full),
+        pytest.param("plain", "coupled", marks=pytest.mark.full),
+    ],
+)
+def test_distribution_of_the_text(kind, acceptance):
     """All programs together, over several rounds: the joint law of three tokens, enumerated."""
     size, length = 5, 3
     cfg = dataclasses.replace(TARGET, vocab_size=size)
@@ -195,7 +211,7 @@ def test_distribution_of_the_text(acceptance, kind):
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("sizes", [(2, 4), pytest.param((8, 1), marks=pytest.mark.full)])
 def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
     """Heads that do not divide over the mesh are replicated; slots are filled up."""
     drafter = drafter_of(target)

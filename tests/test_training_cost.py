@@ -160,8 +160,12 @@ def test_memory_hardly_grows_with_the_vocabulary(small_chunks):
     base = temporary_bytes(SMALL, 512, 64)
     vocabulary = 4 * SMALL.vocab_size * 2 * SMALL.markov_rank  # the gradient of W1 and W2
     assert temporary_bytes(double, 512, 64) < 1.15 * base + vocabulary
-    assert temporary_bytes(SMALL, 512, 128) < 2.05 * base
     assert temporary_bytes(SMALL, 512, 64, straightforward_gradient) > 3 * base
+
+
+@pytest.mark.full
+def test_memory_grows_no_faster_than_the_anchors(small_chunks):
+    assert temporary_bytes(SMALL, 512, 128) < 2 * temporary_bytes(SMALL, 512, 64)
 
 
 @pytest.mark.parametrize("length", [256, 1024])
@@ -170,6 +174,7 @@ def test_flops_are_those_of_the_mathematics(small_chunks, length):
     assert 0.95 < ratio < 1.25
 
 
+@pytest.mark.full
 def test_the_straightforward_step_computes_the_same(small_chunks):
     """Otherwise the comparisons would say nothing."""
     arguments, static = arguments_of(SMALL, 64, 8)

@@ -136,6 +136,11 @@ def test_loss_and_its_parts(case):
             )
 
 
+@pytest.mark.parametrize(
+    "case",
+    [CASES[0], *(pytest.param(name, marks=pytest.mark.full) for name in CASES[1:])],
+    indirect=True,
+)
 def test_loss_with_other_weights(case):
     for variant in case.record["loss_variants"]:
         loss, _ = jax.jit(partial(case.loss, **weights_of(variant)))(case.params)
