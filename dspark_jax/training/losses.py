@@ -293,6 +293,31 @@ def loss_totals(labels: BlockLabels, keep_BA: jax.Array, t2d_V: Any, decay: floa
     )
 
 
+def confidence_metrics(
+    logit_BAG: jax.Array, accept_BAG: jax.Array, weight_BAG: jax.Array
+) -> dict[str, jax.Array]:
+    """The confidence head's loss, ``confidence``, and its errors.
+
+    ``confidence_abs_error`` and ``confidence_bias`` are those of ``c_k`` against the acceptance
+    rate, ``survival_abs_error`` and ``survival_bias`` those of their running products.
+
+    Args:
+        logit_BAG: of ``c_k``, float32.
+        accept_BAG: acceptance rates, which carry no gradient.
+        weight_BAG: of the slots, with a sum of 1 over the whole batch.
+    """
+    bce_BAG = optax.sigmoid_binary_cross_entropy(logit_BAG, accept_BAG)
+    metrics = {"confidence": (weight_BAG * bce_BAG).sum()}
+    confidence_BAG = jax.nn.sigmoid(logit_BAG)
+    for name, error_BAG in (
+        ("confidence", confidence_BAG - accept_BAG),
+        ("survival", jnp.cumprod(confidence_BAG, -1) - jnp.cumprod(accept_BAG, -1)),
+    ):
+        metrics[f"{name}_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
+        metrics[f"{name}_bias"] = (weight_BAG * error_BAG).sum()
+    return metrics
+
+
 def dspark_loss(
     drafter: DrafterParams,
     vocab: Vocab,
@@ -352,17 +377,7 @@ def dspark_loss(
 
     accept_BAG = jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * terms.l1_BAG, 0.0, 1.0))
     if confidence_weight and outputs.confidence_logit_BAG is not None:
-        logit_BAG = outputs.confidence_logit_BAG
-        bce_BAG = optax.sigmoid_binary_cross_entropy(logit_BAG, accept_BAG)
-        confidence_BAG = jax.nn.sigmoid(logit_BAG)
-        survival_error_BAG = jnp.cumprod(confidence_BAG, -1) - jnp.cumprod(accept_BAG, -1)
-        metrics["confidence"] = (weight_BAG * bce_BAG).sum()
-        for name, error_BAG in (
-            ("confidence", confidence_BAG - accept_BAG),
-            ("survival", survival_error_BAG),
-        ):
-            metrics[f"{name}_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
-            metrics[f"{name}_bias"] = (weight_BAG * error_BAG).sum()
+        metrics |= confidence_metrics(outputs.confidence_logit_BAG, accept_BAG, weight_BAG)
         loss += confidence_weight * metrics["confidence"]
 
     supervised = labels.supervised_BAG.astype(jnp.float32)
