@@ -203,7 +203,7 @@ def test_a_killed_run_resumes_to_the_same_end(recipe, tmp_path):
 
     def start(out):
         config = tmp_path / f"{out.name}.py"
-        run = elsewhere(recipe, out)
+        run = elsewhere(recipe, out, steps=40)
         config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {run!r}\n")
         code = "import sys; from dspark_jax.cli import main; sys.exit(main(['train', sys.argv[1]]))"
         command = [sys.executable, "-c", code, str(config)]
@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_to_the_same_end(recipe, tmp_path):
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start(whole).wait(300) == 0
-    for goal in (4, 12, 22):
+    for goal in sorted(random.sample(range(2, 36, 2), 5)):
         process, log, deadline = start(out), out / "metrics.jsonl", time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             text = log.read_text() if log.exists() else ""

@@ -346,10 +346,19 @@ def test_learning_rate_of_the_shortest_runs_is_finite_and_positive(total):
         assert (rate > 0).all()
 
 
-def test_optimiser_follows_the_recorded_weights():
-    record = np.load(DATA / "prescribed_grads_fp32.npz")
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_optimiser_follows_the_recorded_weights(kind):
+    """The weights themselves, or the float32 masters of weights that are used in bfloat16.
+
+    The recorded norm of bfloat16 gradients is a bfloat16 number, ours is not: there the recorded
+    clipped gradients are fed.
+    """
+    record = np.load(DATA / f"prescribed_grads_{kind}.npz")
     names = ("w1", "b1", "w2", "scale")
-    recipe = dataclasses.replace(RECIPE, learning_rate=0.006, warmup_fraction=0.1)
+    bfloat16 = kind == "bf16"
+    recipe = dataclasses.replace(
+        RECIPE, learning_rate=0.006, warmup_fraction=0.1, clip_norm=1e9 if bfloat16 else 1.0
+    )
     optimizer = step.make_optimizer(recipe, 30)
     params = {name: jnp.asarray(record[f"init/{name}"]) for name in names}
     state = optimizer.init(params)
@@ -360,12 +369,19 @@ def test_optimiser_follows_the_recorded_weights():
         return optax.apply_updates(params, change), state
 
     for i in range(20):
-        gradient = {name: jnp.asarray(record[f"grad/{name}"][i]) for name in names}
+        given = "clipped_grad" if bfloat16 else "grad"
+        gradient = {name: jnp.asarray(record[f"{given}/{name}"][i]) for name in names}
         params, state = update(params, state, gradient)
         for name in names:
-            np.testing.assert_allclose(
-                params[name], record[f"master/{name}"][i], rtol=0, atol=2e-6, err_msg=f"{name} {i}"
-            )
+            found, note = np.asarray(params[name]), f"{name} {i}"
+            master, used = record[f"master/{name}"][i], record[f"param/{name}"][i]
+            np.testing.assert_allclose(found, master, rtol=0, atol=2e-6, err_msg=note)
+            # What the forward pass sees: where a master lies between two bfloat16 numbers, the
+            # last float32 bit decides.
+            rounded = found.astype(jnp.bfloat16) if bfloat16 else found
+            rtol = 2.0**-7 if bfloat16 else 0
+            np.testing.assert_allclose(np.float32(rounded), used, rtol, atol=2e-6, err_msg=note)
+            assert not bfloat16 or np.mean(np.float32(rounded) == used) > 0.9
 
 
 def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch, target):
