@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -173,10 +172,10 @@ def prepare(args: argparse.Namespace) -> int:
     from dspark_jax.engine.generate import generate as decode
     from dspark_jax.evaluation import prepare as data
     from dspark_jax.training.conversations import read_questions
+    from dspark_jax.training.records import sha256
 
     limits, share = _limits(args), data.Share(args.process, args.processes)
     conversations = read_questions(args.input, args.limit)
-    digest = hashlib.sha256(Path(args.input).read_bytes()).hexdigest()
     decoder, stop_ids, names = _load(args)
     path = data.prepare(
         partial(decode, decoder, acceptance=args.acceptance, **_policy(args)),
@@ -184,7 +183,7 @@ def prepare(args: argparse.Namespace) -> int:
         conversations,
         dataclasses.replace(limits, stop_ids=stop_ids),
         Path(args.out),
-        {"target": names["target"], "dtype": args.dtype, "input_sha256": digest},
+        {"target": names["target"], "dtype": args.dtype, "input_sha256": sha256(Path(args.input))},
         seed=args.seed,
         batch=args.batch,
         share=share,
