@@ -162,7 +162,7 @@ def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
 
     def sharding(path: Any, leaf: jax.Array) -> NamedSharding:
         in_cache = path[0].name.endswith("cache")
-        axes = "LBSKH"[-leaf.ndim :] if in_cache else "BX"[: leaf.ndim]
+        axes = "LBKSH"[-leaf.ndim :] if in_cache else "BX"[: leaf.ndim]
         return NamedSharding(mesh, partition(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -1,6 +1,6 @@
 """Key/value caches: the target's, and the drafter's context.
 
-Position ``p`` of slot ``b`` lives at ``[b, p]`` of every layer; the functions here are the only
+Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of every layer; the functions here are the only
 ones that know it. A cache is valid up to the length that the decode state names; whatever lies
 behind is garbage, overwritten before anyone attends to it.
 """
@@ -20,8 +20,11 @@ from dspark_jax.config import TransformerConfig
 class KVCache:
     """Keys and values of all layers.
 
+    Heads come before positions, so that attention finds what a head reads in one piece: a CPU
+    would copy the whole cache every time otherwise (7 instead of 1 ms for 32 slots of 512).
+
     Attributes:
-        k, v: [L, B, S, K, H], or a tuple of L arrays [B, S, K, H] for unstacked layers.
+        k, v: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers.
     """
 
     k: Any
@@ -32,7 +35,7 @@ def empty_cache(
     cfg: TransformerConfig, num_slots: int, num_positions: int, dtype: Any, *, stacked: bool
 ) -> KVCache:
     """A zeroed cache for ``num_slots`` requests of at most ``num_positions`` tokens."""
-    shape = (num_slots, num_positions, cfg.num_kv_heads, cfg.head_dim)
+    shape = (num_slots, cfg.num_kv_heads, num_positions, cfg.head_dim)
     if stacked:
         all_layers = (cfg.num_layers, *shape)
         return KVCache(jnp.zeros(all_layers, dtype), jnp.zeros(all_layers, dtype))
@@ -41,6 +44,11 @@ def empty_cache(
         return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
 
     return KVCache(layers(), layers())
+
+
+def of_sequences(k_LBSKH: jax.Array, v_LBSKH: jax.Array) -> KVCache:
+    """The cache of whole sequences, from the keys and values of all their positions."""
+    return KVCache(jnp.swapaxes(k_LBSKH, 2, 3), jnp.swapaxes(v_LBSKH, 2, 3))
 
 
 def write(
@@ -53,23 +61,27 @@ def write(
 ) -> KVCache:
     """The cache with one layer's keys and values of T rows at (slot, position).
 
-    Rows whose slot or position lies outside the cache (padding) are dropped.
+    Rows whose slot or position lies outside the cache (padding) are dropped. A row whose value is
+    not finite gets a key of NaN and a value of 0: whoever may see it still computes NaN, but the
+    next request of the slot, for whom it has a weight of 0, does not.
     """
+    sound_T11 = jnp.isfinite(v_TKH).all(axis=(1, 2), keepdims=True)
+    k_TKH, v_TKH = jnp.where(sound_T11, k_TKH, jnp.nan), jnp.where(sound_T11, v_TKH, 0)
 
     def put(values: Any, new_TKH: jax.Array) -> Any:
         if isinstance(values, tuple):
-            changed = values[layer].at[slot_T, position_T].set(new_TKH, mode="drop")
+            changed = values[layer].at[slot_T, :, position_T].set(new_TKH, mode="drop")
             return (*values[:layer], changed, *values[layer + 1 :])
-        return values.at[layer, slot_T, position_T].set(new_TKH, mode="drop")
+        return values.at[layer, slot_T, :, position_T].set(new_TKH, mode="drop")
 
     return KVCache(put(cache.k, k_TKH), put(cache.v, v_TKH))
 
 
 def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values, [B, S, K, H] each."""
-    return cache.k[layer], cache.v[layer]
+    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies."""
+    return jnp.swapaxes(cache.k[layer], 1, 2), jnp.swapaxes(cache.v[layer], 1, 2)
 
 
 def num_positions(cache: KVCache) -> int:
     """S, the positions that a slot can hold."""
-    return cache.k[0].shape[1]
+    return int(cache.k[0].shape[-2])

@@ -196,8 +196,9 @@ def attend(
     score = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32)
     score = jnp.where(mask_BTS[:, None, None], score * dim**-0.5, -jnp.inf)
     weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weight, v_BSKH, preferred_element_type=jnp.float32)
-    return out.astype(v_BSKH.dtype).reshape(batch, rows, heads, dim)
+    # In the order of the product's own axes: another order makes a CPU copy the values first.
+    out = jnp.einsum("bkgts,bskh->bkgth", weight, v_BSKH, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out.astype(v_BSKH.dtype), 3, 1).reshape(batch, rows, heads, dim)
 
 
 def finish_layer(

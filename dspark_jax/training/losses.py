@@ -109,7 +109,7 @@ def draft_blocks(
     position_BS = jnp.broadcast_to(
         jnp.arange(feature_BSFD.shape[1], dtype=jnp.int32), feature_BSFD.shape[:2]
     )
-    context = kv.KVCache(*inject(drafter, feature_BSFD, position_BS, cfg))
+    context = kv.of_sequences(*inject(drafter, feature_BSFD, position_BS, cfg))
     first_BA = labels.previous_BAG[..., 0]
     hidden_BAGD = block_hidden(drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA)
     code = embedding = confidence = None
