@@ -8,7 +8,8 @@ axes of the sharding rules:
     L layers             F feature layers       D width            M MLP width
     N query heads        K key/value heads      H head dimension   R Markov rank
     V vocabulary         U draft vocabulary     E width of the target's features (= D)
-    I, O inputs and outputs of a small head     X any leading axes
+    P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
+    X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
 initialisation, sharding, restoring and the name tables are derived from it.

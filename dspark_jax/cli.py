@@ -30,7 +30,8 @@ from dspark_jax.config import TrainConfig, override
 from dspark_jax.evaluation.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
-    from dspark_jax.engine.generate import Decoder, Generation
+    from dspark_jax.engine.decoder import Decoder
+    from dspark_jax.engine.reader import Generation
     from dspark_jax.engine.state import Request
 
 
@@ -342,7 +343,7 @@ def _load(args: argparse.Namespace) -> tuple[Decoder, tuple[int, ...], dict[str,
     """The models, the ids that end a text, and the models' names for reports."""
     import jax.numpy as jnp
 
-    from dspark_jax.engine.generate import make_decoder
+    from dspark_jax.engine.decoder import make_decoder
     from dspark_jax.models.load import load_drafter_for, load_target
 
     _use_compilation_cache()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dspark_jax import sampling
-from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.generate import generate
 from dspark_jax.engine.state import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models import deepspec, hf

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.config import TrainConfig
-from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.generate import generate
 from dspark_jax.engine.state import Request
 from dspark_jax.models.load import load_drafter_for, load_target
 from dspark_jax.training import data, fit, records, run

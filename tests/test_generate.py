@@ -11,9 +11,10 @@ from scipy import stats
 
 from dspark_jax.axes import init_params, make_mesh
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.engine import generate as generate_module
 from dspark_jax.engine import round as engine_round
-from dspark_jax.engine.generate import generate, make_decoder
+from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.generate import generate
+from dspark_jax.engine.programs import round_program
 from dspark_jax.engine.state import Request
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
@@ -123,9 +124,9 @@ def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
         return DraftBlock(token, token, jnp.zeros((1, 4, 61)), jnp.zeros((1, 4)))
 
     monkeypatch.setattr(engine_round, "draft", oracle)
-    generate_module._round_fn.cache_clear()
+    round_program.cache_clear()
     (spec,) = generate(make_decoder(target, drafter_of(target)), [Request([3], 21)])
-    generate_module._round_fn.cache_clear()
+    round_program.cache_clear()
     assert spec.token_ids == plain.token_ids
     assert spec.accepted_lengths == [5, 5, 5, 5]
 
@@ -274,9 +275,9 @@ def test_stop_strings_cut_the_text_wherever_they_begin(target):
 def test_programs_are_compiled_once(target):
     decoder = make_decoder(target, drafter_of(target))
     generate(decoder, requests())
-    step = generate_module._round_fn.cache_info()
+    step = round_program.cache_info()
     generate(decoder, requests(max_new_tokens=30))
-    assert generate_module._round_fn.cache_info().misses == step.misses
+    assert round_program.cache_info().misses == step.misses
 
 
 @pytest.mark.parametrize(

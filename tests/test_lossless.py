@@ -159,13 +159,16 @@ def decode_round(laws, row_B, keys_B2, choose, coupled, state):
     draft_BG = laws.ids_U[index_BG]
     context_BC = jnp.concatenate([anchor_B[:, None], draft_BG], axis=1)
     target_BCV = laws.target_NVV[row_B[:, None], context_BC]
+    target_TV = target_BCV.reshape(-1, target_BCV.shape[-1])
+    row_BC = jnp.arange(context_BC.size).reshape(context_BC.shape)
     verified_B = choose(confidence_BG, before_BG)
     if coupled:
-        outcome = verify.accept_coupled(target_BCV, draft_BG, verified_B, keys_B2, position_B)
+        key_T2 = jnp.repeat(keys_B2, context_BC.shape[1], axis=0)
+        position_T = (position_B[:, None] + jnp.arange(context_BC.shape[1])).reshape(-1)
+        outcome = verify.accept_coupled(target_TV, row_BC, draft_BG, verified_B, key_T2, position_T)
     else:
-        outcome = verify.accept_rejection(
-            target_BCV, index_BG, draft_law_BGU, laws.d2t_U, verified_B, keys_B2, position_B
-        )
+        law = index_BG, draft_law_BGU, laws.d2t_U
+        outcome = verify.accept_rejection(target_TV, row_BC, *law, verified_B, keys_B2, position_B)
     no_stop_BK = jnp.full((len(length_B), 1), -1)
     accepted_B, count_B, _ = verify.truncate_at_stop(draft_BG, outcome, no_stop_BK)
     commit = token_BS, length_B, draft_BG, accepted_B, outcome.next_B, count_B
@@ -279,17 +282,17 @@ def prefix_with_target_alone(target_BG, draft_BG, uniform_BG, length_B):
     return accepted_prefix(target_BG, jnp.zeros_like(draft_BG), uniform_BG, length_B)
 
 
-def next_from_the_target_always(target_BCV, draft_BGU, d2t_U, accepted_B, length_B):
-    return next_logprob(target_BCV, draft_BGU, d2t_U, accepted_B, accepted_B)
+def next_from_the_target_always(target_BV, draft_BGU, d2t_U, accepted_B, length_B):
+    return next_logprob(target_BV, draft_BGU, d2t_U, accepted_B, accepted_B)
 
 
-def next_from_the_residual_always(target_BCV, draft_BGU, d2t_U, accepted_B, length_B):
-    return next_logprob(target_BCV, draft_BGU, d2t_U, accepted_B, accepted_B + 1)
+def next_from_the_residual_always(target_BV, draft_BGU, d2t_U, accepted_B, length_B):
+    return next_logprob(target_BV, draft_BGU, d2t_U, accepted_B, accepted_B + 1)
 
 
-def accept_against_another_law(target_BCV, index_BG, draft_BGU, *others):
+def accept_against_another_law(target_TV, row_BC, index_BG, draft_BGU, *others):
     hotter_BGU = jax.nn.log_softmax(draft_BGU / 1.3)
-    return accept_rejection(target_BCV, index_BG, hotter_BGU, *others)
+    return accept_rejection(target_TV, row_BC, index_BG, hotter_BGU, *others)
 
 
 def key_by_token_position(key_B2, stream, anchor_position_B, slot):

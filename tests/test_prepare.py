@@ -17,7 +17,7 @@ import pytest
 
 from dspark_jax import cli
 from dspark_jax.config import TrainConfig
-from dspark_jax.engine.generate import Generation
+from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prepare import Share, prepare
 from dspark_jax.models import load

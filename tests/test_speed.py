@@ -6,8 +6,8 @@ import pytest
 
 from dspark_jax import cli
 from dspark_jax.engine import generate as engine
-from dspark_jax.engine.generate import Generation
-from dspark_jax.engine.round import RoundConfig
+from dspark_jax.engine.inputs import RoundConfig
+from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation import speed
 from dspark_jax.evaluation.prompts import Prompt

@@ -16,8 +16,6 @@ GOLDEN = Path(__file__).parent / "data" / "verify_sampling"
 
 B, G, V = 300, 3, 11  # shared, so that each function is compiled once
 
-accept_rejection = jax.jit(verify.accept_rejection)
-accept_coupled = jax.jit(verify.accept_coupled)
 truncate_at_stop = jax.jit(verify.truncate_at_stop)
 commit_tokens = jax.jit(verify.commit_tokens)
 accepted_prefix = jax.jit(verify.accepted_prefix)
@@ -42,6 +40,30 @@ def drawn_block(seed, draft_size=V):
     length = jnp.arange(B, dtype=jnp.int32) % (G + 1)
     keys = fold_in(random.seed_key(seed), jnp.arange(B))
     return target, draft, jnp.array(index), length, keys, 5 + length
+
+
+@jax.jit
+def accept_rejection(law_BCV, *args):
+    return verify.accept_rejection(*flat(law_BCV), *args)
+
+
+@jax.jit
+def accept_coupled(law_BCV, draft_BG, length_B, keys_B2, anchor_B):
+    law_TV, row_BC = flat(law_BCV)
+    num_columns = law_BCV.shape[1]
+    key_T2 = jnp.repeat(keys_B2, num_columns, axis=0)
+    position_T = (anchor_B[:, None] + jnp.arange(num_columns)).reshape(-1)
+    return verify.accept_coupled(law_TV, row_BC, draft_BG, length_B, key_T2, position_T)
+
+
+def flat(law_BCV):
+    """The laws as flat rows, and the row of every column."""
+    rows = jnp.arange(law_BCV.shape[0] * law_BCV.shape[1])
+    return law_BCV.reshape(rows.size, -1), rows.reshape(law_BCV.shape[:2])
+
+
+def at(law_BCV, column_B):
+    return jnp.take_along_axis(law_BCV, column_B[:, None, None], axis=1)[:, 0]
 
 
 def of_token(law, token_BG):
@@ -100,7 +122,9 @@ def test_golden_rounds(golden):
     np.testing.assert_array_equal(effective_B, arrays["effective_proposal_length"])
 
     # The reference draws a next token even after a stop token, from the row after it.
-    next_BV = np.exp(next_logprob(target_BCV, draft_BGV, None, accepted_B, length_B))
+    next_BV = np.exp(
+        next_logprob(at(target_BCV, accepted_B), draft_BGV, None, accepted_B, length_B)
+    )
     np.testing.assert_allclose(next_BV, arrays["next_dist"], rtol=1e-4, atol=1e-6)
     next_B = (next_BV / arrays["exp_noise"]).argmax(-1)
     np.testing.assert_array_equal(next_B, arrays["next_token"])
@@ -129,7 +153,7 @@ def test_rejection_draws_its_own_streams():
     accepted = accepted_prefix(of_token(target, index), of_token(draft, index), drawn, length)
     np.testing.assert_array_equal(outcome.accepted_B, accepted)
     assert set(np.asarray(accepted).tolist()) == set(range(G + 1))
-    law = next_logprob(target, draft, None, accepted, length)
+    law = next_logprob(at(target, accepted), draft, None, accepted, length)
     noise = gumbel(stream_key(keys, sampling.RESIDUAL, anchor, accepted), V)
     np.testing.assert_array_equal(outcome.next_B, sample_logprob(law, noise))
 

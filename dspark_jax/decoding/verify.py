@@ -8,10 +8,11 @@ Coupled (Daliri et al. 2024). The target's token at a position is argmax(log p^t
 noise field G that depends on seed and position alone, and a draft stands while it equals that
 token. The text is then the target's own, whatever was drafted or verified.
 
-Row k of the target is its law after the anchor and k drafts: it judges slot k, and the token that
-it decides has the absolute position `anchor_position + 1 + k`.
+The target reads the anchor and the verified drafts of all requests as T flat rows; `row_BC` says
+which row is column k of a request. That row holds the target's law after the anchor and k drafts:
+it judges slot k, and the token that it decides has the absolute position `anchor_position + 1 + k`.
 
-Axes: B requests, G slots of a block, C = G + 1, V target vocabulary, U draft vocabulary,
+Axes: B requests, G slots of a block, C = G + 1, T rows, V target vocabulary, U draft vocabulary,
 S positions, K stop ids, 2 words of a key.
 """
 
@@ -30,6 +31,23 @@ MIN_DRAFT_LOGPROB = -18.420680743952367  # log 1e-8
 
 
 @struct.dataclass
+class VerifyPlan:
+    """Which rows of the flat batch the target reads for whom.
+
+    Attributes:
+        slot_T: int32 request of each row; B marks a row that nobody needs.
+        column_T: int32 its place behind the anchor, 0 for the anchor itself.
+        row_BC: int32 row of every column; any row where a column is not read.
+        length_B: int32 drafts verified.
+    """
+
+    slot_T: jax.Array
+    column_T: jax.Array
+    row_BC: jax.Array
+    length_B: jax.Array
+
+
+@struct.dataclass
 class Acceptance:
     """The outcome of a round, before stop tokens."""
 
@@ -37,8 +55,32 @@ class Acceptance:
     next_B: jax.Array  # int32, the target's token after them
 
 
+def plan_rows(
+    length_B: jax.Array, active_B: jax.Array, num_rows: int, num_columns: int
+) -> VerifyPlan:
+    """Anchors and verified drafts of the active requests, one request behind the other.
+
+    Args:
+        length_B: int32 drafts to verify, below ``num_columns``; with the anchors of the active
+            requests at most ``num_rows`` in all.
+        active_B: bool, requests that take part.
+        num_rows: T.
+        num_columns: C.
+    """
+    num_requests = length_B.shape[0]
+    count_B = jnp.where(active_B, length_B + 1, 0)
+    end_B = jnp.cumsum(count_B)
+    row_T = jnp.arange(num_rows, dtype=jnp.int32)
+    slot_T = jnp.sum(end_B <= row_T[:, None], axis=1, dtype=jnp.int32)
+    start_B = end_B - count_B
+    column_T = row_T - start_B[jnp.minimum(slot_T, num_requests - 1)]
+    row_BC = start_B[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
+    return VerifyPlan(slot_T, column_T, jnp.minimum(row_BC, num_rows - 1), length_B)
+
+
 def accept_rejection(
-    target_logprob_BCV: jax.Array,
+    target_logprob_TV: jax.Array,
+    row_BC: jax.Array,
     draft_index_BG: jax.Array,
     draft_logprob_BGU: jax.Array,
     d2t_U: jax.Array | None,
@@ -49,7 +91,8 @@ def accept_rejection(
     """Rejection sampling: the output follows the target's law, whatever the drafter's.
 
     Args:
-        target_logprob_BCV: filtered and normalised; rows after `length` are not read.
+        target_logprob_TV: filtered and normalised.
+        row_BC: int32, as in :class:`VerifyPlan`; columns after `length` are not read.
         draft_index_BG: int32 drafts as indices of the draft vocabulary.
         draft_logprob_BGU: the law that each draft was drawn from, normalised.
         d2t_U: target ids of the draft vocabulary; None where it is the target's.
@@ -64,12 +107,13 @@ def accept_rejection(
         key_B2[:, None], sampling.ACCEPT, anchor_position_B[:, None], slot_G
     )
     accepted_B = accepted_prefix(
-        _of_token(target_logprob_BCV[:, :-1], draft_token_BG),
-        _of_token(draft_logprob_BGU, draft_index_BG),
+        target_logprob_TV[row_BC[:, :-1], draft_token_BG],
+        jnp.take_along_axis(draft_logprob_BGU, draft_index_BG[..., None], axis=-1)[..., 0],
         random.uniform(accept_key_BG2, 1)[..., 0],
         length_B,
     )
-    logprob_BV = next_logprob(target_logprob_BCV, draft_logprob_BGU, d2t_U, accepted_B, length_B)
+    target_BV = target_logprob_TV[jnp.take_along_axis(row_BC, accepted_B[:, None], axis=1)[:, 0]]
+    logprob_BV = next_logprob(target_BV, draft_logprob_BGU, d2t_U, accepted_B, length_B)
     next_key_B2 = sampling.stream_key(key_B2, sampling.RESIDUAL, anchor_position_B, accepted_B)
     noise_BV = random.gumbel(next_key_B2, logprob_BV.shape[-1])
     return Acceptance(accepted_B, sampling.sample_logprob(logprob_BV, noise_BV))
@@ -92,7 +136,7 @@ def accepted_prefix(
 
 
 def next_logprob(
-    target_logprob_BCV: jax.Array,
+    target_logprob_BV: jax.Array,
     draft_logprob_BGU: jax.Array,
     d2t_U: jax.Array | None,
     accepted_B: jax.Array,
@@ -100,38 +144,39 @@ def next_logprob(
 ) -> jax.Array:
     """float32 [B, V]: the law of the token after the accepted prefix.
 
-    The residual of slot `accepted` where that slot fell, else the target's row. Only this one row
-    of each request is built: at V = 49152 the others would cost more than the whole round.
+    The residual of slot `accepted` where that slot fell, else the target's own law there, which is
+    `target_logprob_BV`. Only this one row of each request is built: at V = 49152 the others would
+    cost more than the whole round.
     """
-    request_B = jnp.arange(accepted_B.shape[0])
     fallen_B = jnp.minimum(accepted_B, draft_logprob_BGU.shape[1] - 1)
-    target_BV = target_logprob_BCV[request_B, accepted_B]
-    draft_BU = draft_logprob_BGU[request_B, fallen_B]
-    residual_BV = sampling.residual_logprob(target_BV, draft_BU, d2t_U)
-    return jnp.where((accepted_B < length_B)[:, None], residual_BV, target_BV)
+    draft_BU = draft_logprob_BGU[jnp.arange(accepted_B.shape[0]), fallen_B]
+    residual_BV = sampling.residual_logprob(target_logprob_BV, draft_BU, d2t_U)
+    return jnp.where((accepted_B < length_B)[:, None], residual_BV, target_logprob_BV)
 
 
 def accept_coupled(
-    target_logprob_BCV: jax.Array,
+    target_logprob_TV: jax.Array,
+    row_BC: jax.Array,
     draft_token_BG: jax.Array,
     length_B: jax.Array,
-    key_B2: jax.Array,
-    anchor_position_B: jax.Array,
+    key_T2: jax.Array,
+    position_T: jax.Array,
 ) -> Acceptance:
     """Coupled acceptance: drafts stand while they are the tokens that the target draws anyway.
 
     Args:
-        target_logprob_BCV: filtered and normalised; rows after `length` are not used.
+        target_logprob_TV: filtered and normalised.
+        row_BC: int32, as in :class:`VerifyPlan`; columns after `length` are not used.
         draft_token_BG: int32 target ids, however they were found.
         length_B: int32 number of slots verified, 0 to G, chosen in any way at all.
-        key_B2: key of each request.
-        anchor_position_B: int32 absolute position of the anchor.
+        key_T2: key of each row's request.
+        position_T: int32 absolute position of each row.
     """
-    row_C = jnp.arange(target_logprob_BCV.shape[1])
-    key_BC2 = sampling.noise_key(key_B2[:, None], anchor_position_B[:, None] + 1 + row_C)
-    noise_BCV = random.gumbel(key_BC2, target_logprob_BCV.shape[-1])
-    token_BC = sampling.sample_logprob(target_logprob_BCV, noise_BCV)
-    return accept_equal(token_BC, draft_token_BG, length_B)
+    noise_TV = random.gumbel(
+        sampling.noise_key(key_T2, position_T + 1), target_logprob_TV.shape[-1]
+    )
+    token_T = sampling.sample_logprob(target_logprob_TV, noise_TV)
+    return accept_equal(token_T[row_BC], draft_token_BG, length_B)
 
 
 def accept_equal(token_BC: jax.Array, draft_token_BG: jax.Array, length_B: jax.Array) -> Acceptance:
@@ -144,10 +189,6 @@ def accept_equal(token_BC: jax.Array, draft_token_BG: jax.Array, length_B: jax.A
     """
     accepted_B = _leading(draft_token_BG == token_BC[:, :-1], length_B)
     return Acceptance(accepted_B, token_BC[jnp.arange(accepted_B.shape[0]), accepted_B])
-
-
-def _of_token(logprob_BGV: jax.Array, token_BG: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logprob_BGV, token_BG[..., None], axis=-1)[..., 0]
 
 
 def _leading(stands_BG: jax.Array, length_B: jax.Array) -> jax.Array:

@@ -28,7 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoint import write_atomically
-from dspark_jax.engine.generate import Decoder, Generation
+from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
 from dspark_jax.evaluation.speed import Decode

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.engine.generate import PREFILL_ROWS, Decoder, Generation, generate
-from dspark_jax.engine.round import RoundConfig
+from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.generate import PREFILL_ROWS, generate
+from dspark_jax.engine.inputs import RoundConfig
+from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.steps import plain_decoder, step_seconds

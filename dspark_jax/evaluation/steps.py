@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.engine.generate import POSITION_STEP, Decoder, make_decoder
-from dspark_jax.engine.round import RoundConfig, Weights, accept, decode_round, draft
+from dspark_jax.decoding import verify
+from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
+from dspark_jax.engine.generate import POSITION_STEP
+from dspark_jax.engine.inputs import RoundConfig, RoundInput, Weights
+from dspark_jax.engine.round import accept, decode_round, draft
+from dspark_jax.engine.rows import flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState, Request, make_state
-from dspark_jax.models.drafter import extend_context
 from dspark_jax.models.heads import DraftBlock
-from dspark_jax.models.target import Rows, extend, unembed
 
 REPLAYS, WARM_REPLAYS = 30, 3
 
@@ -83,21 +85,10 @@ def step_seconds(
 def _single_state(decoder: Decoder, request: Request, num_draft: int) -> DecodeState:
     """A state of the shape that ``generate`` gives the request; the time of a step does not
     depend on what is in its caches."""
-    weights, total = decoder.weights, len(request.prompt_ids) + request.max_new_tokens
+    total = len(request.prompt_ids) + request.max_new_tokens
     room = min(total, decoder.target.max_positions) + num_draft + 1
-    drafter_layers = None if weights.drafter is None else weights.drafter.layers
-    return make_state(
-        [request],
-        1,
-        -(-room // POSITION_STEP) * POSITION_STEP,
-        decoder.target,
-        decoder.drafter,
-        (
-            weights.target.norm_D.dtype,
-            None if weights.drafter is None else weights.drafter.fc_FED.dtype,
-        ),
-        (not isinstance(weights.target.layers, tuple), not isinstance(drafter_layers, tuple)),
-    )
+    num_positions = -(-room // POSITION_STEP) * POSITION_STEP
+    return make_state([request], state_config(decoder, 1, num_positions, len(request.stop_ids)))
 
 
 # Each step can be replayed: the request stays where it is, only cache rows are overwritten.
@@ -106,7 +97,8 @@ def _single_state(decoder: Decoder, request: Request, num_draft: int) -> DecodeS
 def _plain_step(
     weights: Weights, state: DecodeState, cfg: RoundConfig
 ) -> tuple[DecodeState, jax.Array]:
-    after, report = decode_round(weights, state, jnp.zeros(1, bool), cfg)
+    given = RoundInput(keep_B=jnp.ones(1, bool))
+    after, report = decode_round(weights, state, given, cfg, num_rows=1)
     return state.replace(target_cache=after.target_cache), report.token_BC  # type: ignore[attr-defined]
 
 
@@ -118,27 +110,15 @@ def _draft_step(weights: Weights, state: DecodeState, cfg: RoundConfig) -> Draft
 def _verify_step(
     weights: Weights, state: DecodeState, block: DraftBlock | None, cfg: RoundConfig
 ) -> tuple[DecodeState, jax.Array]:
-    assert cfg.drafter is not None
-    assert weights.drafter is not None
-    rows_per_slot, position_B = cfg.num_draft + 1, state.length_B - 1
-    token_T = state.token_BS[0, position_B]
+    num_rows, position_B = cfg.num_draft + 1, state.length_B - 1
+    token_BC = state.token_BS[:, position_B[0], None]
     if block is not None:
-        token_T = jnp.concatenate([token_T, block.token_BG[0, : cfg.num_draft]])
-    position_T = position_B + jnp.arange(rows_per_slot, dtype=jnp.int32)
-    rows = Rows(token_T, jnp.zeros(rows_per_slot, jnp.int32), position_T)
-    hidden_TD, feature_TFD, target_cache = extend(
-        weights.target,
-        state.target_cache,
-        rows,
-        cfg.target,
-        cfg.drafter.target_layer_ids,
-        rows_per_slot=rows_per_slot,
-    )
-    logits_TV = unembed(weights.target.vocab, hidden_TD)
-    verified_B = jnp.full(1, cfg.num_draft, jnp.int32)
-    acceptance = accept(weights, state, block, logits_TV[None], verified_B, position_B, cfg)
-    context_cache = extend_context(
-        weights.drafter, state.context_cache, feature_TFD, rows.slot_T, position_T, cfg.drafter
-    )
+        token_BC = jnp.concatenate([token_BC, block.token_BG[:, : cfg.num_draft]], axis=1)
+    length_B = jnp.full(1, cfg.num_draft, jnp.int32)
+    plan = verify.plan_rows(length_B, state.active_B, num_rows, num_rows)
+    rows = flat_rows(token_BC, position_B, plan)
+    logits_TV, feature_TFD, target_cache = read_rows(weights, state, rows, None, length_B, cfg)
+    acceptance = accept(weights, state, block, logits_TV, plan, position_B, cfg)
+    context_cache = inject_rows(weights, state, feature_TFD, rows, None, cfg)
     after = state.replace(target_cache=target_cache, context_cache=context_cache)  # type: ignore[attr-defined]
     return after, acceptance.next_B

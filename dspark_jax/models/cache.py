@@ -85,3 +85,8 @@ def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
 def num_positions(cache: KVCache) -> int:
     """S, the positions that a slot can hold."""
     return int(cache.k[0].shape[-2])
+
+
+def num_slots(cache: KVCache) -> int:
+    """B, the requests that it can hold."""
+    return int(cache.k[0].shape[-4])

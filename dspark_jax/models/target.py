@@ -7,7 +7,7 @@ the residual stream after chosen layers ("features", spec section 2) beside the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ class Rows:
     Attributes:
         token_T: int32 token ids.
         slot_T: int32 slots; B marks a padding row.
-        position_T: int32 positions in the slot's sequence; one slot's rows are contiguous.
+        position_T: int32 positions in the slot's sequence; one slot's are contiguous.
     """
 
     token_T: jax.Array
@@ -171,6 +171,7 @@ def extend(
     feature_layers: Sequence[int] = (),
     *,
     rows_per_slot: int,
+    chunks: Rows | None = None,
 ) -> tuple[jax.Array, jax.Array, kv.KVCache]:
     """Read T rows: write their keys and values, attend to everything up to their position.
 
@@ -181,36 +182,37 @@ def extend(
     Args:
         target: weights.
         cache: valid before each slot's first row.
-        rows: the batch; at most ``rows_per_slot`` (static) rows a slot, positions contiguous.
+        rows: the batch; at most ``rows_per_slot`` (static) rows a slot.
         cfg: sizes.
         feature_layers: as in :func:`encode`.
         rows_per_slot: the most rows that one slot has here.
+        chunks: pieces of prompts in the same pass, [P, W]: each is W positions of one slot, of
+            which those behind the first may be padding. They follow the T rows in the results. A
+            chunk sees all that is written here before it in its slot.
 
     Returns:
         hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows of
         padding hold garbage.
     """
-    num_slots = kv.read(cache, 0)[0].shape[0]
-    num_positions = kv.num_positions(cache)
-    slot_T, position_T = rows.slot_T, rows.position_T
-    # A slot without rows gets a harmless first position instead of the minimum of nothing.
-    first_B = jnp.minimum(jax.ops.segment_min(position_T, slot_T, num_slots + 1), num_positions)
-    column_T = position_T - first_B[slot_T]
-    position_BC = first_B[:num_slots, None] + jnp.arange(rows_per_slot, dtype=jnp.int32)
-    mask_BCS = jnp.arange(num_positions, dtype=jnp.int32) <= position_BC[..., None]
-    table = rope_table(position_T, cfg)
+    num_rows = rows.token_T.shape[0]
+    attend_rows = _ragged_attention(rows, cache, rows_per_slot)
+    if chunks is not None:
+        attend_chunks = _chunk_attention(chunks, cache)
+        flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
+        rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
+    table = rope_table(rows.position_T, cfg)
     x_TD = embed(target.vocab, rows.token_T)
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
         x_TD, feature_FTD, cache = carry
         h_TD = rms_norm(x_TD, layer.input_norm_D, cfg.rms_norm_eps)
         q_TNH, k_TKH, v_TKH = project_qkv(layer, h_TD, table, cfg)
-        cache = kv.write(cache, index, slot_T, position_T, k_TKH, v_TKH)
+        cache = kv.write(cache, index, rows.slot_T, rows.position_T, k_TKH, v_TKH)
         k_BSKH, v_BSKH = kv.read(cache, index)
-        q_BCNH = jnp.zeros((num_slots, rows_per_slot, *q_TNH.shape[1:]), q_TNH.dtype)
-        q_BCNH = q_BCNH.at[slot_T, column_T].set(q_TNH, mode="drop")
-        out_BCNH = attend(q_BCNH, k_BSKH, v_BSKH, mask_BCS)
-        out_TNH = out_BCNH.at[slot_T, column_T].get(mode="clip")
+        out_TNH = attend_rows(q_TNH[:num_rows], k_BSKH, v_BSKH)
+        if chunks is not None:
+            out_chunks_TNH = attend_chunks(q_TNH[num_rows:], k_BSKH, v_BSKH)
+            out_TNH = jnp.concatenate([out_TNH, out_chunks_TNH])
         x_TD = finish_layer(layer, x_TD, out_TNH, cfg)
         return x_TD, _keep_feature(feature_FTD, x_TD, index, feature_layers), cache
 
@@ -218,3 +220,38 @@ def extend(
     x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers)
     hidden_TD = rms_norm(x_TD, target.norm_D, cfg.rms_norm_eps)
     return hidden_TD, jnp.moveaxis(feature_FTD, 0, 1), cache
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _ragged_attention(rows: Rows, cache: kv.KVCache, rows_per_slot: int) -> Attention:
+    """(q_TNH, k_BSKH, v_BSKH) -> out_TNH, through a table of the slots' rows."""
+    num_slots, num_positions = kv.num_slots(cache), kv.num_positions(cache)
+    slot_T, position_T = rows.slot_T, rows.position_T
+    # A slot without rows gets a harmless first position instead of the minimum of nothing.
+    first_B = jnp.minimum(jax.ops.segment_min(position_T, slot_T, num_slots + 1), num_positions)
+    column_T = position_T - first_B[slot_T]
+    position_BC = first_B[:num_slots, None] + jnp.arange(rows_per_slot, dtype=jnp.int32)
+    mask_BCS = jnp.arange(num_positions, dtype=jnp.int32) <= position_BC[..., None]
+
+    def attention(q_TNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+        q_BCNH = jnp.zeros((num_slots, rows_per_slot, *q_TNH.shape[1:]), q_TNH.dtype)
+        q_BCNH = q_BCNH.at[slot_T, column_T].set(q_TNH, mode="drop")
+        out_BCNH = attend(q_BCNH, k_BSKH, v_BSKH, mask_BCS)
+        return out_BCNH.at[slot_T, column_T].get(mode="clip")
+
+    return attention
+
+
+def _chunk_attention(chunks: Rows, cache: kv.KVCache) -> Attention:
+    """(q_TNH, k_BSKH, v_BSKH) -> out_TNH: each chunk against the cache of its slot."""
+    slot_P, position_PW = chunks.slot_T[:, 0], chunks.position_T
+    mask_PWS = jnp.arange(kv.num_positions(cache), dtype=jnp.int32) <= position_PW[..., None]
+
+    def attention(q_TNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+        q_PWNH = q_TNH.reshape(*position_PW.shape, *q_TNH.shape[1:])
+        k_PSKH, v_PSKH = (x.at[slot_P].get(mode="clip") for x in (k_BSKH, v_BSKH))
+        return attend(q_PWNH, k_PSKH, v_PSKH, mask_PWS).reshape(q_TNH.shape)
+
+    return attention

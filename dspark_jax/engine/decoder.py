@@ -1,0 +1,100 @@
+"""Models where decoding wants them: weights placed on a device or a mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dspark_jax.axes import param_shardings
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine.inputs import Weights
+from dspark_jax.engine.state import StateConfig
+from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.target import TargetParams, Vocab, declare_target
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Weights in the form that decoding likes best, with their sizes.
+
+    Attributes:
+        weights: unstacked on a single CPU device (1.3x faster there), stacked elsewhere.
+        target, drafter: sizes; drafter None decodes plainly.
+        tokenizer: of the target; None returns ids without text.
+        mesh: None for one device.
+    """
+
+    weights: Weights
+    target: TargetConfig
+    drafter: DrafterConfig | None
+    tokenizer: Any
+    mesh: Mesh | None
+
+
+def make_decoder(
+    target: tuple[TargetConfig, TargetParams],
+    drafter: tuple[DrafterConfig, DrafterParams, Vocab] | None = None,
+    tokenizer: Any = None,
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """Place the weights on the device or the mesh.
+
+    Args:
+        target: sizes and weights, layers stacked.
+        drafter: sizes, weights and the drafter's vocabulary; None decodes plainly.
+        tokenizer: of the target.
+        mesh: a (data, tensor) mesh; axes that do not divide are replicated.
+    """
+    target_cfg, target_params = target
+    drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
+    if mesh is not None:
+        target_params = jax.device_put(
+            target_params, param_shardings(declare_target(target_cfg), mesh)
+        )
+        if drafter_cfg is not None:
+            drafter_params = jax.device_put(
+                drafter_params, param_shardings(declare_drafter(drafter_cfg), mesh)
+            )
+            vocab = _share_embedding(vocab, target_params, mesh)
+    elif jax.default_backend() == "cpu":
+        target_params = _unstacked(target_params)
+        drafter_params = None if drafter_params is None else _unstacked(drafter_params)
+    return Decoder(
+        Weights(target_params, drafter_params, vocab), target_cfg, drafter_cfg, tokenizer, mesh
+    )
+
+
+def _unstacked(params: Any) -> Any:
+    if isinstance(params.layers, tuple):
+        return params
+    return params.replace(layers=unstack_layers(params.layers))
+
+
+def _share_embedding(vocab: Any, target: TargetParams, mesh: Mesh) -> Vocab:
+    """The drafter's vocabulary on the mesh; the embedding is the target's array, not a copy."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.device_put(vocab, replicated)
+    return placed.replace(embed_VD=target.vocab.embed_VD)
+
+
+def state_config(
+    decoder: Decoder, num_slots: int, num_positions: int, num_stop_ids: int = 1
+) -> StateConfig:
+    """The form of a state for these models."""
+    target, drafter = decoder.weights.target, decoder.weights.drafter
+    return StateConfig(
+        decoder.target,
+        decoder.drafter,
+        num_slots,
+        num_positions,
+        num_stop_ids,
+        (target.norm_D.dtype, None if drafter is None else drafter.norm_D.dtype),
+        (
+            not isinstance(target.layers, tuple),
+            drafter is not None and not isinstance(drafter.layers, tuple),
+        ),
+    )

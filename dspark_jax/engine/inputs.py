@@ -1,0 +1,104 @@
+"""What goes into a decoding round and what comes out of it, apart from the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from flax import struct
+
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.target import TargetParams, Vocab
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """What is static in a round; one program is compiled for each.
+
+    Attributes:
+        target: sizes of the target.
+        drafter: sizes of the drafter; None decodes plainly.
+        num_draft: how many slots of a block may be verified, at most ``block_size``; 0 is a round
+            without a draft, which still extends the drafter's context.
+        threshold: verify slots up to the first whose confidence lies below; 0 sets no threshold.
+        acceptance: rejection sampling, or coupled by a common noise field.
+        greedy: all temperatures are 0, so that the program can do without noise.
+    """
+
+    target: TargetConfig
+    drafter: DrafterConfig | None
+    num_draft: int
+    threshold: float = 0.0
+    acceptance: Literal["rejection", "coupled"] = "rejection"
+    greedy: bool = False
+
+
+@struct.dataclass
+class Weights:
+    """The weights of a round: target, drafter and the drafter's vocabulary (None without one)."""
+
+    target: TargetParams
+    drafter: DrafterParams | None = None
+    vocab: Vocab | None = None
+
+
+@struct.dataclass
+class Chunks:
+    """Pieces of prompts that a round reads beside decoding.
+
+    Attributes:
+        slot_P: int32 slots; B marks an unused chunk.
+        start_P: int32 first positions.
+        count_P: int32 positions, at most W.
+        last_P: bool, nothing but the anchor is left of the prompt: decoding begins in this round.
+    """
+
+    slot_P: jax.Array
+    start_P: jax.Array
+    count_P: jax.Array
+    last_P: jax.Array
+
+
+@struct.dataclass
+class RoundInput:
+    """What the host tells a round, apart from the choice of its program.
+
+    Attributes:
+        keep_B: bool, False ends a slot before the round.
+        chunks: of prompts; None for a round that only decodes.
+    """
+
+    keep_B: jax.Array
+    chunks: Chunks | None = None
+
+
+@struct.dataclass
+class RoundReport:
+    """All that the host reads of a round.
+
+    Attributes:
+        token_BC: int32 committed tokens of this round, the first ``count_B`` of them.
+        count_B: int32 committed tokens: the round's accepted length, 0 for an idle slot.
+        accepted_B: int32 accepted drafts.
+        verified_B: int32 verified drafts.
+        stopped_B: bool, the last committed token is a stop token.
+        finite_B: bool, all logits that were read are finite.
+        length_B: int32 committed tokens of the request so far, its prompt included.
+        generation_B: int32 which request this is about; the host drops reports of others.
+        logprob_BC: float32 log-probability of each token under the target's own law, before
+            temperature and filters; 0 where nobody asked.
+        confidence_logit_BG: float32 of the draft; None without a draft or a confidence head.
+    """
+
+    token_BC: jax.Array
+    count_B: jax.Array
+    accepted_B: jax.Array
+    verified_B: jax.Array
+    stopped_B: jax.Array
+    finite_B: jax.Array
+    length_B: jax.Array
+    generation_B: jax.Array
+    logprob_BC: jax.Array
+    confidence_logit_BG: Any

@@ -1,0 +1,120 @@
+"""From the reports of rounds to text: where a request ends, and what may be shown of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.engine.state import Request
+from dspark_jax.models.tokenizer import TextStream
+
+
+@dataclass
+class Generation:
+    """The continuation of one request, growing while it is decoded.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        token_ids: new tokens; the stop token is not among them.
+        text: decoded, cut before a stop string; empty without a tokenizer.
+        accepted_lengths: tokens that each round after the first token committed, the bonus token
+            counted and an overshoot past the limit too (spec section 1).
+        verified_lengths: drafts that each of these rounds verified.
+        accepted_drafts: drafts that each of these rounds accepted.
+        finish_reason: ``"stop"`` (a stop id or string), ``"length"`` or ``"error"`` (the target's
+            logits were not finite); empty while it runs.
+    """
+
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    accepted_lengths: list[int] = field(default_factory=list)
+    verified_lengths: list[int] = field(default_factory=list)
+    accepted_drafts: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds after the first token, which comes with the prompt."""
+        return len(self.accepted_lengths)
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean committed tokens a round, the paper's tau; 0 before the first round."""
+        return sum(self.accepted_lengths) / max(self.rounds, 1)
+
+
+class Reader:
+    """Turns the reports of one slot into a :class:`Generation`."""
+
+    def __init__(self, request: Request, limit: int, tokenizer: Any) -> None:
+        self.request = request
+        self.limit = limit
+        self.result = Generation(prompt_tokens=len(request.prompt_ids))
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._held = ""
+
+    def read(self, report: RoundReport, slot: int, first: bool) -> str:
+        """Take in one round; returns the text that may be shown now."""
+        result = self.result
+        count = int(report.count_B[slot])
+        if result.finish_reason or not count:
+            return ""
+        if not first:
+            result.accepted_lengths.append(count)
+            result.verified_lengths.append(int(report.verified_B[slot]))
+            result.accepted_drafts.append(int(report.accepted_B[slot]))
+        if not report.finite_B[slot]:
+            result.finish_reason = "error"
+            return self._finish()
+        for token in report.token_BC[slot, :count].tolist():
+            if token in self.request.stop_ids:
+                result.finish_reason = "stop"
+                break
+            result.token_ids.append(token)
+            if self._find_stop_string(token):
+                result.finish_reason = "stop"
+                break
+            if len(result.token_ids) == self.limit:
+                result.finish_reason = "length"
+                break
+        return self._finish() if result.finish_reason else self._show()
+
+    def may_outlast(self, most: int) -> bool:
+        """Whether the request surely goes on after ``most`` further tokens, stop tokens aside."""
+        left = self.limit - len(self.result.token_ids)
+        return not self.result.finish_reason and left > most
+
+    def _find_stop_string(self, token: int) -> bool:
+        if self._stream is None:
+            return False
+        self._held += self._stream.push([token])
+        ends = [self._held.find(text) for text in self.request.stop_strings if text in self._held]
+        if ends:
+            self._held = self._held[: min(ends)]
+            self._stream = None
+        return bool(ends)
+
+    def _show(self) -> str:
+        """What cannot be the beginning of a stop string any more."""
+        keep = max(
+            (
+                size
+                for text in self.request.stop_strings
+                for size in range(1, len(text))
+                if self._held.endswith(text[:size])
+            ),
+            default=0,
+        )
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        self.result.text += shown
+        return shown
+
+    def _finish(self) -> str:
+        if self._stream is not None:
+            self._held += self._stream.finish()
+        shown, self._held = self._held, ""
+        self.result.text += shown
+        return shown

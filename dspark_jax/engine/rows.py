@@ -1,0 +1,147 @@
+"""The rows of a round: which tokens the target reads, and what is done with what it sees.
+
+Prompts in chunks and blocks under verification are rows of one flat batch. The target's features
+of all of them extend the drafter's context.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.decoding import verify
+from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.models.drafter import extend_context
+from dspark_jax.models.target import Rows, extend, unembed
+
+
+def prefill(
+    weights: Weights, state: DecodeState, start: jax.Array, cfg: RoundConfig, *, num_rows: int
+) -> DecodeState:
+    """Read positions ``start .. start + num_rows - 1`` of every prompt into both caches.
+
+    The anchor, the last token of a prompt, is left to the first round.
+
+    Args:
+        weights: of target and drafter.
+        state: donated.
+        start: int32 scalar, a multiple of ``num_rows``.
+        cfg: static part.
+        num_rows: rows of each slot, static.
+    """
+    num_slots = state.length_B.shape[0]
+    position_BC = jnp.broadcast_to(
+        start + jnp.arange(num_rows, dtype=jnp.int32), (num_slots, num_rows)
+    )
+    wanted_BC = (position_BC < state.length_B[:, None] - 1) & state.active_B[:, None]
+    token_BC = jnp.take_along_axis(state.token_BS, position_BC, axis=1, mode="clip")
+    slot_BC = jnp.where(wanted_BC, jnp.arange(num_slots, dtype=jnp.int32)[:, None], num_slots)
+    rows = Rows(token_BC.reshape(-1), slot_BC.reshape(-1), position_BC.reshape(-1))
+    _, feature_TFD, target_cache = _extend(weights, state, rows, None, cfg, num_rows)
+    return state.replace(  # type: ignore[attr-defined]
+        target_cache=target_cache,
+        context_cache=inject_rows(weights, state, feature_TFD, rows, None, cfg),
+    )
+
+
+def chunk_rows(state: DecodeState, chunks: Chunks, rows_per_chunk: int) -> Rows:
+    """The rows [P, W] of chunks; positions that are not wanted become padding (slot B)."""
+    column_W = jnp.arange(rows_per_chunk, dtype=jnp.int32)
+    position_PW = chunks.start_P[:, None] + column_W
+    token_PW = state.token_BS.at[chunks.slot_P[:, None], position_PW].get(mode="clip")
+    wanted_PW = column_W < chunks.count_P[:, None]
+    num_slots = state.length_B.shape[0]
+    return Rows(token_PW, jnp.where(wanted_PW, chunks.slot_P[:, None], num_slots), position_PW)
+
+
+def begin_decoding(state: DecodeState, chunks: Chunks) -> DecodeState:
+    """The state with the slots active whose prompts are read to the end in this round.
+
+    They verify nothing yet: the drafter's context lacks what this round reads.
+    """
+    slot_P = jnp.where(chunks.last_P, chunks.slot_P, state.length_B.shape[0])
+    active_B = state.active_B.at[slot_P].set(True, mode="drop")
+    return state.replace(active_B=active_B)  # type: ignore[attr-defined]
+
+
+def flat_rows(token_BC: jax.Array, position_B: jax.Array, plan: verify.VerifyPlan) -> Rows:
+    """The flat rows of a plan."""
+    slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
+    token_T = token_BC.at[slot_T, plan.column_T].get(mode="clip")
+    return Rows(token_T, plan.slot_T, position_B[slot_T] + plan.column_T)
+
+
+def read_rows(
+    weights: Weights,
+    state: DecodeState,
+    rows: Rows,
+    chunks: Rows | None,
+    verified_B: jax.Array,
+    cfg: RoundConfig,
+) -> Any:
+    """The target over the rows of a round: logits_TV, features of all rows, and its cache."""
+    num_rows, num_slots = rows.slot_T.shape[0], state.length_B.shape[0]
+
+    def read(num_rows: int, rows_per_slot: int) -> Any:
+        first = jax.tree.map(lambda x_T: x_T[:num_rows], rows)
+        hidden_TD, feature_TFD, cache = _extend(weights, state, first, chunks, cfg, rows_per_slot)
+        return unembed(weights.target.vocab, hidden_TD[:num_rows]), feature_TFD, cache
+
+    def read_anchor() -> Any:
+        logits_TV, feature_TFD, cache = read(1, 1)
+        unread_TFD = jnp.zeros((num_rows - 1, *feature_TFD.shape[1:]), feature_TFD.dtype)
+        feature_TFD = jnp.concatenate([feature_TFD[:1], unread_TFD, feature_TFD[1:]])
+        return jnp.pad(logits_TV, ((0, num_rows - 1), (0, 0))), feature_TFD, cache
+
+    if cfg.threshold and num_slots == 1 and num_rows > 1:
+        # Where the one request verifies nothing, one row will do. Whether it verifies is settled,
+        # so that this changes the cost of the round and nothing else.
+        everything = functools.partial(read, num_rows, cfg.num_draft + 1)
+        return jax.lax.cond(verified_B[0] > 0, everything, read_anchor)
+    return read(num_rows, cfg.num_draft + 1)
+
+
+def _extend(
+    weights: Weights,
+    state: DecodeState,
+    rows: Rows,
+    chunks: Rows | None,
+    cfg: RoundConfig,
+    rows_per_slot: int,
+) -> Any:
+    """The target over the rows, with the drafter's feature layers."""
+    layers = () if cfg.drafter is None else cfg.drafter.target_layer_ids
+    return extend(
+        weights.target,
+        state.target_cache,
+        rows,
+        cfg.target,
+        layers,
+        rows_per_slot=rows_per_slot,
+        chunks=chunks,
+    )
+
+
+def inject_rows(
+    weights: Weights,
+    state: DecodeState,
+    feature_TFD: jax.Array,
+    rows: Rows,
+    chunks: Rows | None,
+    cfg: RoundConfig,
+) -> Any:
+    """The drafter's context with the rows' features; those of rejected drafts are garbage that
+    the next round overwrites. None without a drafter."""
+    if cfg.drafter is None or weights.drafter is None:
+        return state.context_cache
+    slot_T, position_T = rows.slot_T, rows.position_T
+    if chunks is not None:
+        slot_T = jnp.concatenate([slot_T, chunks.slot_T.reshape(-1)])
+        position_T = jnp.concatenate([position_T, chunks.position_T.reshape(-1)])
+    return extend_context(
+        weights.drafter, state.context_cache, feature_TFD, slot_T, position_T, cfg.drafter
+    )
