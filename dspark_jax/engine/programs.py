@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dspark_jax.engine.inputs import RoundConfig, RoundReport
 from dspark_jax.engine.round import decode_round
@@ -95,25 +95,3 @@ def _pinned(step: Any, mesh: Mesh | None, *args: Any) -> Any:
         return jax.lax.with_sharding_constraint(value, state_shardings(value, mesh))
 
     return jax.tree.map(pin, out, is_leaf=lambda value: isinstance(value, DecodeState))
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile(program: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    return program.lower(*structure.unflatten(leaves)).compile()
-
-
-def compiled(program: Any, *args: Any) -> Any:
-    """The executable of a program for arguments of these shapes; compiled once a process.
-
-    Args:
-        program: one of the above.
-        args: arrays, or ``jax.ShapeDtypeStruct`` with shardings.
-    """
-    leaves, structure = jax.tree.flatten(args)
-    return _compile(program, structure, tuple(_abstract(leaf) for leaf in leaves))
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    on_mesh = sharding if isinstance(sharding, NamedSharding) else None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_mesh)

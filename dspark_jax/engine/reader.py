@@ -22,8 +22,10 @@ class Generation:
             counted and an overshoot past the limit too (spec section 1).
         verified_lengths: drafts that each of these rounds verified.
         accepted_drafts: drafts that each of these rounds accepted.
-        finish_reason: ``"stop"`` (a stop id or string), ``"length"`` or ``"error"`` (the target's
-            logits were not finite); empty while it runs.
+        undrafted_rounds: how many of these rounds did not draft at all.
+        logprobs: log-probability of each new token where the request asks for it.
+        finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
+            ``"error"`` (the target's logits were not finite); empty while it runs.
     """
 
     prompt_tokens: int
@@ -32,6 +34,8 @@ class Generation:
     accepted_lengths: list[int] = field(default_factory=list)
     verified_lengths: list[int] = field(default_factory=list)
     accepted_drafts: list[int] = field(default_factory=list)
+    undrafted_rounds: int = 0
+    logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
     @property
@@ -65,14 +69,17 @@ class Reader:
             result.accepted_lengths.append(count)
             result.verified_lengths.append(int(report.verified_B[slot]))
             result.accepted_drafts.append(int(report.accepted_B[slot]))
+            result.undrafted_rounds += report.token_BC.shape[1] == 1
         if not report.finite_B[slot]:
             result.finish_reason = "error"
             return self._finish()
-        for token in report.token_BC[slot, :count].tolist():
+        for column, token in enumerate(report.token_BC[slot, :count].tolist()):
             if token in self.request.stop_ids:
                 result.finish_reason = "stop"
                 break
             result.token_ids.append(token)
+            if self.request.logprobs:
+                result.logprobs.append(float(report.logprob_BC[slot, column]))
             if self._find_stop_string(token):
                 result.finish_reason = "stop"
                 break
@@ -80,6 +87,11 @@ class Reader:
                 result.finish_reason = "length"
                 break
         return self._finish() if result.finish_reason else self._show()
+
+    def cancel(self) -> str:
+        """End the request here; returns the text that was still held back."""
+        self.result.finish_reason = "cancelled"
+        return self._finish()
 
     def may_outlast(self, most: int) -> bool:
         """Whether the request surely goes on after ``most`` further tokens, stop tokens aside."""

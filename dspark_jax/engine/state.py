@@ -21,7 +21,6 @@ from dspark_jax.axes import partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TransformerConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.sampling import Sampling, check_sampling
-from pallas_kernels import random
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    key: np.ndarray = field(default_factory=lambda: np.asarray(random.seed_key(0)))
+    key: np.ndarray = field(default_factory=lambda: np.zeros(2, np.uint32))  # seed 0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False

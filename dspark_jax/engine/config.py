@@ -1,0 +1,147 @@
+"""The configuration of an engine, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dspark_jax.engine.policy import Policy
+
+POSITION_STEP = 64  # cache lengths are multiples of it
+SLOT_GROWTH = 4  # between two numbers of slots
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine serves. Lengths in tokens.
+
+    Attributes:
+        slots: most requests that are decoded at once, over all data shards.
+        positions: longest request, its prompt and new tokens together.
+        queue: most requests that wait; further ones are refused.
+        policy: which drafts are verified, see ``policy.py``.
+        acceptance: rejection sampling, or coupled by a common noise field.
+        chunk_rows: positions of a prompt that are read in one piece.
+        chunk_buckets: how many pieces a round may read, over all requests of a data shard.
+        slot_buckets: numbers of slots of a data shard that programs are compiled for; the last is
+            all of them. Empty chooses some.
+        row_buckets: rows of a round with drafts as multiples of the slots; the last is all of
+            anchor and drafts. Empty chooses some.
+        position_buckets: cache lengths that programs are compiled for; the last one holds
+            ``positions`` and a block. Empty chooses two.
+        stop_ids: most stop ids of a request.
+        memory_bytes: that states and logits may take beside the weights; 0 for no limit.
+    """
+
+    slots: int = 8
+    positions: int = 1024
+    queue: int = 256
+    policy: str = "block"
+    acceptance: Literal["rejection", "coupled"] = "rejection"
+    chunk_rows: int = 32
+    chunk_buckets: tuple[int, ...] = (1, 4)
+    slot_buckets: tuple[int, ...] = ()
+    row_buckets: tuple[int, ...] = ()
+    position_buckets: tuple[int, ...] = ()
+    stop_ids: int = 8
+    memory_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("slots", "positions", "queue", "chunk_rows", "stop_ids"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field} is {value!r}: it must be a positive integer")
+        for field in ("chunk_buckets", "slot_buckets", "row_buckets", "position_buckets"):
+            sizes = getattr(self, field)
+            if any(b <= a for a, b in itertools.pairwise((0, *sizes))):
+                raise ValueError(f"{field} is {sizes}: give positive sizes that increase")
+        if not self.chunk_buckets:
+            raise ValueError("chunk_buckets is empty: prompts must be read somehow, give (1,)")
+        if self.acceptance not in ("rejection", "coupled"):
+            raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
+        if self.memory_bytes < 0:
+            raise ValueError(f"memory_bytes is {self.memory_bytes}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The sizes that programs are compiled for; slots, rows and chunks are those of a data shard.
+
+    Attributes:
+        slots, positions, chunks: ascending.
+        rows_per_slot: rows of a round with drafts, ascending; empty for plain decoding.
+    """
+
+    slots: tuple[int, ...]
+    positions: tuple[int, ...]
+    rows_per_slot: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    def rows(self, num_slots: int) -> tuple[int, ...]:
+        """The numbers of rows of rounds with drafts, for so many slots."""
+        return tuple(num_slots * multiple for multiple in self.rows_per_slot)
+
+
+def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
+    """The sizes of an engine.
+
+    Raises:
+        ValueError: buckets do not end with the size that everything must fit into.
+    """
+    if cfg.slots % num_shards:
+        raise ValueError(
+            f"slots is {cfg.slots}: it must be a multiple of the {num_shards} data shards"
+        )
+    slots = cfg.slots // num_shards
+    columns = policy.num_draft + 1
+    room = round_up(cfg.positions + columns, POSITION_STEP)
+    half = round_up(room // 2, POSITION_STEP)
+    ladder = Ladder(
+        slots=cfg.slot_buckets or _powers(slots),
+        positions=cfg.position_buckets or tuple(sorted({half, room})),
+        rows_per_slot=(cfg.row_buckets or _spread(columns)) if policy.num_draft else (),
+        chunks=cfg.chunk_buckets,
+    )
+    for field, sizes, last in (
+        ("slot_buckets", ladder.slots, slots),
+        ("row_buckets", ladder.rows_per_slot, columns),
+    ):
+        if sizes and sizes[-1] != last:
+            raise ValueError(f"{field} is {sizes}: the last must be {last}")
+    if ladder.positions[-1] < cfg.positions + columns:
+        raise ValueError(
+            f"position_buckets is {ladder.positions}: the last must hold positions and a block, "
+            f"{cfg.positions + columns}"
+        )
+    return ladder
+
+
+def _powers(most: int) -> tuple[int, ...]:
+    """most, most / 4, most / 16, ... down to 1, ascending."""
+    sizes = {1, most}
+    while most > 1:
+        most = math.ceil(most / SLOT_GROWTH)
+        sizes.add(most)
+    return tuple(sorted(sizes))
+
+
+def _spread(most: int) -> tuple[int, ...]:
+    """2, 3, 5, 8, 13, ... below ``most``, and ``most``."""
+    sizes, a, b = [], 2, 3
+    while a < most:
+        sizes.append(a)
+        a, b = b, a + b
+    return (*sizes, most)
+
+
+def fit(size: int, sizes: Sequence[int]) -> int:
+    """The smallest of ascending sizes that holds so much."""
+    return next(bucket for bucket in sizes if bucket >= size)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,123 @@
+"""What the host decides about a round: one small value, which could be broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.engine.inputs import Chunks, RoundInput
+from dspark_jax.engine.state import Request
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a state: slots of a data shard, and positions of a slot."""
+
+    slots: int
+    positions: int
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Other sizes of the state.
+
+    Attributes:
+        old, new: sizes; they differ in one.
+        origin_B: int32, for each new slot the old one that it continues, -1 for a free slot; both
+            are counted within their data shard.
+    """
+
+    old: Sizes
+    new: Sizes
+    origin_B: np.ndarray
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that takes a slot, under a number that no other request has."""
+
+    slot: int
+    generation: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a prompt: ``count`` positions from ``start`` on.
+
+    The slot is counted within its data shard. With the last piece the request begins to decode, in
+    the same round.
+    """
+
+    slot: int
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which program runs a round; all sizes are those of a data shard.
+
+    Attributes:
+        sizes: of the state.
+        num_draft: most drafts that a request verifies; 0 for a round without a draft.
+        num_rows: anchors and verified drafts.
+        num_chunks: pieces of prompts; 0 for none.
+    """
+
+    sizes: Sizes
+    num_draft: int
+    num_rows: int
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """Everything that the host decides about one round.
+
+    Attributes:
+        number: of the round.
+        moves: of the state, before the round.
+        admissions: before the round, after the moves.
+        occupied: slots whose request goes on; all others end.
+        chunks: of each data shard.
+        shape: of the round.
+    """
+
+    number: int
+    moves: tuple[Move, ...]
+    admissions: tuple[Admission, ...]
+    occupied: frozenset[int]
+    chunks: tuple[tuple[Chunk, ...], ...]
+    shape: Shape
+
+
+def round_input(plan: HostPlan) -> RoundInput:
+    """The plan as arrays for the device."""
+    num_slots = plan.shape.sizes.slots
+    keep_B = [slot in plan.occupied for slot in range(num_slots * len(plan.chunks))]
+    if not plan.shape.num_chunks:
+        return RoundInput(_array(keep_B, bool))
+    unused = Chunk(num_slots, 0, 0, False)
+    chunks = [
+        chunk
+        for part in plan.chunks
+        for chunk in (*part, *[unused] * (plan.shape.num_chunks - len(part)))
+    ]
+    return RoundInput(
+        _array(keep_B, bool),
+        Chunks(
+            slot_P=_array([chunk.slot for chunk in chunks], np.int32),
+            start_P=_array([chunk.start for chunk in chunks], np.int32),
+            count_P=_array([chunk.count for chunk in chunks], np.int32),
+            last_P=_array([chunk.last for chunk in chunks], bool),
+        ),
+    )
+
+
+def _array(values: Sequence[Any], dtype: Any) -> Any:
+    return np.array(values, dtype)

@@ -1,0 +1,73 @@
+"""Policies by name: how many drafts of a round are verified.
+
+none           no drafts: plain decoding
+block          all drafts of every block
+fixed:K        the first K drafts of every block
+threshold:P    those before the first whose confidence lies below P
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dspark_jax.config import DrafterConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy for one drafter.
+
+    Attributes:
+        kind: its name without the number.
+        num_draft: most drafts of a request in a round; 0 for plain decoding.
+        threshold: of the confidence; 0 is none.
+    """
+
+    kind: Literal["none", "fixed", "threshold"]
+    num_draft: int
+    threshold: float = 0.0
+
+
+def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
+    """The policy of a name.
+
+    Args:
+        name: as above.
+        drafter: sizes; None where there is no drafter, so that only ``"none"`` works.
+
+    Raises:
+        ValueError: there is no such policy, or the drafter cannot serve it.
+    """
+    kind, _, value = name.partition(":")
+    if name == "none":
+        return Policy("none", 0)
+    if drafter is None:
+        raise ValueError(f"policy is {name!r}, but there is no drafter: load one or choose 'none'")
+    if name == "block":
+        return Policy("fixed", drafter.block_size)
+    if kind == "fixed" and value.isdecimal():
+        if not 1 <= int(value) <= drafter.block_size:
+            raise ValueError(
+                f"policy is {name!r}: the number of drafts must lie in 1..{drafter.block_size}, "
+                "the block size; 'none' decodes without drafts"
+            )
+        return Policy("fixed", int(value))
+    if not drafter.confidence:
+        raise ValueError(
+            f"policy is {name!r}, but the drafter has no confidence head: choose 'none', 'block' "
+            "or 'fixed:K'"
+        )
+    if kind == "threshold" and _is_number(value):
+        if not 0 < float(value) <= 1:
+            raise ValueError(f"policy is {name!r}: the confidence must lie in (0, 1]")
+        return Policy("threshold", drafter.block_size, float(value))
+    raise ValueError(f"policy is {name!r}: choose none, block, fixed:K or threshold:P")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,122 @@
+"""Who sits in which slot, and whose prompt is read next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.engine.plan import Chunk, Move, Sizes
+from dspark_jax.engine.reader import Reader
+from dspark_jax.engine.stream import Stream
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A request in a slot, as far as the host knows.
+
+    Attributes:
+        stream, reader: where its text goes.
+        generation: its number.
+        slot: counted over all data shards.
+        length: committed tokens after the last round that was read.
+        pending: most tokens that the rounds in flight may add.
+        read: positions of the prompt that were given to a round.
+        decoding: whether the prompt was read to the end.
+    """
+
+    stream: Stream
+    reader: Reader
+    generation: int
+    slot: int
+    length: int
+    pending: int = 0
+    read: int = 0
+    decoding: bool = False
+
+
+def spread(
+    tenants: Sequence[Tenant], joining: Sequence[Tenant], num_slots: int, num_shards: int
+) -> list[list[Tenant]]:
+    """Everybody by data shard; who joins goes where the fewest are."""
+    shards: list[list[Tenant]] = [[] for _ in range(num_shards)]
+    for tenant in tenants:
+        shards[tenant.slot // num_slots].append(tenant)
+    for tenant in joining:
+        min(shards, key=len).append(tenant)
+    return shards
+
+
+def room(tenant: Tenant, columns: int) -> int:
+    """Positions that a request needs in the next round, whatever those in flight bring."""
+    limit = len(tenant.reader.request.prompt_ids) + tenant.reader.limit
+    return min(tenant.length + tenant.pending, limit) + columns
+
+
+def plan_moves(shards: Sequence[Sequence[Tenant]], old: Sizes, new: Sizes) -> tuple[Move, ...]:
+    """The moves of a state from old to new sizes, one size at a time; seats everybody.
+
+    Who has a slot that the new state has too keeps it; the others get the first free ones.
+    """
+    origin = []
+    for shard, part in enumerate(shards):
+        seats = {t: t.slot - shard * old.slots for t in part if t.slot >= 0}
+        kept = {seat for seat in seats.values() if seat < new.slots}
+        free = [seat for seat in range(new.slots) if seat not in kept]
+        seated = [-1] * new.slots
+        for tenant in part:
+            seat = seats.get(tenant, -1)
+            place = seat if seat in kept else free.pop(0)
+            seated[place] = seat
+            tenant.slot = shard * new.slots + place
+        origin += seated
+    moves = []
+    if new.slots != old.slots:
+        between = Sizes(new.slots, old.positions)
+        moves.append(Move(old, between, np.array(origin, np.int32)))
+        old = between
+    if new.positions != old.positions:
+        same = np.tile(np.arange(new.slots, dtype=np.int32), len(shards))
+        moves.append(Move(old, new, same))
+    return tuple(moves)
+
+
+def plan_chunks(
+    tenants: Sequence[Tenant], num_slots: int, rows: int, buckets: Sequence[int]
+) -> tuple[Chunk, ...]:
+    """The pieces of prompts that a round of a data shard reads, in order of arrival.
+
+    Who has no more of them begins to decode.
+
+    Args:
+        tenants: of the shard.
+        num_slots: of a shard.
+        rows: positions of a piece.
+        buckets: how many pieces a round may read.
+    """
+    waiting = [tenant for tenant in tenants if not tenant.decoding]
+    pieces = [_pieces(tenant, tenant.slot % num_slots, rows) for tenant in waiting]
+    limit = _choose_chunks(sum(map(len, pieces)), buckets)
+    chunks: list[Chunk] = []
+    for tenant, own in zip(waiting, pieces, strict=True):
+        taken = own[: limit - len(chunks)]
+        chunks += taken
+        if taken:
+            tenant.read += sum(chunk.count for chunk in taken)
+            tenant.decoding = taken[-1].last
+    return tuple(chunks)
+
+
+def _pieces(tenant: Tenant, slot: int, rows: int) -> list[Chunk]:
+    """What is left of a prompt, without the anchor, which decoding reads; at least one piece."""
+    end = len(tenant.reader.request.prompt_ids) - 1
+    starts = list(range(tenant.read, end, rows)) or [tenant.read]
+    return [Chunk(slot, start, min(rows, end - start), start == starts[-1]) for start in starts]
+
+
+def _choose_chunks(wanted: int, buckets: Sequence[int]) -> int:
+    """How many pieces a round reads: as many as are waiting where that wastes little, else less."""
+    full = [bucket for bucket in buckets if bucket <= wanted] or [buckets[0]]
+    larger = [bucket for bucket in buckets if wanted < bucket <= 4 * wanted / 3]
+    return larger[0] if larger and full[-1] < wanted else full[-1]
