@@ -34,6 +34,8 @@ class RoundConfig:
             without a draft, which still extends the drafter's context.
         threshold: verify slots up to the first whose confidence lies below; 0 verifies
             ``num_draft`` always.
+        gate: verify nothing of a block whose first confidence lies below; 0 never. Where further
+            drafts cost nothing, as in a program of fixed size, it is the better rule of the two.
         acceptance: rejection sampling, or coupled by a common noise field.
         greedy: all temperatures are 0, so that no noise is needed.
     """
@@ -42,6 +44,7 @@ class RoundConfig:
     drafter: DrafterConfig | None
     num_draft: int
     threshold: float = 0.0
+    gate: float = 0.0
     acceptance: Literal["rejection", "coupled"] = "rejection"
     greedy: bool = False
 
@@ -135,7 +138,7 @@ def decode_round(
     wanted_BC = (column_C <= verified_B[:, None]) & state.active_B[:, None]
     rows = _rows(token_BC, position_B[:, None] + column_C, wanted_BC)
     read = functools.partial(_read, weights, state, rows, cfg)
-    if cfg.threshold:
+    if cfg.threshold or cfg.gate:
         # Where no slot verifies anything one row each will do. Which slots verify is settled, so
         # that this changes the cost of the round and nothing else.
         logits_BCV, feature_TFD, target_cache = jax.lax.cond(
@@ -220,10 +223,13 @@ def plan_lengths(block: DraftBlock, cfg: RoundConfig) -> jax.Array:
     (spec section 5, non-anticipation).
     """
     num_slots = block.token_BG.shape[0]
+    length_B = schedule.fixed_length(num_slots, block.token_BG.shape[1], cfg.num_draft)
+    if not cfg.threshold and not cfg.gate:
+        return length_B
+    confidence_BG = jax.nn.sigmoid(block.confidence_logit_BG[:, : cfg.num_draft])
     if cfg.threshold:
-        confidence_BG = jax.nn.sigmoid(block.confidence_logit_BG[:, : cfg.num_draft])
-        return schedule.threshold_length(confidence_BG, cfg.threshold)
-    return schedule.fixed_length(num_slots, block.token_BG.shape[1], cfg.num_draft)
+        length_B = schedule.threshold_length(confidence_BG, cfg.threshold)
+    return schedule.gated_length(length_B, confidence_BG, cfg.gate)
 
 
 def accept(
