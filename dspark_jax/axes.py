@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
@@ -201,3 +202,29 @@ def param_shardings(declared: Tree, mesh: Mesh) -> Tree:
     return map_params(
         lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh)), declared
     )
+
+
+def place(tree: Tree, shardings: Any) -> Tree:
+    """Arrays that every process holds whole, on the devices of a mesh.
+
+    Args:
+        tree: arrays.
+        shardings: one for each of them, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def gather(tree: Tree) -> Tree:
+    """The inverse of :func:`place`: NumPy arrays, whole in every process; all must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -332,13 +332,13 @@ def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb,
 def test_turns_write_a_piece_again_that_a_killed_run_left(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, cache=str(tmp_path), cache_gb=PIECE_GB)
     arguments = some_sequences(), recipe, range(4), PIECE_SPEC, fake_read
-    (tmp_path / "piece").mkdir()
+    (tmp_path / "piece-0").mkdir()
     for name in (MANIFEST, INDEX, "shard-00000.bin"):
-        (tmp_path / "piece" / name).write_bytes((GOLDEN / name).read_bytes())
+        (tmp_path / "piece-0" / name).write_bytes((GOLDEN / name).read_bytes())
     assert len(list(features.bounded_batches(*arguments))) == 4
     stopped = features.bounded_batches(*arguments)
     next(stopped)
-    assert (tmp_path / "piece").exists()
+    assert (tmp_path / "piece-0").exists()
     stopped.close()
     assert not any(tmp_path.iterdir())
 

@@ -132,10 +132,13 @@ def test_more_devices_than_there_are(recipe, emulated_devices):
 
 
 @pytest.mark.full
-def test_two_processes_of_four_devices(recipe, expected, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_of_four_devices(recipe, expected, tmp_path, cached):
     """The command itself, once for each process."""
     config = tmp_path / "config.py"
     fields = dataclasses.replace(recipe, out=str(tmp_path / "out"), **MESHES["all"])
+    if cached:
+        fields = dataclasses.replace(fields, cache=str(tmp_path / "cache"), cache_gb=5e-5)
     config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {fields!r}\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -156,7 +159,11 @@ def test_two_processes_of_four_devices(recipe, expected, tmp_path):
     for process in started:
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err[-3000:]
-    np.testing.assert_allclose(read_losses(tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+    found = np.array(read_losses(tmp_path / "out"))
+    if cached:  # in bfloat16, which the target here is not
+        np.testing.assert_allclose(found[:, 0], np.array(expected)[:, 0], rtol=2e-3)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert (tmp_path / "out" / "drafter" / "model.safetensors").is_file()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints, write_atomically
 from dspark_jax.config import TrainConfig
 from dspark_jax.models.deepspec import save_drafter
@@ -32,7 +33,7 @@ from dspark_jax.training.records import (
     plain,
     recipe_record,
 )
-from dspark_jax.training.run import Run, open_source, place, start_run
+from dspark_jax.training.run import Run, open_source, start_run
 from dspark_jax.training.step import Batch, learning_rate
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
@@ -85,13 +86,6 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-def whole_params(params: DrafterParams) -> DrafterParams:
-    """The parameters as NumPy arrays, whole in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(params)
-    return multihost_utils.process_allgather(params, tiled=True)
 
 
 def batches_of(run: Run, start: int) -> Iterator[Batch]:
@@ -200,7 +194,7 @@ def fit(recipe: TrainConfig) -> Path:
                 saved.save(step, state)
             if stopped and step < total:
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    params = whole_params(state.params)
+    params = gather(state.params)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
         save_drafter(out / "drafter", run.cfg, params, run.own)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dspark_jax.axes import init_params, make_mesh
+from dspark_jax.axes import init_params, make_mesh, place
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
@@ -260,25 +260,6 @@ def programs_of(
         out_shardings=whole,
     )
     return Programs(step, evaluate, optimizer, state, frozen, sequences, whole)
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, on the devices of the mesh.
-
-    Args:
-        tree: arrays.
-        shardings: one for each of them, or one for all.
-    """
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-
-    def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, tree, shardings)
 
 
 @dataclass(frozen=True)
