@@ -366,7 +366,8 @@ def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
         jax.eval_shape(partial(train_step, **static), state, frozen, batch)
         arrays = {"feature": batch.feature_BSFD, "hidden": batch.hidden_BSD}
         sums = {name: check_sum(array) for name, array in arrays.items()}
-        ones = dict.fromkeys(("loss", "accepted_length", "blocks", "tokens"), 1.0)
+        names = ("loss", "accepted_length", "blocks", "tokens", "finite_updates")
+        ones = dict.fromkeys(names, 1.0)
         return state, {**ones, **sums}
 
     monkeypatch.setattr(run, "train_step", log_batch)

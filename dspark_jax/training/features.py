@@ -52,8 +52,9 @@ class CachedSequences(Sequence[TokenSequence]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return CachedSequences(self._reader, self._sample_N[index], self._max_length)
-        sample, kept = self._reader[self._sample_N[index]], slice(self._max_length)
-        return TokenSequence(sample.token_S[kept], sample.loss_mask_S[kept] > 0, sample)
+        number, kept = self._sample_N[index], slice(self._max_length)
+        sample, origin = self._reader[number], f"{self._reader.directory}:{number}"
+        return TokenSequence(sample.token_S[kept], sample.loss_mask_S[kept] > 0, sample, origin)
 
 
 def cached_sequences(

@@ -258,6 +258,8 @@ def train_step(
     Returns:
         The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
         means over the updates, ``blocks`` their sum; ``tokens`` of the batch, padding aside.
+        ``finite_updates`` came before the first with a number that is not finite: where there is
+        one, everything is of that update alone, as it is in all that follow.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     seen = (batch, target_outputs(frozen, batch, target_cfg, cfg))
@@ -283,12 +285,23 @@ def train_step(
     (params, optimizer_state), each = jax.lax.scan(
         update, (state.params, state.optimizer), jnp.arange(recipe.updates_per_batch)
     )
-    metrics = {name: value.mean(0) for name, value in each.items()}
+    finite_X = _are_finite(each)
+    first = jnp.argmin(finite_X)
+    metrics = {
+        name: jnp.where(finite_X.all(), value.mean(0), value[first]) for name, value in each.items()
+    }
+    metrics["finite_updates"] = jnp.where(finite_X.all(), recipe.updates_per_batch, first)
     metrics["blocks"] = each["blocks"].sum()
     # An answer ends its sequence: what lies behind is padding.
     place_S = jnp.arange(1, batch.token_BS.shape[1] + 1)
     metrics["tokens"] = jnp.max(batch.loss_mask_BS * place_S, axis=1).sum()
     return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def _are_finite(each: dict[str, jax.Array]) -> jax.Array:
+    """bool [X]: which of X updates have finite metrics alone."""
+    rows = [jnp.isfinite(value).reshape(len(value), -1).all(1) for value in each.values()]
+    return jnp.stack(rows).all(0)
 
 
 def evaluation_step(
