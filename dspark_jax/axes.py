@@ -208,7 +208,7 @@ def place(tree: Tree, shardings: Any) -> Tree:
     """Arrays that every process holds whole, on the devices of a mesh.
 
     Args:
-        tree: arrays.
+        tree: arrays; those that lie on the devices of several processes already may move there.
         shardings: one for each of them, or one for all.
     """
     if jax.process_count() == 1:
@@ -217,6 +217,8 @@ def place(tree: Tree, shardings: Any) -> Tree:
         shardings = jax.tree.map(lambda _: shardings, tree)
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

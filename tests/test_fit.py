@@ -344,7 +344,7 @@ def test_a_gradient_that_is_not_finite_counts_too():
 
 
 def test_nothing_is_loaded_or_written_before_the_data_is_read(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_target", None)
+    monkeypatch.setattr(run, "open_target", None)
     missing = elsewhere(recipe, tmp_path / "out", data=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
         fit.fit(missing)

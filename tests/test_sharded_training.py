@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dspark_jax.axes import make_mesh, partition
+from dspark_jax.axes import make_mesh, param_shardings, partition
 from dspark_jax.config import TrainConfig, override
+from dspark_jax.models.load import load_target
+from dspark_jax.models.target import declare_target
 from dspark_jax.training import data, fit, run
 from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import TARGET, write_target
@@ -103,6 +105,20 @@ def test_the_optimisers_state_is_shared_out_under_fsdp(recipe, emulated_devices)
     assert whole / 8 <= shared < whole / 8 * 1.03
 
 
+def test_the_targets_weights_are_read_onto_the_mesh(recipe, emulated_devices):
+    expected, mesh = load_target(recipe.target).params, make_mesh(data=2, tensor=2, fsdp=2)
+    found = load_target(recipe.target, mesh=mesh).params
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    cfg = dataclasses.replace(TARGET, num_kv_heads=2)
+    shardings = param_shardings(declare_target(cfg), mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
+    frozen = run.start_run(
+        dataclasses.replace(recipe, **MESHES["all"]), read_answered(recipe.data)
+    ).frozen
+    q_LDNH = frozen.target.layers.q_DNH
+    assert q_LDNH.addressable_shards[0].data.nbytes == q_LDNH.nbytes / 4
+
+
 def test_axes_that_share_a_mesh_axis_and_axes_that_do_not_divide(emulated_devices):
     mesh = make_mesh(data=2, tensor=2, fsdp=2)
     assert partition("BX", (8, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
@@ -134,11 +150,16 @@ def test_more_devices_than_there_are(recipe, emulated_devices):
 @pytest.mark.full
 @pytest.mark.parametrize("cached", [False, True])
 def test_two_processes_of_four_devices(recipe, expected, tmp_path, cached):
-    """The command itself, once for each process."""
+    """The command itself, once for each process; with all that is made of the target at first."""
+    if cached:
+        changes = {"cache_gb": 5e-5, "draft_vocab_size": 40, "local_init": True}
+        one = {"cache": str(tmp_path / "cache-of-one"), "out": str(tmp_path / "one")}
+        recipe = dataclasses.replace(recipe, **changes, **one)
+        expected = losses_of(recipe)
     config = tmp_path / "config.py"
     fields = dataclasses.replace(recipe, out=str(tmp_path / "out"), **MESHES["all"])
     if cached:
-        fields = dataclasses.replace(fields, cache=str(tmp_path / "cache"), cache_gb=5e-5)
+        fields = dataclasses.replace(fields, cache=str(tmp_path / "cache"))
     config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {fields!r}\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -160,7 +181,7 @@ def test_two_processes_of_four_devices(recipe, expected, tmp_path, cached):
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err[-3000:]
     found = np.array(read_losses(tmp_path / "out"))
-    if cached:  # in bfloat16, which the target here is not
+    if cached:  # rounded to bfloat16, where the last float32 bit may decide
         np.testing.assert_allclose(found[:, 0], np.array(expected)[:, 0], rtol=2e-3)
     else:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
