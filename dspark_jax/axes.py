@@ -173,14 +173,17 @@ def make_mesh(
 _replicated: set[tuple[str, int, int]] = set()
 
 
-def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition(
+    axes: str, shape: Sequence[int], mesh: Mesh, unused: Sequence[str] = ()
+) -> PartitionSpec:
     """The :class:`PartitionSpec` of an array with these logical axes.
 
     An axis that does not divide over its mesh axes (9 heads over 2 devices) is replicated, and
-    that is logged once. A mesh axis is used once an array, by the first axis that asks for it.
+    that is logged once. A mesh axis is used once an array, by the first axis that asks for it;
+    those that are ``unused`` never.
     """
     spec: list[tuple[str, ...] | None] = []
-    used: set[str] = set()
+    used = set(unused)
     for letter, size in zip(axes, shape, strict=True):
         wanted = [
             name for name in MESH_RULES.get(letter, ()) if mesh.shape[name] > 1 and name not in used
@@ -197,10 +200,11 @@ def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def param_shardings(declared: Tree, mesh: Mesh) -> Tree:
-    """A ``NamedSharding`` for every declared parameter."""
+def param_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -> Tree:
+    """A ``NamedSharding`` for every declared parameter; ``unused`` as in :func:`partition`."""
     return map_params(
-        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh)), declared
+        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh, unused)),
+        declared,
     )
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +24,8 @@ from dspark_jax.training import data, fit, run
 from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import TARGET, write_target
 
+# What the tiny target has too few of, and an odd number of.
+SHARED = dataclasses.replace(TARGET, num_kv_heads=2, vocab_size=128)
 MESHES = {
     "data": {"data_parallel": 8},
     "fsdp": {"fsdp": 8},
@@ -45,7 +49,7 @@ def recipe(tmp_path_factory):
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainConfig(
-        target=str(write_target(folder / "target", dataclasses.replace(TARGET, num_kv_heads=2))),
+        target=str(write_target(folder / "target", SHARED)),
         data=str(folder / "data.jsonl"),
         out=str(folder / "one"),
         num_layers=1,
@@ -93,6 +97,30 @@ def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, na
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.full), "all"])
+def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_devices, name):
+    """What the compiler's collectives carry along a (share of the) vocabulary is never wider than
+    a weight; and the vocabulary stays shared out."""
+    mesh = dataclasses.replace(recipe, **MESHES[name])
+    ready = run.start_run(mesh, read_answered(mesh.data))
+    batch = next(data.batches_from(ready.train_set, ready.recipe, 0))
+    compiled = ready.programs.step.lower(ready.state, ready.frozen, batch).compile()
+    share = SHARED.vocab_size // mesh.tensor_parallel
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    results = re.findall(rf"= (.*?) (?:{kinds})\(", compiled.as_text())
+    shapes = [
+        [int(size) for size in sizes.split(",")]
+        for result in results
+        for sizes in re.findall(r"\[([\d,]+)\]", result)
+    ]
+    assert len(shapes) > 20
+    vocabulary = [sizes for sizes in shapes if {SHARED.vocab_size, share} & set(sizes)]
+    assert vocabulary  # the LM head is gathered over fsdp
+    for sizes in vocabulary:
+        assert share in sizes
+        assert math.prod(sizes) <= share * SHARED.hidden_size, sizes
+
+
 def test_the_optimisers_state_is_shared_out_under_fsdp(recipe, emulated_devices):
     def bytes_per_device(recipe):
         state = run.start_run(recipe, read_answered(recipe.data)).state
@@ -109,8 +137,7 @@ def test_the_targets_weights_are_read_onto_the_mesh(recipe, emulated_devices):
     expected, mesh = load_target(recipe.target).params, make_mesh(data=2, tensor=2, fsdp=2)
     found = load_target(recipe.target, mesh=mesh).params
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    cfg = dataclasses.replace(TARGET, num_kv_heads=2)
-    shardings = param_shardings(declare_target(cfg), mesh)
+    shardings = param_shardings(declare_target(SHARED), mesh)
     assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
     frozen = run.start_run(
         dataclasses.replace(recipe, **MESHES["all"]), read_answered(recipe.data)

@@ -33,6 +33,7 @@ from dspark_jax.training.step import (
     Frozen,
     TrainState,
     evaluation_step,
+    make_layout,
     make_optimizer,
     step_shardings,
     train_step,
@@ -256,9 +257,10 @@ def programs_of(
     optimizer = make_optimizer(recipe, num_updates)
     whole = NamedSharding(mesh, PartitionSpec())
     state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
+    layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
     step = jax.jit(
-        partial(train_step, optimizer=optimizer, **static),
+        partial(train_step, optimizer=optimizer, layout=layout, **static),
         donate_argnums=0,
         in_shardings=(state, frozen, sequences),
         out_shardings=(state, whole),
