@@ -7,7 +7,7 @@ the residual stream after chosen layers ("features", spec section 2) beside the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -142,6 +142,7 @@ def encode(
     token_BS: jax.Array,
     cfg: TargetConfig,
     feature_layers: Sequence[int] = (),
+    fetch: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> tuple[jax.Array, jax.Array]:
     """Read whole sequences from position 0, causally, without a cache.
 
@@ -152,6 +153,7 @@ def encode(
         token_BS: int32 token ids.
         cfg: sizes.
         feature_layers: layers whose residual stream is returned; -1 is the embedding output.
+        fetch: what is done to a layer's weights when its turn comes, for instance gathering them.
 
     Returns:
         hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.
@@ -166,6 +168,7 @@ def encode(
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
         x_BSD, feature_FBSD = carry
+        layer = fetch(layer)
         h_BSD = rms_norm(x_BSD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BSD, table, cfg)
         x_BSD = finish_layer(layer, x_BSD, attend(q, k, v, mask_BTS), cfg)
