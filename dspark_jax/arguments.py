@@ -54,7 +54,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
 
 def policy(text: str) -> dict[str, Any]:
-    """A value of ``--policy`` as ``num_draft`` and ``threshold`` of the engine.
+    """A value of ``--policy`` as ``num_draft``, ``threshold`` and ``gate`` of the engine.
 
     Raises:
         ArgumentTypeError: it is none of the known forms.
@@ -63,14 +63,14 @@ def policy(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if kind == "fixed":
             return {"num_draft": int(value)}
-        if kind == "threshold":
-            return {"threshold": float(value)}
+        if kind in ("threshold", "gate"):
+            return {kind: float(value)}
     if text == "none":
         return {"num_draft": 0}
     if text == "block":
         return {}
     raise argparse.ArgumentTypeError(
-        f"{text!r} is none of block, none, fixed:K (drafts) and threshold:P (confidence)"
+        f"{text!r} is none of block, none, fixed:K (drafts), threshold:P and gate:P (confidence)"
     )
 
 
@@ -226,8 +226,8 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         "--policy",
         type=policy,
         help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
-        f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
-        "block with another)",
+        "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
+        f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
     )
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")

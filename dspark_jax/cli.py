@@ -367,7 +367,7 @@ def _use_compilation_cache() -> None:
 
 
 def _policy(args: argparse.Namespace) -> dict[str, Any]:
-    """``num_draft`` and ``threshold`` of the engine."""
+    """``num_draft``, ``threshold`` and ``gate`` of the engine."""
     if args.policy is not None:
         return dict(args.policy)
     return policy(DEFAULT_POLICY if _drafter(args) == "default" else "block")

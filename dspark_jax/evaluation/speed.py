@@ -116,6 +116,7 @@ def bench_speed(
     repeats: int = 3,
     num_draft: int | None = None,
     threshold: float = 0.0,
+    gate: float = 0.0,
     acceptance: Literal["rejection", "coupled"] = "rejection",
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with drafts, several times.
@@ -126,7 +127,7 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        num_draft, threshold, acceptance: of ``generate``.
+        num_draft, threshold, gate, acceptance: of ``generate``.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
@@ -141,6 +142,7 @@ def bench_speed(
         drafter=decoder.drafter,
         num_draft=decoder.drafter.block_size if num_draft is None else num_draft,
         threshold=threshold,
+        gate=gate,
         acceptance=acceptance,
         greedy=limits.temperature == 0,
     )
@@ -153,6 +155,7 @@ def bench_speed(
             acceptance=acceptance,
             num_draft=num_draft,
             threshold=threshold,
+            gate=gate,
         ),
     }
     pairs = _measure(ways, requests, repeats)
