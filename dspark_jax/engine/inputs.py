@@ -10,6 +10,7 @@ from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.heads import DraftBlock
 from dspark_jax.models.target import TargetParams, Vocab
 
 
@@ -44,6 +45,28 @@ class Weights:
     vocab: Vocab | None = None
 
 
+def replace_weights(old: Weights, new: Weights) -> Weights:
+    """New weights where the old ones lie.
+
+    Raises:
+        ValueError: shapes, dtypes or structure differ.
+    """
+    structure: Any = jax.tree.structure(old)
+    if structure != jax.tree.structure(new):
+        raise ValueError("the new weights have another structure: load the same models")
+    placed: Weights = jax.tree.map(_in_place_of, old, new)
+    return placed
+
+
+def _in_place_of(old: jax.Array, new: jax.Array) -> jax.Array:
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        raise ValueError(
+            f"the new weights have an array {new.dtype}{list(new.shape)} in the place of "
+            f"{old.dtype}{list(old.shape)}: load the same models in the same dtype"
+        )
+    return jax.device_put(new, old.sharding)
+
+
 @struct.dataclass
 class Chunks:
     """Pieces of prompts that a round reads beside decoding.
@@ -63,15 +86,19 @@ class Chunks:
 
 @struct.dataclass
 class RoundInput:
-    """What the host tells a round, apart from the choice of its program.
+    """What a round is told, apart from the choice of its program.
 
     Attributes:
         keep_B: bool, False ends a slot before the round.
         chunks: of prompts; None for a round that only decodes.
+        temperature_G: float32 of the calibration of confidences; None leaves them as they are.
+        block: drafts that were made already; None drafts in the round.
     """
 
     keep_B: jax.Array
     chunks: Chunks | None = None
+    temperature_G: jax.Array | None = None
+    block: DraftBlock | None = None
 
 
 @struct.dataclass

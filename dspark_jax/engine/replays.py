@@ -18,8 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.engine.compiled import Programs
+from dspark_jax.engine.config import EngineConfig, make_ladder
+from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.inputs import RoundInput, Weights
+from dspark_jax.engine.memory import check_memory
 from dspark_jax.engine.plan import Chunk, HostPlan, Shape, Sizes
+from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.profile import Profile, make_profile, setting_of
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.state import DecodeState
@@ -38,22 +42,32 @@ def profile_for(programs: Programs, weights: Weights, given: Profile | None) -> 
         ValueError: the given one belongs to something else.
     """
     if given is None:
-        return measure_profile(programs, weights, START_REPLAYS)
+        return _measure(programs, weights, START_REPLAYS)
     shapes = [shape for sizes in programs.sizes() for shape in programs.shapes(sizes)]
     given.check(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
     return given
 
 
-def measure_profile(programs: Programs, weights: Weights, replays: int = REPLAYS) -> Profile:
-    """Time all rounds of an engine, with a progress bar; compiles what is not compiled yet.
+def measure_profile(decoder: Decoder, config: EngineConfig, replays: int = REPLAYS) -> Profile:
+    """Time all rounds of an engine, with a progress bar.
 
     The requests are greedy, without filters: the noise of sampling costs a little more.
 
     Args:
-        programs: of the engine.
-        weights: of its models.
+        decoder: models and mesh; without a drafter if the policy is ``"none"``.
+        config: of the engine; the profile serves all policies that verify up to as many drafts.
         replays: how often every round is timed.
+
+    Raises:
+        ValueError: the sizes do not fit the models, the mesh or the memory.
     """
+    policy = make_policy(config.policy, decoder.drafter)
+    ladder = make_ladder(config, policy, num_shards(decoder.mesh))
+    check_memory(decoder, config, ladder)
+    return _measure(Programs(decoder, config, policy, ladder), decoder.weights, replays)
+
+
+def _measure(programs: Programs, weights: Weights, replays: int) -> Profile:
     round_s: dict[Shape, float] = {}
     draft_s: dict[Sizes, float] = {}
     drafts, ahead = programs.policy.num_draft > 0, programs.policy.kind == "causal"
