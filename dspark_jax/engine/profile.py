@@ -68,12 +68,12 @@ class Profile:
             undrafted_s=self.round_s[Shape(sizes, 0, sizes.slots, num_chunks)],
         )
 
-    def check(self, setting: Mapping[str, Any], shapes: Iterable[Shape]) -> None:
-        """Refuse a profile of something else.
+    def part(self, setting: Mapping[str, Any], shapes: Iterable[Shape]) -> Profile:
+        """What one engine needs of it.
 
         Args:
             setting: that it must belong to.
-            shapes: of all rounds that must be in it.
+            shapes: of all rounds of the engine.
 
         Raises:
             ValueError: names the field that differs, or the size that is missing.
@@ -85,12 +85,16 @@ class Profile:
                     f"the profile does not belong here: its {field} is {found!r:.80} and not "
                     f"{value!r:.80}: {REMEDY}"
                 )
+        round_s = {}
         for shape in shapes:
             if shape not in self.round_s:
                 raise ValueError(
                     f"the profile has no rounds of {describe(shape)}: {REMEDY}, with the slots and "
                     "positions of the engine"
                 )
+            round_s[shape] = self.round_s[shape]
+        drafting = {shape.sizes for shape in round_s if shape.num_draft}
+        return Profile(self.setting, round_s, {sizes: self.draft_s[sizes] for sizes in drafting})
 
 
 def make_profile(
@@ -221,12 +225,13 @@ def read_profile(path: Path) -> Profile:
             )
         }
         draft_s = {Sizes(slots, positions): s for slots, positions, s in _rows(content, "drafts")}
-        drafting = {shape.sizes for shape in round_s if shape.num_draft}
-        plain = {
-            shape.sizes for shape in round_s if shape == Shape(shape.sizes, 0, shape.sizes.slots, 0)
-        }
-        if set(draft_s) != drafting or {shape.sizes for shape in round_s} != plain:
-            raise ValueError("rounds and drafts are not of the same sizes")
+        every = {shape.sizes for shape in round_s}
+        if any(Shape(sizes, 0, sizes.slots, 0) not in round_s for sizes in every):
+            raise ValueError("rounds has no undrafted ones of some sizes")
+        if len({shape.num_draft for shape in round_s} - {0}) > 1:
+            raise ValueError("rounds has several num_draft")
+        if set(draft_s) != {shape.sizes for shape in round_s if shape.num_draft}:
+            raise ValueError("drafts and drafted rounds are not of the same sizes")
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {REMEDY}") from None
     return make_profile(content["setting"], round_s, draft_s)
@@ -242,7 +247,8 @@ def _rows(content: Any, field: str, sizes: tuple[str, ...] = ()) -> list[tuple[A
         if not isinstance(entry, dict) or set(entry) != {*names, "seconds"}:
             raise ValueError(f"{field}[{index}] needs exactly {', '.join(names)} and seconds")
         for name in names:
-            if type(entry[name]) is not int or not 0 <= entry[name] < 2**31:
+            least = 0 if name in ("num_draft", "num_chunks") else 1
+            if type(entry[name]) is not int or not least <= entry[name] < 2**31:
                 raise ValueError(f"{field}[{index}]: {name} is {entry[name]!r:.40}, not a size")
         seconds = entry["seconds"]
         lowest = 0.0 if field == "drafts" else math.ulp(0.0)

@@ -44,8 +44,7 @@ def profile_for(programs: Programs, weights: Weights, given: Profile | None) -> 
     if given is None:
         return _measure(programs, weights, START_REPLAYS)
     shapes = [shape for sizes in programs.sizes() for shape in programs.shapes(sizes)]
-    given.check(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
-    return given
+    return given.part(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
 
 
 def measure_profile(decoder: Decoder, config: EngineConfig, replays: int = REPLAYS) -> Profile:
