@@ -182,9 +182,32 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def format_profile(profile: Profile) -> str:
+    """A profile as a short table for people."""
+    lines = [f"{'slots':>6}{'positions':>11}{'chunks':>8}{'draft':>10}  milliseconds of rounds"]
+    keys = dict.fromkeys((shape.sizes, shape.num_chunks) for shape in profile.round_s)
+    for sizes, chunks in keys:
+        draft_s = profile.draft_s.get(sizes)
+        draft = "-" if draft_s is None else f"{1000 * draft_s:.2f}"
+        rounds = [
+            f"{shape.num_rows} {'rows' if shape.num_draft else 'undrafted'} {1000 * seconds:.2f}"
+            for shape, seconds in profile.round_s.items()
+            if (shape.sizes, shape.num_chunks) == (sizes, chunks)
+        ]
+        lines.append(
+            f"{sizes.slots:>6}{sizes.positions:>11}{chunks:>8}{draft:>10}  {', '.join(rounds)}"
+        )
+    return "\n".join(lines)
+
+
 def write_profile(path: Path, profile: Profile) -> None:
     """Write a profile as JSON, atomically."""
-    content = {
+    write_atomically(path, json.dumps(profile_json(profile), indent=1) + "\n")
+
+
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """A profile as JSON values."""
+    return {
         "format": FORMAT,
         "setting": dict(profile.setting),
         "rounds": [
@@ -203,7 +226,6 @@ def write_profile(path: Path, profile: Profile) -> None:
             for sizes, seconds in profile.draft_s.items()
         ],
     }
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_profile(path: Path) -> Profile:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -47,7 +48,12 @@ def profile_for(programs: Programs, weights: Weights, given: Profile | None) -> 
     return given.part(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
 
 
-def measure_profile(decoder: Decoder, config: EngineConfig, replays: int = REPLAYS) -> Profile:
+def measure_profile(
+    decoder: Decoder,
+    config: EngineConfig,
+    replays: int = REPLAYS,
+    names: Mapping[str, str] | None = None,
+) -> Profile:
     """Time all rounds of an engine, with a progress bar.
 
     The requests are greedy, without filters: the noise of sampling costs a little more.
@@ -56,6 +62,7 @@ def measure_profile(decoder: Decoder, config: EngineConfig, replays: int = REPLA
         decoder: models and mesh; without a drafter if the policy is ``"none"``.
         config: of the engine; the profile serves all policies that verify up to as many drafts.
         replays: how often every round is timed.
+        names: of the models, ``target`` and ``drafter``, to be noted in the profile.
 
     Raises:
         ValueError: the sizes do not fit the models, the mesh or the memory.
@@ -63,7 +70,8 @@ def measure_profile(decoder: Decoder, config: EngineConfig, replays: int = REPLA
     policy = make_policy(config.policy, decoder.drafter)
     ladder = make_ladder(config, policy, num_shards(decoder.mesh))
     check_memory(decoder, config, ladder)
-    return _measure(Programs(decoder, config, policy, ladder), decoder.weights, replays)
+    found = _measure(Programs(decoder, config, policy, ladder), decoder.weights, replays)
+    return replace(found, setting={**(names or {}), **found.setting})
 
 
 def _measure(programs: Programs, weights: Weights, replays: int) -> Profile:

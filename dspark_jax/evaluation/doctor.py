@@ -87,8 +87,10 @@ def diagnose(
         The report as JSON values; ``rows`` has one for each concurrency.
 
     Raises:
-        ValueError: the drafter has no confidence head, or the texts do not fit the target.
+        ValueError: there is no drafter with a confidence head, or a text does not fit the target.
     """
+    if decoder.drafter is None:
+        raise ValueError("doctor compares decoding with and without drafts: give --drafter")
     concurrencies = sorted(set(concurrencies))
     prompts = [Prompt(text, "built-in prompt") for text in PROMPTS]
     limits = Request((0,), max_new_tokens=2 * max_new_tokens)  # whoever is ahead does not end
