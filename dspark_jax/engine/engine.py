@@ -26,7 +26,7 @@ from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.drift import Drift
 from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights, replace_weights
-from dspark_jax.engine.memory import check_memory
+from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes
 from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.profile import Profile
@@ -85,14 +85,9 @@ class Engine:
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":  # no features are extracted either
             decoder = replace(decoder, weights=Weights(decoder.weights.target), drafter=None)
-        if config.positions > decoder.target.max_positions:
-            raise ValueError(
-                f"positions is {config.positions}, but the target's context ends at "
-                f"{decoder.target.max_positions}: give at most that"
-            )
         self._shards = num_shards(decoder.mesh)
         self._ladder = make_ladder(config, self.policy, self._shards)
-        check_memory(decoder, config, self._ladder)
+        check_sizes(decoder, config, self._ladder)
         self._weights, self._tokenizer = decoder.weights, decoder.tokenizer
         self._max_positions = decoder.target.max_positions
         self._programs = Programs(decoder, config, self.policy, self._ladder)

@@ -22,7 +22,7 @@ from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.inputs import RoundInput, Weights
-from dspark_jax.engine.memory import check_memory
+from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Chunk, HostPlan, Shape, Sizes
 from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.profile import Profile, make_profile, setting_of
@@ -69,7 +69,7 @@ def measure_profile(
     """
     policy = make_policy(config.policy, decoder.drafter)
     ladder = make_ladder(config, policy, num_shards(decoder.mesh))
-    check_memory(decoder, config, ladder)
+    check_sizes(decoder, config, ladder)
     found = _measure(Programs(decoder, config, policy, ladder), decoder.weights, replays)
     return replace(found, setting={**(names or {}), **found.setting})
 
