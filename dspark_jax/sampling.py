@@ -181,7 +181,8 @@ def stream_key(
     """Key [B, 2] of one draw of a round: `stream` is DRAFT, ACCEPT or RESIDUAL.
 
     Folding the anchor's position and the slot, not their sum: the same token position in a later
-    round is another draw. Arguments broadcast.
+    round is another draw, which no earlier confidence has seen. This is condition (d) of a lossless
+    schedule (``decoding/schedule.py``). Arguments broadcast.
     """
     return random.fold_in(key_B2, anchor_position_B, 4 * slot + stream)
 

@@ -35,7 +35,8 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.models": NUMERICS,
     "dspark_jax.decoding": NUMERICS,
     "dspark_jax.checkpoint": FOUNDATION,
-    "dspark_jax.engine": NUMERICS | {"dspark_jax.decoding", "dspark_jax.models"},
+    "dspark_jax.engine": NUMERICS
+    | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "models")},
     "dspark_jax.training": NUMERICS | {"dspark_jax.checkpoint", "dspark_jax.models"},
     "dspark_jax.evaluation": NUMERICS
     | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "engine", "models", "training")},

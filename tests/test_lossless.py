@@ -145,7 +145,7 @@ def draw_block(laws, row_B, keys_B2, anchor_B, position_B, coupled):
         index_B = sampling.sample_logprob(law_BU, noise_BU)
         return laws.ids_U[index_B], (index_B, law_BU, laws.confidence_GV[slot, previous_B])
 
-    _, by_slot = jax.lax.scan(draw, anchor_B, jnp.arange(G))
+    _, by_slot = jax.lax.scan(draw, anchor_B, jnp.arange(laws.draft_NGVU.shape[1]))
     return tuple(jnp.moveaxis(drawn, 0, 1) for drawn in by_slot)
 
 

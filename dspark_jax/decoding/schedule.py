@@ -10,7 +10,7 @@ section 7), each named where it is kept:
 
     (a) survival is float32 and never rises along a block      `prefix_survival`
     (b) ties are broken by a fixed index, j ascending          `select_prefixes`
-    (c) c_k never sees d_k or anything later                   `models.heads.sample_block`
+    (c) c_k never sees d_k or anything later                   `models.heads.confidence_logit`
     (d) keys are folded with (anchor position, slot)           `sampling.stream_key`
     (e) the budget knows only rounds at least two back         `budget.choose_bucket`
 

@@ -154,7 +154,10 @@ def bias_logits(head: MarkovHead, code_XR: jax.Array) -> jax.Array:
 def confidence_logit(
     head: ConfidenceHead, hidden_XD: jax.Array, embedding_XR: jax.Array | None, cfg: DrafterConfig
 ) -> jax.Array:
-    """Logit of ``c_k`` [X], float32: it sees the tokens before slot k, never ``d_k`` itself."""
+    """Logit of ``c_k`` [X], float32: it sees the tokens before slot k, never ``d_k`` itself.
+
+    This is condition (c) of a lossless schedule (``decoding/schedule.py``).
+    """
     parts = [hidden_XD]
     if cfg.confidence_with_markov and embedding_XR is not None:
         parts.append(embedding_XR)
