@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import sampling
-from dspark_jax.decoding import budget, schedule, verify
+from dspark_jax.decoding import budget, schedule
 from dspark_jax.decoding.budget import DraftSwitch, RoundCosts
 from tests.test_lossless import (
     BROKEN_Z,
@@ -35,9 +35,9 @@ from tests.test_lossless import (
     plain_texts,
 )
 
-SOUND, BROKEN = 1e-6, 0.005  # total variation: float32 rounding against a wrong law
+SOUND, BROKEN = 1e-6, 0.05  # total variation: float32 rounding against a wrong law
 
-next_logprob = jax.jit(verify.next_logprob)
+residual_logprob = jax.jit(sampling.residual_logprob, static_argnums=2)
 prefix_survival = jax.jit(schedule.prefix_survival)
 causal_budget = jax.jit(jax.vmap(schedule.causal_budget, (0, None, 0)))
 select_prefixes = jax.jit(jax.vmap(schedule.select_prefixes))
@@ -85,11 +85,10 @@ def texts_of(vocabulary, num_tokens):
     return [text for texts in every for text in texts]
 
 
-def enumerate_request(world, num_tokens, stop_slot=None):
+def enumerate_request(world, num_tokens):
     """:class:`Request` of a prompt of one token 0 in a world.
 
-    The chance that a draft stands is the rule of Leviathan et al.; the law of the token after the
-    accepted prefix is the library's.
+    The chance that a draft stands is the rule of Leviathan et al.; the residual is the library's.
     """
     laws = laws_of(world)
     target_VV = np.asarray(law_table(world, PLAIN))
@@ -115,8 +114,9 @@ def enumerate_request(world, num_tokens, stop_slot=None):
             ends_I = stands_IG[:, :accepted].prod(1)
             if accepted < length:
                 ends_I = ends_I * (1 - stands_IG[:, accepted])
-            counts = (np.full(len(pairs), count, np.int32) for count in (accepted, length))
-            law = next_logprob(target_VV[context_IC], draft_GVU[slots, before_IG], None, *counts)
+            law = target_VV[context_IC[:, accepted]]
+            if accepted < length:
+                law = residual_logprob(law, draft_GVU[accepted, before_IG[:, accepted]], None)
             law_IV = np.exp(law, dtype=np.float64)
             law_IV /= law_IV.sum(1, keepdims=True)
             for number, (text, block) in enumerate(pairs):
@@ -302,18 +302,17 @@ def distance(policy, worlds, num_tokens):
 # What keeps the law.
 
 NUM_TOKENS = 4  # the third round knows the first, and two tokens depend on its budget
-WORLDS = tuple(make_world(seed, 3, 2) for seed in (0, 1))
-SMALL = tuple(make_world(seed, 2, 2) for seed in (2, 3))
-STAIRCASE = RoundCosts((1, 2, 4, 8), (0.9, 1.0, 1.3, 2.2), draft_s=0.1, undrafted_s=1.0)
-SMOOTH = RoundCosts(tuple(range(1, 9)), tuple(1 + 0.2 * np.arange(8)), 0.1, 1.0)
-COARSE = 1, 2, 5, 8  # fewer buckets than the smooth costs have
+WORLDS = tuple(make_world(seed, 2, 2) for seed in (0, 1))
+STAIRCASE = RoundCosts((1, 2, 4, 6), (0.9, 1.0, 1.4, 1.8), draft_s=0.1, undrafted_s=1.0)
+SMOOTH = RoundCosts(tuple(range(1, 7)), tuple(1 + 0.2 * np.arange(6)), 0.1, 1.0)
+COARSE = 1, 2, 4, 6  # fewer buckets than the smooth costs have
 COSTS = {"staircase": STAIRCASE, "smooth": SMOOTH}
 each_cost = pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS)
 
 INDEPENDENT = {
     "none": fixed(0),
+    "fixed:1": fixed(1),
     "fixed:2": fixed(2),
-    "fixed:3": fixed(3),
     "threshold:0.5": threshold(0.5),
 }
 
@@ -339,7 +338,7 @@ def test_a_causal_budget_rounded_up_keeps_the_joint_law():
 def test_switching_drafts_on_and_off_keeps_the_joint_law(costs):
     """Every round is a verdict, and a pause lasts one round."""
     judged = DraftSwitch(evidence=budget.EVIDENCE - 1, gain=1.0, pause=1)
-    assert distance(delayed(costs, switch=judged), SMALL, NUM_TOKENS) < SOUND
+    assert distance(delayed(costs, switch=judged), WORLDS, NUM_TOKENS) < SOUND
 
 
 def test_a_non_finite_confidence_keeps_the_joint_law():
@@ -363,7 +362,7 @@ def with_nan(worlds):
 @pytest.mark.parametrize("seed", range(10, 12))
 def test_many_worlds_keep_the_joint_law(seed, schedule_of, costs):
     worlds = tuple(make_world(10 * seed + i, 3, 2) for i in range(2))
-    assert distance(schedule_of(costs), worlds, 5) < SOUND
+    assert distance(schedule_of(costs), worlds, NUM_TOKENS) < SOUND
     worlds = tuple(make_world(10 * seed + i, 2, 3) for i in range(2))
     assert distance(schedule_of(costs), worlds, 3) < SOUND
 
@@ -560,7 +559,7 @@ def decode(lengths, keys, coupled=False, stream_key=sampling.stream_key, num_tok
 
 @pytest.mark.parametrize("lengths", [on_device_causal, on_device_delayed])
 def test_with_the_real_keys_texts_follow_the_target(lengths):
-    assert abs(chi_square_z(decode(lengths, keys_of(200_000)), LONG, PLAIN)) < SOUND_Z
+    assert abs(chi_square_z(decode(lengths, keys_of(100_000)), LONG, PLAIN)) < SOUND_Z
 
 
 @pytest.mark.parametrize(
@@ -569,7 +568,7 @@ def test_with_the_real_keys_texts_follow_the_target(lengths):
     ids=["keys of the token position alone", "the budget of this round"],
 )
 def test_with_the_real_keys_a_wrong_rule_is_noticed(lengths, stream_key):
-    texts = decode(lengths, keys_of(200_000), stream_key=stream_key)
+    texts = decode(lengths, keys_of(100_000), stream_key=stream_key)
     assert chi_square_z(texts, LONG, PLAIN) > BROKEN_Z
 
 

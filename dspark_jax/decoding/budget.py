@@ -31,7 +31,8 @@ import numpy as np
 MARGIN = 0.03  # drafting that starts anew must promise this much more tokens a second
 EVIDENCE = 16  # request-rounds behind a verdict on drafting
 WINDOW = 64  # request-rounds that the mean gain remembers
-FIRST_PAUSE, LAST_PAUSE = 32, 512  # rounds without drafting before the next probe
+FIRST_PAUSE, LAST_PAUSE = 64, 1024  # rounds without drafting before the next probe
+ANOTHER_LOAD = 4  # times more or fewer requests: what was learnt no longer holds
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class DraftSwitch:
     Drafting goes on while its mean predicted gain, over at least `EVIDENCE` request-rounds, is at
     least 1; otherwise it pauses. After a pause it is tried again from scratch, which is the probe:
     the first verdict then asks for a gain of 1 + `MARGIN`. A failed probe doubles the next pause.
-    When the number of requests has halved or doubled since the pause began, it ends at once.
+    When there are `ANOTHER_LOAD` times more or fewer requests than when it began, it ends at once.
 
     Attributes:
         drafting: in this round.
@@ -186,7 +187,7 @@ def next_switch(
         num_active: requests that this round decodes.
     """
     if not switch.drafting:
-        if not switch.load / 2 < num_active < switch.load * 2:
+        if not switch.load / ANOTHER_LOAD < num_active < switch.load * ANOTHER_LOAD:
             return DraftSwitch()
         if switch.left > 1:
             return dataclasses.replace(switch, left=switch.left - 1)

@@ -49,7 +49,8 @@ def decode_round(
     if given.chunks is not None:
         chunks = chunk_rows(state, given.chunks, rows_per_chunk)
         state = begin_decoding(state, given.chunks)
-    state = state.replace(sampling=_of_active(state.sampling, state.active_B))  # type: ignore[attr-defined]
+    limits = state.sampling
+    state = state.replace(sampling=_of_active(limits, state.active_B))  # type: ignore[attr-defined]
     position_B = state.length_B - 1
     anchor_B = jnp.take_along_axis(state.token_BS, position_B[:, None], axis=1)[:, 0]
 
@@ -95,6 +96,7 @@ def decode_round(
         token_BS=token_BS,
         length_B=length_B,
         active_B=state.active_B & ~stopped_B & finite_B & (length_B < state.stop_at_B),
+        sampling=limits,
         target_cache=target_cache,
         context_cache=context_cache,
     )
