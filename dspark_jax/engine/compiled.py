@@ -6,6 +6,7 @@ Executables are shared by all engines of a process that ask for the same program
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,13 +18,15 @@ from tqdm import tqdm
 
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
-from dspark_jax.engine.inputs import RoundConfig
-from dspark_jax.engine.plan import Chunk, HostPlan, Shape, Sizes, round_input
+from dspark_jax.engine.inputs import RoundConfig, RoundInput
+from dspark_jax.engine.plan import HostPlan, Shape, Sizes, round_input
 from dspark_jax.engine.policy import Policy
 from dspark_jax.engine.programs import (
     BY_SLOT,
     EVERYWHERE,
+    GIVEN,
     admit_program,
+    draft_program,
     move_program,
     num_shards,
     place_state,
@@ -37,13 +40,16 @@ from dspark_jax.engine.state import (
     state_shardings,
 )
 
+Executable = Callable[..., Any]
+
 
 @dataclass(frozen=True, eq=False)
 class Programs:
     """Executables by size, compiled when they are first asked for, or all at once.
 
     Attributes:
-        decoder: whose models they run; the weights are arguments of every call.
+        decoder: whose models they run; the weights are arguments of every call, and only their
+            shapes are kept here.
         config, policy, ladder: of the engine.
     """
 
@@ -51,81 +57,92 @@ class Programs:
     config: EngineConfig
     policy: Policy
     ladder: Ladder
-    _ready: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    _ready: dict[Any, Executable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Keep the shapes of the weights alone."""
-        abstract = jax.tree.map(_abstract, self.decoder.weights)
-        object.__setattr__(self, "decoder", replace(self.decoder, weights=abstract))
+        """Let go of the weights themselves."""
+        shapes = jax.tree.map(_abstract, self.decoder.weights)
+        object.__setattr__(self, "decoder", replace(self.decoder, weights=shapes))
 
     def compile(self) -> int:
         """Compile everything, with a progress bar; returns how many programs there are."""
-        sizes = [Sizes(s, p) for s in self.ladder.slots for p in self.ladder.positions]
-        moves = [
-            (old, new)
-            for old in sizes
-            for new in sizes
-            if (old.slots == new.slots) != (old.positions == new.positions)
-        ]
-        todo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        sizes = self.sizes()
+        todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
         todo += [(self.round, (shape,)) for size in sizes for shape in self.shapes(size)]
+        if self.policy.kind == "causal":
+            todo += [(self.draft, (size, n)) for size in sizes for n in (0, *self.ladder.chunks)]
         todo += [(self.admit, (size,)) for size in sizes]
-        todo += [(self.move, pair) for pair in moves]
+        todo += [
+            (self.move, (old, new))
+            for old, new in itertools.permutations(sizes, 2)
+            if old.slots == new.slots or old.positions == new.positions
+        ]
         for program, args in tqdm(todo, desc="compile", unit="program", disable=None):
             program(*args)
         return len(self._ready)
 
-    def shapes(self, sizes: Sizes) -> list[Shape]:
-        """Of all rounds of a state of these sizes.
+    def sizes(self) -> list[Sizes]:
+        """Of all states."""
+        return [Sizes(s, p) for s in self.ladder.slots for p in self.ladder.positions]
 
-        With pieces of prompts a round is long in any case: it drafts with all rows or not at all.
-        """
-        drafted = self.ladder.rows(sizes.slots)
-        shapes = [Shape(sizes, self.policy.num_draft, rows, 0) for rows in drafted]
+    def shapes(self, sizes: Sizes) -> list[Shape]:
+        """Of all rounds of a state of these sizes."""
+        shapes = []
         for chunks in (0, *self.ladder.chunks):
             shapes.append(Shape(sizes, 0, sizes.slots, chunks))
-            if drafted and chunks:
-                shapes.append(Shape(sizes, self.policy.num_draft, drafted[-1], chunks))
+            for rows in self.ladder.drafted_rows(sizes.slots, chunks):
+                shapes.append(Shape(sizes, self.policy.num_draft, rows, chunks))
         return shapes
 
-    def round(self, shape: Shape) -> Callable[..., Any]:
-        """``decode_round(weights, state, given)``."""
-        if shape not in self._ready:
-            policy, models = self.policy, self.decoder
-            threshold = policy.threshold if shape.num_draft else 0.0
-            cfg = RoundConfig(
-                models.target, models.drafter, shape.num_draft, threshold, self.config.acceptance
-            )
+    def round(self, shape: Shape) -> Executable:
+        """``decode_round(weights, state, given)``; under the causal policy the drafts are given."""
+
+        def build() -> tuple[Any, ...]:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
-            program = round_program(cfg, shape.num_rows, rows_per_chunk, models.mesh)
-            chunks = ((Chunk(0, 0, 0, False),) * shape.num_chunks,) * num_shards(models.mesh)
-            given = round_input(HostPlan(0, (), (), frozenset(), chunks, shape))
-            state = self._abstract_state(shape.sizes)
-            self._ready[shape] = _compiled(program, models.weights, state, self.put(given, BY_SLOT))
-        return self._ready[shape]
+            cfg, weights = self._config(shape.num_draft), self.decoder.weights
+            program = round_program(cfg, shape.num_rows, rows_per_chunk, self.decoder.mesh)
+            return program, weights, self._state(shape.sizes), self._given(shape)
 
-    def admit(self, sizes: Sizes) -> Callable[..., Any]:
+        return self._once(shape, build)
+
+    def draft(self, sizes: Sizes, num_chunks: int) -> Executable:
+        """``draft_ahead(weights, state, given, steps_per_s_T)``."""
+        return self._once((sizes, num_chunks), lambda: self._draft(sizes, num_chunks))
+
+    def admit(self, sizes: Sizes) -> Executable:
         """``admit(state, slot, values)``."""
-        if sizes not in self._ready:
-            given = np.int32(0), slot_values(None, -1, self.form(sizes))
-            self._ready[sizes] = _compiled(
-                admit_program(self.decoder.mesh),
-                self._abstract_state(sizes),
-                *self.put(given, EVERYWHERE),
-            )
-        return self._ready[sizes]
 
-    def move(self, old: Sizes, new: Sizes) -> Callable[..., Any]:
+        def build() -> tuple[Any, ...]:
+            values = np.int32(0), slot_values(None, -1, self.form(sizes))
+            return admit_program(self.decoder.mesh), self._state(sizes), *self.put(values)
+
+        return self._once(sizes, build)
+
+    def move(self, old: Sizes, new: Sizes) -> Executable:
         """``move(state, origin_B)``."""
-        if (old, new) not in self._ready:
-            mesh = self.decoder.mesh
-            origin_B = np.zeros(new.slots * num_shards(mesh), np.int32)
-            self._ready[old, new] = _compiled(
-                move_program(new.positions, mesh),
-                self._abstract_state(old),
-                self.put(origin_B, BY_SLOT),
-            )
-        return self._ready[old, new]
+
+        def build() -> tuple[Any, ...]:
+            origin_B = np.zeros(new.slots * num_shards(self.decoder.mesh), np.int32)
+            program = move_program(new.positions, self.decoder.mesh)
+            return program, self._state(old), self.put(origin_B, BY_SLOT)
+
+        return self._once((old, new), build)
+
+    def _once(self, key: Any, build: Callable[[], tuple[Any, ...]]) -> Executable:
+        """The executable of a program and its arguments, as ``build`` gives them."""
+        if key not in self._ready:
+            program, *args = build()
+            leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, args))
+            self._ready[key] = _compile(program, structure, tuple(leaves))
+        return self._ready[key]
+
+    def _config(self, num_draft: int) -> RoundConfig:
+        models, threshold = self.decoder, self.policy.threshold if num_draft else 0.0
+        return RoundConfig(
+            models.target, models.drafter, num_draft, threshold, self.config.acceptance
+        )
+
+    # What programs are given.
 
     def form(self, sizes: Sizes) -> StateConfig:
         """Of a state over all data shards."""
@@ -136,32 +153,66 @@ class Programs:
         """A state without requests."""
         return place_state(make_state((), self.form(sizes)), self.decoder.mesh)
 
-    def put(self, values: Any, spec: PartitionSpec) -> Any:
+    def put(self, values: Any, spec: PartitionSpec = EVERYWHERE) -> Any:
         """Small values of the host on the devices, explicitly."""
         mesh = self.decoder.mesh
         return jax.device_put(values, None if mesh is None else NamedSharding(mesh, spec))
 
-    def _abstract_state(self, sizes: Sizes) -> DecodeState:
+    def round_input(self, plan: HostPlan, temperature_G: np.ndarray | None) -> RoundInput:
+        """A plan on the devices; ``temperature_G`` as in :class:`RoundInput`."""
+        given = round_input(plan, temperature_G)
+        return RoundInput(
+            **{name: self.put(value, getattr(GIVEN, name)) for name, value in vars(given).items()}
+        )
+
+    def idle_input(self, shape: Shape) -> RoundInput:
+        """What a round is told where no slot is taken; drafts, if they are given, are zeros."""
+
+        def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+        return jax.tree.map(fill, self._given(shape))
+
+    def _given(self, shape: Shape) -> RoundInput:
+        chunks = ((),) * num_shards(self.decoder.mesh)
+        plan = HostPlan(0, (), (), frozenset(), chunks, shape)
+        drafter = self.decoder.drafter
+        temperature_G = None if drafter is None else np.zeros(drafter.block_size, np.float32)
+        given = jax.tree.map(_abstract, self.round_input(plan, temperature_G))
+        if self.policy.kind == "causal" and shape.num_draft:
+            program, *args = self._draft(shape.sizes, shape.num_chunks)
+            block, _ = program.eval_shape(*args)
+            given = given.replace(block=jax.tree.map(self._by_slot, block))
+        return given
+
+    def _draft(self, sizes: Sizes, num_chunks: int) -> tuple[Any, ...]:
+        """The program of :meth:`draft` and its arguments."""
+        given = self._given(Shape(sizes, 0, sizes.slots, num_chunks))
+        steps_per_s_T = np.zeros(self.ladder.drafted_rows(sizes.slots, 0)[-1] + 1, np.float32)
+        program = draft_program(self._config(self.policy.num_draft), self.decoder.mesh)
+        return program, self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
+
+    def _by_slot(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        mesh = self.decoder.mesh
+        sharding = None if mesh is None else NamedSharding(mesh, BY_SLOT)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def _state(self, sizes: Sizes) -> DecodeState:
         state: DecodeState = jax.eval_shape(lambda: make_state((), self.form(sizes)))
         if self.decoder.mesh is None:
             return state
-        shardings = state_shardings(state, self.decoder.mesh)
         placed: DecodeState = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             state,
-            shardings,
+            state_shardings(state, self.decoder.mesh),
         )
         return placed
 
 
-def _compiled(program: Any, *args: Any) -> Any:
-    leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, args))
-    return _compile(program, structure, tuple(leaves))
-
-
 @functools.lru_cache(maxsize=1024)
-def _compile(program: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    return program.lower(*structure.unflatten(leaves)).compile()
+def _compile(program: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Executable:
+    executable: Executable = program.lower(*structure.unflatten(leaves)).compile()
+    return executable
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from dspark_jax.engine.policy import Policy
 
 POSITION_STEP = 64  # cache lengths are multiples of it
 SLOT_GROWTH = 4  # between two numbers of slots
+ROWS_PER_SLOT = (2, 3, 5, 8, 13)
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class EngineConfig:
         chunk_buckets: how many pieces a round may read, over all requests of a data shard.
         slot_buckets: numbers of slots of a data shard that programs are compiled for; the last is
             all of them. Empty chooses some.
-        row_buckets: rows of a round with drafts as multiples of the slots; the last is all of
-            anchor and drafts. Empty chooses some.
+        row_buckets: rows of a round with drafts as multiples of the slots, besides the largest,
+            which holds all that the policy may verify. Empty chooses some.
         position_buckets: cache lengths that programs are compiled for; the last one holds
             ``positions`` and a block. Empty chooses two.
         stop_ids: most stop ids of a request.
         memory_bytes: that states and logits may take beside the weights; 0 for no limit.
+        min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
+            where that is possible, before it looks for the best total; 0 for the best total.
     """
 
     slots: int = 8
@@ -48,6 +51,7 @@ class EngineConfig:
     position_buckets: tuple[int, ...] = ()
     stop_ids: int = 8
     memory_bytes: int = 0
+    min_tokens_per_s_user: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("slots", "positions", "queue", "chunk_rows", "stop_ids"):
@@ -62,8 +66,9 @@ class EngineConfig:
             raise ValueError("chunk_buckets is empty: prompts must be read somehow, give (1,)")
         if self.acceptance not in ("rejection", "coupled"):
             raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
-        if self.memory_bytes < 0:
-            raise ValueError(f"memory_bytes is {self.memory_bytes}: give 0 or more")
+        for field in ("memory_bytes", "min_tokens_per_s_user"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,13 @@ class Ladder:
     rows_per_slot: tuple[int, ...]
     chunks: tuple[int, ...]
 
-    def rows(self, num_slots: int) -> tuple[int, ...]:
-        """The numbers of rows of rounds with drafts, for so many slots."""
-        return tuple(num_slots * multiple for multiple in self.rows_per_slot)
+    def drafted_rows(self, num_slots: int, num_chunks: int) -> tuple[int, ...]:
+        """Numbers of rows of rounds with drafts.
+
+        With pieces of prompts a round is long in any case, and has all rows: fewer programs.
+        """
+        multiples = self.rows_per_slot[-1:] if num_chunks else self.rows_per_slot
+        return tuple(num_slots * multiple for multiple in multiples)
 
 
 def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
@@ -99,18 +108,17 @@ def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
     columns = policy.num_draft + 1
     room = round_up(cfg.positions + columns, POSITION_STEP)
     half = round_up(room // 2, POSITION_STEP)
+    asked = cfg.row_buckets or ROWS_PER_SLOT
     ladder = Ladder(
         slots=cfg.slot_buckets or _powers(slots),
         positions=cfg.position_buckets or tuple(sorted({half, room})),
-        rows_per_slot=(cfg.row_buckets or _spread(columns)) if policy.num_draft else (),
+        rows_per_slot=(*(rows for rows in asked if 1 < rows < columns), columns)
+        if policy.num_draft
+        else (),
         chunks=cfg.chunk_buckets,
     )
-    for field, sizes, last in (
-        ("slot_buckets", ladder.slots, slots),
-        ("row_buckets", ladder.rows_per_slot, columns),
-    ):
-        if sizes and sizes[-1] != last:
-            raise ValueError(f"{field} is {sizes}: the last must be {last}")
+    if ladder.slots[-1] != slots:
+        raise ValueError(f"slot_buckets is {ladder.slots}: the last must be {slots}")
     if ladder.positions[-1] < cfg.positions + columns:
         raise ValueError(
             f"position_buckets is {ladder.positions}: the last must hold positions and a block, "
@@ -126,15 +134,6 @@ def _powers(most: int) -> tuple[int, ...]:
         most = math.ceil(most / SLOT_GROWTH)
         sizes.add(most)
     return tuple(sorted(sizes))
-
-
-def _spread(most: int) -> tuple[int, ...]:
-    """2, 3, 5, 8, 13, ... below ``most``, and ``most``."""
-    sizes, a, b = [], 2, 3
-    while a < most:
-        sizes.append(a)
-        a, b = b, a + b
-    return (*sizes, most)
 
 
 def fit(size: int, sizes: Sequence[int]) -> int:

@@ -13,22 +13,25 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.inputs import RoundReport, Weights
+from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
 from dspark_jax.engine.memory import check_memory
-from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes, round_input
+from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes
 from dspark_jax.engine.policy import make_policy
-from dspark_jax.engine.programs import BY_SLOT, EVERYWHERE, num_shards
+from dspark_jax.engine.profile import measure_rounds
+from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import Reader
+from dspark_jax.engine.scheduler import DELAY, Outlook, Seat, choose_rows, round_costs
 from dspark_jax.engine.seats import Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, Request, slot_values
 from dspark_jax.engine.stream import Stream
@@ -54,12 +57,22 @@ class Engine:
     Every method may be called from any thread; one of them works at a time.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        *,
+        seconds: Mapping[Shape, float] | None = None,
+        temperature_G: np.ndarray | None = None,
+    ) -> None:
         """Allocate the smallest state; :meth:`compile` compiles all programs ahead.
 
         Args:
             decoder: weights, tokenizer and mesh.
             config: sizes and policy.
+            seconds: of all rounds, for policies that weigh them; None compiles everything and
+                measures it, where the policy asks for it.
+            temperature_G: float, of the calibration of confidences; None leaves them as they are.
 
         Raises:
             ValueError: the sizes do not fit the models, the mesh or the memory.
@@ -81,10 +94,17 @@ class Engine:
         self._programs = Programs(decoder, config, self.policy, self._ladder)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._state: DecodeState | None = self._programs.new_state(self._sizes)
-        self._queue: list[tuple[int, int, Request, Stream, Reader]] = []
+        block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
+        self._temperature_G = np.ones(block_size) if temperature_G is None else temperature_G
+        self._seconds = seconds
+        if self.policy.needs_seconds and seconds is None:
+            self._seconds = measure_rounds(self._programs, self._weights)
+        self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
-        self._history: dict[int, dict[int, np.ndarray]] = {}
+        self._switch = DraftSwitch()
+        self._unseen: deque[tuple[int, dict[int, np.ndarray]]] = deque()
+        self._logits: dict[int, np.ndarray | None] = {}
         self._numbers, self._arrivals = itertools.count(), itertools.count()
         self._roomy_rounds = 0
         self._lock = threading.RLock()
@@ -130,8 +150,9 @@ class Engine:
                 )
             reader = Reader(request, request.max_new_tokens, self._tokenizer)
             stream = Stream(reader, self.step, self._step_async, self._lock)
-            entry = (-priority, next(self._arrivals), request, stream, reader)
-            heapq.heappush(self._queue, entry)
+            arrival = next(self._arrivals)
+            tenant = Tenant(stream, reader, arrival, -1, len(request.prompt_ids))
+            heapq.heappush(self._queue, (-priority, arrival, tenant))
             return stream
 
     def step(self) -> bool:
@@ -175,9 +196,7 @@ class Engine:
     def close(self) -> None:
         """Cancel everything and give the memory back."""
         with self._lock:
-            for _, _, _, stream, _ in self._queue:
-                stream.cancel()
-            for tenant in self._tenants:
+            for tenant in (*self._tenants, *(entry[-1] for entry in self._queue)):
                 tenant.stream.cancel()
             self._queue, self._tenants, self._closed = [], [], True
             self._in_flight.clear()
@@ -193,19 +212,18 @@ class Engine:
         """Take in the report of the oldest round in flight."""
         done = self._in_flight.popleft()
         report = jax.device_get(done.report)
-        confidences: dict[int, np.ndarray] = {}
+        logits: dict[int, np.ndarray] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.columns
             if report.generation_B[slot] != tenant.generation or tenant.stream.finished:
                 continue
             tenant.length = int(report.length_B[slot])
             if report.confidence_logit_BG is not None and not first:
-                confidences[tenant.generation] = report.confidence_logit_BG[slot]
+                logits[tenant.generation] = report.confidence_logit_BG[slot]
             tenant.stream.report(tenant.reader.read(report, slot, first))
             if tenant.reader.result.finish_reason:
                 self._tenants.remove(tenant)
-        self._history[done.number] = confidences
-        self._history.pop(done.number - IN_FLIGHT, None)
+        self._unseen.append((done.number, logits))
 
     def _next_round_is_needed(self) -> bool:
         """Whether there is work for another round, whatever those in flight bring."""
@@ -218,8 +236,8 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         self._tenants = [tenant for tenant in self._tenants if not tenant.stream.cancelled]
-        if any(entry[3].cancelled for entry in self._queue):
-            self._queue = [entry for entry in self._queue if not entry[3].cancelled]
+        if any(entry[-1].stream.cancelled for entry in self._queue):
+            self._queue = [entry for entry in self._queue if not entry[-1].stream.cancelled]
             heapq.heapify(self._queue)
 
     # Planning.
@@ -227,41 +245,35 @@ class Engine:
     def _make_plan(self) -> HostPlan | None:
         """The next round; None where there is nothing to do."""
         self._drop_cancelled()
-        joining = self._pop_queue()
+        joining: list[Tenant] = []
+        while self._queue and len(self._tenants) + len(joining) < self.config.slots:
+            joining.append(heapq.heappop(self._queue)[-1])
         if not joining and not self._tenants:
             return None
         moves = self._seat(joining)
-        admissions = tuple(
-            Admission(tenant.slot, tenant.generation, tenant.reader.request) for tenant in joining
-        )
-        drafted = [tenant for tenant in self._tenants if tenant.decoding]
-        number = next(self._numbers)
+        drafted = frozenset(tenant for tenant in self._tenants if tenant.decoding)
         chunks = tuple(
             plan_chunks(part, self._sizes.slots, self.config.chunk_rows, self._ladder.chunks)
             for part in spread(self._tenants, (), self._sizes.slots, self._shards)
         )
-        num_chunks = max(map(len, chunks))
-        if num_chunks:
-            num_chunks = fit(num_chunks, self._ladder.chunks)
-        num_rows = self._choose_rows(number, drafted)
-        if num_rows and num_chunks:  # fewer programs: such a round is long in any case
-            num_rows = self._ladder.rows(self._sizes.slots)[-1]
-        shape = Shape(
-            self._sizes,
-            self.policy.num_draft if num_rows else 0,
-            num_rows or self._sizes.slots,
-            num_chunks,
+        num_chunks = fit(max(map(len, chunks)), (0, *self._ladder.chunks))
+        number, num_rows = next(self._numbers), 0
+        if self.policy.num_draft:
+            outlook = self._outlook(number, drafted, num_chunks)
+            self._switch, num_rows = choose_rows(self.policy, self._switch, outlook)
+        return HostPlan(
+            number,
+            moves,
+            tuple(Admission(t.slot, t.generation, t.reader.request) for t in joining),
+            frozenset(tenant.slot for tenant in self._tenants),
+            chunks,
+            self._shape(num_rows, num_chunks),
         )
-        occupied = frozenset(tenant.slot for tenant in self._tenants)
-        return HostPlan(number, moves, admissions, occupied, chunks, shape)
 
-    def _pop_queue(self) -> list[Tenant]:
-        """Those who join now, as tenants; where, is not settled yet."""
-        joining: list[Tenant] = []
-        while self._queue and len(self._tenants) + len(joining) < self.config.slots:
-            _, arrival, request, stream, reader = heapq.heappop(self._queue)
-            joining.append(Tenant(stream, reader, arrival, -1, len(request.prompt_ids)))
-        return joining
+    def _shape(self, num_rows: int, num_chunks: int) -> Shape:
+        """Of a round with so many rows for anchors and drafts; 0 for one without a draft."""
+        num_draft = self.policy.num_draft if num_rows else 0
+        return Shape(self._sizes, num_draft, num_rows or self._sizes.slots, num_chunks)
 
     def _seat(self, joining: Sequence[Tenant]) -> tuple[Move, ...]:
         """Slots for everybody, in a state that holds them."""
@@ -281,24 +293,34 @@ class Engine:
         self._tenants, self._sizes = everybody, sizes
         return moves
 
-    def _choose_rows(self, number: int, drafted: Sequence[Tenant]) -> int:
-        """Rows of a data shard for anchors and drafts; 0 for a round without a draft."""
-        if not self.policy.num_draft or not drafted:
-            return 0
-        confidences = self._history.get(number - IN_FLIGHT, {})
-        rows = [0] * self._shards
-        for tenant in self._tenants:
-            wanted = 0
-            if tenant in drafted:
-                wanted = self.policy.num_draft
-                if self.policy.kind == "threshold" and tenant.generation in confidences:
-                    logit_G = confidences[tenant.generation].astype(np.float64)
-                    with np.errstate(over="ignore"):
-                        low_G = 1 / (1 + np.exp(-logit_G)) < self.policy.threshold
-                    wanted = int(low_G.argmax()) if low_G.any() else len(low_G)
-            if tenant.decoding:
-                rows[tenant.slot // self._sizes.slots] += 1 + wanted
-        return fit(max(rows), self._ladder.rows(self._sizes.slots))
+    def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
+        """What the choice of the rows of a round is made from."""
+        fresh = False
+        while self._unseen and self._unseen[0][0] <= number - DELAY:
+            seen, logits = self._unseen.popleft()
+            fresh = seen == number - DELAY and bool(logits)
+            self._logits = {
+                tenant.generation: logits.get(
+                    tenant.generation, self._logits.get(tenant.generation)
+                )
+                for tenant in self._tenants
+            }
+        seats = [
+            Seat(
+                tenant.slot // self._sizes.slots,
+                tenant in drafted,
+                self._logits.get(tenant.generation),
+            )
+            for tenant in self._tenants
+            if tenant.decoding
+        ]
+        costs = None
+        if self._seconds is not None:
+            sizes = self._sizes, num_chunks
+            costs = round_costs(self._seconds, *sizes, self._ladder, self._shards)
+        rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
+        floor = self.config.min_tokens_per_s_user
+        return Outlook(seats, fresh, rows, self._shards, costs, self._temperature_G, floor)
 
     # Launching.
 
@@ -306,18 +328,23 @@ class Engine:
         """Run a plan on the device, without waiting for it."""
         assert self._state is not None
         programs = self._programs
-        state, put = self._state, programs.put
+        state = self._state
         for move in plan.moves:
-            state = programs.move(move.old, move.new)(state, put(move.origin_B, BY_SLOT))
+            state = programs.move(move.old, move.new)(state, programs.put(move.origin_B, BY_SLOT))
         for admission in plan.admissions:
             values = slot_values(
                 admission.request, admission.generation, programs.form(plan.shape.sizes)
             )
-            given = put(np.int32(admission.slot), EVERYWHERE), put(values, EVERYWHERE)
-            state = programs.admit(plan.shape.sizes)(state, *given)
-        given = put(round_input(plan), BY_SLOT)
-        self._state, report = programs.round(plan.shape)(self._weights, state, given)
-        columns, members = plan.shape.num_draft + 1, []
+            slot = np.int32(admission.slot)
+            state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
+        temperature_G = None
+        if len(self._temperature_G):
+            temperature_G = self._temperature_G.astype(np.float32)
+        given, shape = programs.round_input(plan, temperature_G), plan.shape
+        if self.policy.kind == "causal" and shape.num_draft:
+            shape, given = self._draft_ahead(state, given, shape)
+        self._state, report = programs.round(shape)(self._weights, state, given)
+        columns, members = shape.num_draft + 1, []
         beginning = {
             shard * plan.shape.sizes.slots + chunk.slot
             for shard, part in enumerate(plan.chunks)
@@ -329,6 +356,23 @@ class Engine:
                 tenant.pending += columns
                 members.append((tenant, tenant.slot, tenant.slot in beginning))
         self._in_flight.append(InFlight(plan.number, report, columns, tuple(members)))
+
+    def _draft_ahead(
+        self, state: DecodeState, given: RoundInput, shape: Shape
+    ) -> tuple[Shape, RoundInput]:
+        """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
+        where the host waits for the device."""
+        assert self._seconds is not None
+        size, chunks = shape.sizes, shape.num_chunks
+        costs = round_costs(self._seconds, size, chunks, self._ladder, 1)
+        steps_per_s_T = self._programs.put(steps_per_s(costs))
+        draft = self._programs.draft(size, chunks)
+        block, wanted_D = draft(self._weights, state, given, steps_per_s_T)
+        wanted = int(jax.device_get(wanted_D).max())
+        if not wanted:
+            return self._shape(0, chunks), given
+        rows = int(bucket_for(wanted, costs.buckets))
+        return self._shape(rows, chunks), given.replace(block=block)  # type: ignore[attr-defined]
 
     async def _step_async(self) -> None:
         """One step in a worker thread, shared by all who wait for it in this event loop."""

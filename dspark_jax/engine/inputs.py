@@ -10,6 +10,7 @@ from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.heads import DraftBlock
 from dspark_jax.models.target import TargetParams, Vocab
 
 
@@ -63,15 +64,19 @@ class Chunks:
 
 @struct.dataclass
 class RoundInput:
-    """What the host tells a round, apart from the choice of its program.
+    """What a round is told, apart from the choice of its program.
 
     Attributes:
         keep_B: bool, False ends a slot before the round.
         chunks: of prompts; None for a round that only decodes.
+        temperature_G: float32 of the calibration of confidences; None leaves them as they are.
+        block: drafts that were made already; None drafts in the round.
     """
 
     keep_B: jax.Array
     chunks: Chunks | None = None
+    temperature_G: jax.Array | None = None
+    block: DraftBlock | None = None
 
 
 @struct.dataclass

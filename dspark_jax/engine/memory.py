@@ -29,7 +29,7 @@ def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
     slots, positions = ladder.slots[-1], ladder.positions[-1]
     smaller = [state_bytes(size, positions) for size in ladder.slots[-2:-1]]
     smaller += [state_bytes(slots, size) for size in ladder.positions[-2:-1]]
-    rows = (ladder.rows(slots) or (slots,))[-1] * shards
+    rows = (ladder.drafted_rows(slots, 0) or (slots,))[-1] * shards
     logits = LOGIT_COPIES * rows * decoder.target.vocab_size * 4
     return state_bytes(slots, positions) + max(smaller, default=0) + logits
 

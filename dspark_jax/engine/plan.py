@@ -96,27 +96,26 @@ class HostPlan:
     shape: Shape
 
 
-def round_input(plan: HostPlan) -> RoundInput:
-    """The plan as arrays for the device."""
-    num_slots = plan.shape.sizes.slots
+def round_input(plan: HostPlan, temperature_G: np.ndarray | None) -> RoundInput:
+    """A plan as arrays for the device.
+
+    Args:
+        plan: of the round.
+        temperature_G: float32, see :class:`RoundInput`.
+    """
+    num_slots, num_chunks = plan.shape.sizes.slots, plan.shape.num_chunks
     keep_B = [slot in plan.occupied for slot in range(num_slots * len(plan.chunks))]
-    if not plan.shape.num_chunks:
-        return RoundInput(_array(keep_B, bool))
-    unused = Chunk(num_slots, 0, 0, False)
-    chunks = [
-        chunk
-        for part in plan.chunks
-        for chunk in (*part, *[unused] * (plan.shape.num_chunks - len(part)))
-    ]
-    return RoundInput(
-        _array(keep_B, bool),
-        Chunks(
+    given: Any = {"keep_B": np.array(keep_B, bool), "temperature_G": temperature_G}
+    if num_chunks:
+        unused = [Chunk(num_slots, 0, 0, False)] * num_chunks
+        chunks = [chunk for part in plan.chunks for chunk in (*part, *unused[len(part) :])]
+        given["chunks"] = Chunks(
             slot_P=_array([chunk.slot for chunk in chunks], np.int32),
             start_P=_array([chunk.start for chunk in chunks], np.int32),
             count_P=_array([chunk.count for chunk in chunks], np.int32),
             last_P=_array([chunk.last for chunk in chunks], bool),
-        ),
-    )
+        )
+    return RoundInput(**given)
 
 
 def _array(values: Sequence[Any], dtype: Any) -> Any:

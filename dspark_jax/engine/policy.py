@@ -24,9 +24,14 @@ class Policy:
         threshold: of the confidence; 0 is none.
     """
 
-    kind: Literal["none", "fixed", "threshold"]
+    kind: Literal["none", "fixed", "threshold", "causal", "delayed"]
     num_draft: int
     threshold: float = 0.0
+
+    @property
+    def needs_seconds(self) -> bool:
+        """Whether it decides by the measured seconds of rounds."""
+        return self.kind in ("causal", "delayed")
 
 
 def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
@@ -62,7 +67,11 @@ def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
         if not 0 < float(value) <= 1:
             raise ValueError(f"policy is {name!r}: the confidence must lie in (0, 1]")
         return Policy("threshold", drafter.block_size, float(value))
-    raise ValueError(f"policy is {name!r}: choose none, block, fixed:K or threshold:P")
+    if name in ("causal", "delayed"):
+        return Policy(name, drafter.block_size)  # type: ignore[arg-type]
+    raise ValueError(
+        f"policy is {name!r}: choose none, block, fixed:K, threshold:P, causal or delayed"
+    )
 
 
 def _is_number(text: str) -> bool:

@@ -13,17 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.engine.inputs import RoundConfig, RoundReport
-from dspark_jax.engine.round import decode_round
+from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
+from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.rows import prefill
 from dspark_jax.engine.state import DecodeState, admit, move, state_shardings
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 IN_CACHE = PartitionSpec(None, "data")  # behind the layers, which are stacked on a mesh
-_PLACES: dict[str, Any] = dict.fromkeys(DecodeState.__dataclass_fields__, BY_SLOT)
-STATE = DecodeState(**_PLACES | {"target_cache": IN_CACHE, "context_cache": IN_CACHE})
+_STATE_SPECS: dict[str, Any] = dict.fromkeys(DecodeState.__dataclass_fields__, BY_SLOT)
+STATE = DecodeState(**_STATE_SPECS | {"target_cache": IN_CACHE, "context_cache": IN_CACHE})
+_GIVEN_SPECS: dict[str, Any] = dict.fromkeys(RoundInput.__dataclass_fields__, BY_SLOT)
+GIVEN = RoundInput(**_GIVEN_SPECS | {"temperature_G": EVERYWHERE})
 
 
 def num_shards(mesh: Mesh | None) -> int:
@@ -56,8 +58,18 @@ def round_program(
         decode_round, cfg=cfg, num_rows=num_rows, rows_per_chunk=rows_per_chunk
     )
     if mesh is not None:
-        step = _by_shard(step, mesh, (EVERYWHERE, STATE, BY_SLOT), (STATE, BY_SLOT))
+        step = _by_shard(step, mesh, (EVERYWHERE, STATE, GIVEN), (STATE, BY_SLOT))
     return jax.jit(step, donate_argnums=1)
+
+
+@functools.lru_cache(maxsize=64)
+def draft_program(cfg: RoundConfig, mesh: Mesh | None) -> Callable[..., tuple[Any, jax.Array]]:
+    """``draft_ahead(weights, state, given, steps_per_s_T)``."""
+    step = functools.partial(draft_ahead, cfg=cfg)
+    if mesh is None:
+        return jax.jit(step)
+    sharded = _by_shard(step, mesh, (EVERYWHERE, STATE, GIVEN, EVERYWHERE), BY_SLOT)
+    return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dspark_jax import sampling
 from dspark_jax.decoding import schedule, verify
+from dspark_jax.decoding.calibrate import calibrated_confidence
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
@@ -44,23 +45,17 @@ def decode_round(
     Returns:
         The state after the round and its report.
     """
-    state = state.replace(active_B=state.active_B & given.keep_B)  # type: ignore[attr-defined]
-    drafted_B, chunks = state.active_B, None
+    chunks, limits = None, state.sampling
     if given.chunks is not None:
         chunks = chunk_rows(state, given.chunks, rows_per_chunk)
-        state = begin_decoding(state, given.chunks)
-    limits = state.sampling
-    state = state.replace(sampling=_of_active(limits, state.active_B))  # type: ignore[attr-defined]
-    position_B = state.length_B - 1
-    anchor_B = jnp.take_along_axis(state.token_BS, position_B[:, None], axis=1)[:, 0]
-
+    state, drafted_B = _begin(state, given)
+    position_B, anchor_B = _anchors(state)
+    block, token_BC, verified_B = given.block, anchor_B[:, None], jnp.zeros_like(position_B)
     if cfg.num_draft:
-        block = draft(weights, state, anchor_B, position_B, cfg)
-        verified_B = plan_lengths(block, drafted_B, state.active_B, num_rows, cfg)
-        token_BC = jnp.concatenate([anchor_B[:, None], block.token_BG[:, : cfg.num_draft]], 1)
-    else:
-        block, token_BC = None, anchor_B[:, None]
-        verified_B = jnp.zeros_like(position_B)
+        block = draft(weights, state, anchor_B, position_B, cfg) if block is None else block
+        survival_BG = rank(block, drafted_B, given.temperature_G, cfg)
+        verified_B = plan_lengths(block, survival_BG, state, num_rows)
+        token_BC = jnp.concatenate([token_BC, block.token_BG[:, : cfg.num_draft]], axis=1)
     plan = verify.plan_rows(verified_B, state.active_B, num_rows, cfg.num_draft + 1)
     rows = flat_rows(token_BC, position_B, plan)
 
@@ -103,14 +98,55 @@ def decode_round(
     return state, report
 
 
-def _of_active(values: sampling.Sampling, active_B: jax.Array) -> sampling.Sampling:
-    """Idle slots are greedy without filters, so that nothing is computed for their sake."""
-    return sampling.Sampling(
+def draft_ahead(
+    weights: Weights,
+    state: DecodeState,
+    given: RoundInput,
+    steps_per_s_T: jax.Array,
+    cfg: RoundConfig,
+) -> tuple[DraftBlock, jax.Array]:
+    """The draft of a round by itself, for the causal policy: the host chooses the program of the
+    rest from the rows that Algorithm 1 asks for.
+
+    Args:
+        weights, state, given, cfg: as for :func:`decode_round`; the state is not donated.
+        steps_per_s_T: float32, of rounds of 0, 1, ... rows.
+
+    Returns:
+        The block, to be handed to the round, and int32 [1] rows of all anchors and the drafts
+        within the budget; 0 where there is no budget.
+    """
+    state, drafted_B = _begin(state, given)
+    position_B, anchor_B = _anchors(state)
+    block = draft(weights, state, anchor_B, position_B, cfg)
+    survival_BG = _before_stop(block, rank(block, drafted_B, given.temperature_G, cfg), state)
+    budget = schedule.causal_budget(survival_BG, steps_per_s_T, state.active_B)
+    num_rows = budget + jnp.sum(state.active_B, dtype=jnp.int32)
+    return block, jnp.where(budget > 0, num_rows, 0)[None]
+
+
+def _begin(state: DecodeState, given: RoundInput) -> tuple[DecodeState, jax.Array]:
+    """The state with the host's changes, and which slots can draft: those that did not begin to
+    decode just now. Idle slots are greedy without filters, so that nothing is computed for them."""
+    drafted_B = active_B = state.active_B & given.keep_B
+    state = state.replace(active_B=active_B)  # type: ignore[attr-defined]
+    if given.chunks is not None:
+        state = begin_decoding(state, given.chunks)
+        active_B = state.active_B
+    values = state.sampling
+    sampled = sampling.Sampling(
         temperature_B=jnp.where(active_B, values.temperature_B, 0),
         top_k_B=jnp.where(active_B, values.top_k_B, 0),
         top_p_B=jnp.where(active_B, values.top_p_B, 1),
         min_p_B=jnp.where(active_B, values.min_p_B, 0),
     )
+    return state.replace(sampling=sampled), drafted_B  # type: ignore[attr-defined]
+
+
+def _anchors(state: DecodeState) -> tuple[jax.Array, jax.Array]:
+    """Positions and tokens of the anchors, int32 [B] each."""
+    position_B = state.length_B - 1
+    return position_B, jnp.take_along_axis(state.token_BS, position_B[:, None], axis=1)[:, 0]
 
 
 def draft(
@@ -163,38 +199,54 @@ def _unless_greedy(
     return jax.lax.cond(jnp.all(state.sampling.temperature_B == 0), greedy, sampled, *args)
 
 
-def plan_lengths(
-    block: DraftBlock, drafted_B: jax.Array, active_B: jax.Array, num_rows: int, cfg: RoundConfig
+def rank(
+    block: DraftBlock, drafted_B: jax.Array, temperature_G: jax.Array | None, cfg: RoundConfig
 ) -> jax.Array:
-    """int32 [B]: how many drafts are verified.
+    """Survival of the drafts that the policy wants, float32 [B, K] for K = ``cfg.num_draft``; 0 for
+    all others.
 
-    Lossless by the conditions of ``decoding/schedule.py``: a threshold stops at the first slot
-    that it does not want, and slots compete for the rows by their survival.
+    Lossless by the conditions of ``decoding/schedule.py``: it never rises along a block, and a
+    threshold stops at the first slot that it does not want.
 
     Args:
         block: the drafts.
         drafted_B: bool, slots whose drafts mean something.
-        active_B: bool, slots that take a row for their anchor.
-        num_rows: rows for the anchors and drafts of all slots.
+        temperature_G: float32 of the calibration, from past rounds alone; None is 1.
         cfg: static part.
     """
     num_slots, block_size = block.token_BG.shape
+    length_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
     survival_BG = jnp.ones((num_slots, cfg.num_draft), jnp.float32)
-    if block.confidence_logit_BG is None:
-        wanted_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
-    else:
-        confidence_BG = jax.nn.sigmoid(block.confidence_logit_BG[:, : cfg.num_draft])
-        wanted_B = schedule.threshold_length(confidence_BG, cfg.threshold)
+    if block.confidence_logit_BG is not None:
+        if temperature_G is None:
+            temperature_G = jnp.ones(block_size, jnp.float32)
+        confidence_BG = calibrated_confidence(block.confidence_logit_BG, temperature_G)
+        confidence_BG = confidence_BG[:, : cfg.num_draft]
+        length_B = schedule.threshold_length(confidence_BG, cfg.threshold)
         survival_BG = schedule.prefix_survival(confidence_BG)
-    wanted_B = jnp.where(drafted_B, wanted_B, 0)
-    if num_rows >= num_slots * (cfg.num_draft + 1):
-        return wanted_B
-    wanted_BG = jnp.arange(cfg.num_draft) < wanted_B[:, None]
-    # Wanted slots stay above 0, so that none is left out while there are rows for it.
-    tiny = jnp.finfo(jnp.float32).tiny
-    survival_BG = jnp.where(wanted_BG, jnp.maximum(survival_BG, tiny), 0)
-    budget = num_rows - jnp.sum(active_B, dtype=jnp.int32)
-    return schedule.select_prefixes(survival_BG, budget, active_B)
+    wanted_BG = (jnp.arange(cfg.num_draft) < length_B[:, None]) & drafted_B[:, None]
+    # Above 0, so that no draft that is wanted is left out while there are rows for it.
+    return jnp.where(wanted_BG, jnp.maximum(survival_BG, jnp.finfo(jnp.float32).tiny), 0)
+
+
+def plan_lengths(
+    block: DraftBlock, survival_BG: jax.Array, state: DecodeState, num_rows: int
+) -> jax.Array:
+    """int32 [B]: how many drafts are verified: all that are wanted, or the best that there are rows
+    for, behind the anchors of all active slots."""
+    num_slots, num_draft = survival_BG.shape
+    if num_rows >= num_slots * (num_draft + 1):
+        return jnp.sum(survival_BG > 0, axis=1, dtype=jnp.int32)
+    budget = num_rows - jnp.sum(state.active_B, dtype=jnp.int32)
+    survival_BG = _before_stop(block, survival_BG, state)
+    return schedule.select_prefixes(survival_BG, budget, state.active_B)
+
+
+def _before_stop(block: DraftBlock, survival_BG: jax.Array, state: DecodeState) -> jax.Array:
+    """Survival without the drafts behind a drafted stop token."""
+    token_BG = block.token_BG[:, : survival_BG.shape[1]]
+    stop_BG = jnp.any(token_BG[..., None] == state.stop_id_BK[:, None], axis=-1)
+    return schedule.end_at_stop(survival_BG, stop_BG)
 
 
 def accept(

@@ -1,0 +1,150 @@
+"""How many rows the next round gets, from what the host knows: one function a policy.
+
+Condition (e) of a lossless schedule (``decoding/schedule.py``) is kept here: the confidences that
+have a part in round t are those of rounds up to t - 2, by their number; a report that happens to
+arrive earlier waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.decoding.budget import DraftSwitch, RoundCosts, bucket_for, choose_bucket
+from dspark_jax.decoding.calibrate import predicted_survival
+from dspark_jax.engine.config import Ladder
+from dspark_jax.engine.plan import Shape, Sizes
+from dspark_jax.engine.policy import Policy
+
+DELAY = 2  # rounds between a confidence and the choices that it has a part in
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A request that the round decodes, as the scheduler sees it.
+
+    Attributes:
+        shard: its data shard.
+        drafted: whether it can draft; not in its first round.
+        logit_G: float32 confidence logits, the newest that are at least two rounds old; None where
+            there are none.
+    """
+
+    shard: int
+    drafted: bool
+    logit_G: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the choice is made from.
+
+    Attributes:
+        seats: of the requests that decode.
+        fresh: whether the round two back drafted.
+        buckets: numbers of rows of a data shard that the round may have with drafts.
+        num_shards: data shards.
+        costs: seconds of every choice, over all data shards; None where the policy needs none.
+        temperature_G: of the calibration of confidences.
+        floor: tokens a second that every request shall have.
+    """
+
+    seats: Sequence[Seat]
+    fresh: bool
+    buckets: tuple[int, ...]
+    num_shards: int
+    costs: RoundCosts | None
+    temperature_G: np.ndarray
+    floor: float
+
+
+def choose_rows(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
+    """Rows of a data shard for anchors and drafts; 0 for a round without a draft.
+
+    Under the causal policy these are the most that there may be; the round's own confidences
+    decide later.
+
+    Args:
+        policy: of the engine.
+        switch: as returned for the round before; ``DraftSwitch()`` at first.
+        outlook: of the round.
+    """
+    if not policy.num_draft or not any(seat.drafted for seat in outlook.seats):
+        return switch, 0
+    if policy.kind == "causal":
+        return switch, outlook.buckets[-1]
+    if policy.kind == "delayed":
+        return _delayed(switch, outlook)
+    rows_D = np.zeros(outlook.num_shards, int)
+    for seat in outlook.seats:
+        wanted = 0
+        if seat.drafted:
+            wanted = policy.num_draft
+            if policy.threshold and seat.logit_G is not None:
+                wanted = _before_low(seat.logit_G, outlook.temperature_G, policy.threshold)
+        rows_D[seat.shard] += 1 + wanted
+    return switch, int(bucket_for(rows_D.max(), outlook.buckets))
+
+
+def _before_low(logit_G: np.ndarray, temperature_G: np.ndarray, threshold: float) -> int:
+    """Drafts before the first whose confidence lies below the threshold, as two rounds ago."""
+    confidence_G = predicted_survival(logit_G[:, None], temperature_G[:, None])[:, 0]
+    low_G = np.append(confidence_G < threshold, True)
+    return int(low_G.argmax())
+
+
+def _delayed(switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
+    assert outlook.costs is not None
+    num_slots = len(outlook.temperature_G)
+    known_B = np.array([seat.logit_G is not None for seat in outlook.seats])
+    survival_BG = np.ones((len(known_B), num_slots))
+    for row, seat in enumerate(outlook.seats):
+        if seat.logit_G is not None:
+            survival_BG[row] = _survival(seat.logit_G, outlook.temperature_G)
+    active_B = np.ones(len(known_B), bool)
+    switch, choice = choose_bucket(
+        switch,
+        survival_BG,
+        known_B,
+        outlook.fresh,
+        active_B,
+        outlook.costs,
+        min_tokens_per_s_user=outlook.floor,
+    )
+    return switch, outlook.buckets[choice - 1] if choice else 0
+
+
+def _survival(logit_G: np.ndarray, temperature_G: np.ndarray) -> np.ndarray:
+    """Survival of one request; from the first logit that is not a number on, slots count as 1."""
+    finite_G = np.cumprod(np.isfinite(logit_G)).astype(bool)
+    logit_G = np.where(finite_G, logit_G, np.inf)
+    survival_G: np.ndarray = predicted_survival(logit_G[None], temperature_G)[0]
+    return survival_G
+
+
+def round_costs(
+    seconds: Mapping[Shape, float], sizes: Sizes, num_chunks: int, ladder: Ladder, shards: int
+) -> RoundCosts:
+    """Costs of a round's choices, from the seconds of whole rounds.
+
+    They are made to grow with the rows: where noise says otherwise, the larger figure counts.
+
+    Args:
+        seconds: of every shape of :func:`~dspark_jax.engine.compiled.shapes_of`.
+        sizes: of the state.
+        num_chunks: pieces of prompts that the round reads.
+        ladder: of the engine.
+        shards: data shards; the costs count the rows of all of them.
+    """
+    num_draft = ladder.rows_per_slot[-1] - 1
+    rows = ladder.drafted_rows(sizes.slots, num_chunks)
+    undrafted_s = seconds[Shape(sizes, 0, sizes.slots, num_chunks)]
+    drafted_s = [seconds[Shape(sizes, num_draft, size, num_chunks)] for size in rows]
+    return RoundCosts(
+        buckets=tuple(shards * size for size in rows),
+        verify_s_K=tuple(np.maximum.accumulate([undrafted_s, *drafted_s])[1:].tolist()),
+        draft_s=0.0,
+        undrafted_s=undrafted_s,
+    )
