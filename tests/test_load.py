@@ -58,8 +58,7 @@ def test_bench_load_reports_every_policy_at_every_concurrency(
         assert row["tokens_per_s_user"] > 0
     plain, threshold = report["rows"]
     assert (plain["accepted_length"], plain["verification_length"]) == (1, 0)
-    assert (plain["undrafted_share"], fixed["undrafted_share"]) == (1, 0)
-    assert (fixed["accepted_length"] > 1, fixed["verification_length"]) == (True, 2)
+    assert (plain["undrafted_share"], threshold["undrafted_share"]) == (1, 0)
     assert 0 <= threshold["verification_length"] <= BLOCK
     assert all(set(row) == RATIO for key in ("to_none", "to_best") for row in report[key])
     assert [row["policy"] for row in report["to_none"]] == ["threshold:0.5"]
