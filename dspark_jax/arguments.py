@@ -18,6 +18,7 @@ examples:
   dspark generate "Why is the sky blue?"
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
+  dspark doctor --concurrency 1,8,32
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
   dspark cache estimate configs/smollm2_135m_dspark.py
   dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
@@ -48,6 +49,8 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_load(measurements, "policies against each other, with more and more requests at once")
+    _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
+    _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
     _add_cache(commands)
@@ -84,14 +87,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    """An argument of several counts."""
-    return tuple(_count(part) for part in text.split(","))
+def _counts(text: str) -> list[int]:
+    """Several of them, with commas between."""
+    return [_count(part) for part in text.split(",")]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """An argument of several names."""
-    return tuple(text.split(","))
+def _names(text: str) -> list[str]:
+    """Several names, with commas between."""
+    return text.split(",")
 
 
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -145,6 +148,29 @@ def _add_load(commands: Any, summary: str) -> None:
     add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
     _add_models(command)
     _add_limits(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_doctor(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "doctor", summary)
+    command.set_defaults(command="doctor")
+    add = command.add_argument
+    add("--concurrency", type=_counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
+        "once; default 1,8,32")  # fmt: skip
+    add("--max-new-tokens", type=_count, default=48, metavar="N", help="of each text; default 48")
+    _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_profile(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "profile", summary)
+    command.set_defaults(command="profile")
+    add = command.add_argument
+    add("--out", metavar="FILE.json", help="where the profile goes, for engines on this machine")
+    add("--slots", type=_count, default=8, metavar="N", help="of the engine; default %(default)s")
+    add("--positions", type=_count, default=1024, metavar="N", help="default %(default)s")
+    add("--replays", type=_count, default=20, metavar="N", help="default %(default)s")
+    _add_models(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "bench speed": bench_speed,
         "bench load": bench_load,
+        "profile": profile,
+        "doctor": doctor,
         "prepare": prepare,
         "train": train,
         "cache estimate": cache_estimate,
@@ -180,6 +182,31 @@ def bench_load(args: argparse.Namespace) -> int:
     if args.plot is not None:
         pictures.write_picture(pictures.draw_load(report), Path(args.plot))
     print(json.dumps(report) if args.json else load.format_load(report))
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure what the rounds of an engine cost here."""
+    decoder, _, names = _load(args)
+    from dspark_jax.engine import config, replays
+    from dspark_jax.engine import profile as costs
+
+    policy = "none" if decoder.drafter is None else "block"
+    sizes = config.EngineConfig(slots=args.slots, positions=args.positions, policy=policy)
+    found = replays.measure_profile(decoder, sizes, args.replays, names)
+    if args.out is not None:
+        costs.write_profile(Path(args.out), found)
+    print(json.dumps(costs.profile_json(found)) if args.json else costs.format_profile(found))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say whether drafts pay on this machine."""
+    decoder, _, names = _load(args)
+    from dspark_jax.evaluation.doctor import diagnose, format_report
+
+    report = diagnose(decoder, args.concurrency, args.max_new_tokens) | names
+    print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 

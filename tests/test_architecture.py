@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.decoding": NUMERICS,
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.engine": NUMERICS
-    | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "models")},
+    | {f"dspark_jax.{name}" for name in ("__version__", "checkpoint", "decoding", "models")},
     "dspark_jax.training": NUMERICS | {"dspark_jax.checkpoint", "dspark_jax.models"},
     "dspark_jax.evaluation": NUMERICS
     | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "engine", "models", "training")},

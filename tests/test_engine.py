@@ -19,6 +19,7 @@ from dspark_jax.engine.generate import generate
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.memory import plan_slots
 from dspark_jax.engine.plan import Shape, Sizes
+from dspark_jax.engine.profile import make_profile, setting_of
 from dspark_jax.engine.state import Request
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
@@ -72,8 +73,8 @@ def decoder(**which):
 def engine(poisoned=False, smooth=None, **changes):
     """One engine for all tests that want the same."""
     models = decoder(poisoned=True) if poisoned else decoder()
-    seconds = None if smooth is None else costs(smooth)
-    return Engine(models, dataclasses.replace(CONFIG, **changes), seconds=seconds)
+    profile = None if smooth is None else costs(smooth)
+    return Engine(models, dataclasses.replace(CONFIG, **changes), profile)
 
 
 def requests(count=10, max_new_tokens=12, **fields):
@@ -102,11 +103,12 @@ def expected(acceptance="coupled"):
 def costs(smooth):
     """Seconds of the rounds of CONFIG, as if larger ones were hardly dearer, or much."""
     sizes = Sizes(4, 64)
-    return {
+    seconds = {
         Shape(sizes, num_draft, rows, chunks): 1 + chunks + num_draft / 10 + rows / smooth
         for chunks in (0, 2)
         for num_draft, rows in ((0, 4), (3, 8), (3, 16))
     }
+    return make_profile(setting_of(decoder(), CONFIG.chunk_rows), seconds, {sizes: 0.3})
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,8 @@ def test_eight_devices_give_the_text_of_one(sizes, policy, acceptance, emulated_
         for num_draft, rows in ((0, 1), (3, 2), (3, 4))
     }
     sharded = make_decoder(*models(), tokenizer=Letters(), mesh=make_mesh(*sizes))
-    served = Engine(sharded, config, seconds=seconds)
+    profile = make_profile(setting_of(sharded, config.chunk_rows), seconds, {shape: 0.1})
+    served = Engine(sharded, config, profile)
     fields = {"temperature": 0.0} if acceptance == "rejection" else {}
     streams = [served.submit(request) for request in requests(**fields)]
     served.run()

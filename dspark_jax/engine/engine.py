@@ -13,7 +13,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,14 +24,16 @@ from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
-from dspark_jax.engine.memory import check_memory
+from dspark_jax.engine.drift import Drift
+from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights, replace_weights
+from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes
 from dspark_jax.engine.policy import make_policy
-from dspark_jax.engine.profile import measure_rounds
+from dspark_jax.engine.profile import Profile
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import Reader
-from dspark_jax.engine.scheduler import DELAY, Outlook, Seat, choose_rows, round_costs
+from dspark_jax.engine.replays import profile_for
+from dspark_jax.engine.scheduler import DELAY, Outlook, Seat, choose_rows
 from dspark_jax.engine.seats import Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, Request, slot_values
 from dspark_jax.engine.stream import Stream
@@ -47,7 +49,8 @@ class InFlight:
 
     number: int
     report: RoundReport
-    columns: int
+    shape: Shape
+    steady: bool
     members: tuple[tuple[Tenant, int, bool], ...]
 
 
@@ -61,8 +64,8 @@ class Engine:
         self,
         decoder: Decoder,
         config: EngineConfig,
+        profile: Profile | None = None,
         *,
-        seconds: Mapping[Shape, float] | None = None,
         temperature_G: np.ndarray | None = None,
     ) -> None:
         """Allocate the smallest state; :meth:`compile` compiles all programs ahead.
@@ -70,25 +73,21 @@ class Engine:
         Args:
             decoder: weights, tokenizer and mesh.
             config: sizes and policy.
-            seconds: of all rounds, for policies that weigh them; None compiles everything and
-                measures it, where the policy asks for it.
+            profile: of the rounds, for policies that weigh their seconds, and of no use to others;
+                None compiles everything and measures a short one.
             temperature_G: float, of the calibration of confidences; None leaves them as they are.
 
         Raises:
-            ValueError: the sizes do not fit the models, the mesh or the memory.
+            ValueError: the sizes do not fit the models, the mesh or the memory, or the profile
+                belongs to something else.
         """
         self.config = config
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":  # no features are extracted either
             decoder = replace(decoder, weights=Weights(decoder.weights.target), drafter=None)
-        if config.positions > decoder.target.max_positions:
-            raise ValueError(
-                f"positions is {config.positions}, but the target's context ends at "
-                f"{decoder.target.max_positions}: give at most that"
-            )
         self._shards = num_shards(decoder.mesh)
         self._ladder = make_ladder(config, self.policy, self._shards)
-        check_memory(decoder, config, self._ladder)
+        check_sizes(decoder, config, self._ladder)
         self._weights, self._tokenizer = decoder.weights, decoder.tokenizer
         self._max_positions = decoder.target.max_positions
         self._programs = Programs(decoder, config, self.policy, self._ladder)
@@ -96,9 +95,10 @@ class Engine:
         self._state: DecodeState | None = self._programs.new_state(self._sizes)
         block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
         self._temperature_G = np.ones(block_size) if temperature_G is None else temperature_G
-        self._seconds = seconds
-        if self.policy.needs_seconds and seconds is None:
-            self._seconds = measure_rounds(self._programs, self._weights)
+        self._profile = self._drift = None
+        if self.policy.needs_seconds:
+            self._profile = profile_for(self._programs, self._weights, profile)
+            self._drift = Drift(self._profile)
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
@@ -165,8 +165,7 @@ class Engine:
             while len(self._in_flight) >= IN_FLIGHT:
                 self._read_oldest()
             if self._in_flight and not self._next_round_is_needed():
-                while self._in_flight:
-                    self._read_oldest()
+                self.settle()
             plan = self._make_plan()
             if plan is not None:
                 self._launch(plan)
@@ -176,6 +175,12 @@ class Engine:
         """Serve until every request is over."""
         while self.step():
             pass
+
+    def settle(self) -> None:
+        """Wait for the rounds in flight and read them."""
+        with self._lock:
+            while self._in_flight:
+                self._read_oldest()
 
     def update_params(self, weights: Weights) -> None:
         """Other weights from the next round on, without a new compilation.
@@ -188,10 +193,7 @@ class Engine:
         if self.policy.kind == "none":
             weights = Weights(weights.target)
         with self._lock:
-            old: Any = jax.tree.structure(self._weights)
-            if old != jax.tree.structure(weights):
-                raise ValueError("the new weights have another structure: load the same models")
-            self._weights = jax.tree.map(_in_place_of, self._weights, weights)
+            self._weights = replace_weights(self._weights, weights)
 
     def close(self) -> None:
         """Cancel everything and give the memory back."""
@@ -212,9 +214,11 @@ class Engine:
         """Take in the report of the oldest round in flight."""
         done = self._in_flight.popleft()
         report = jax.device_get(done.report)
+        if self._drift is not None:
+            self._drift.read(done.shape, done.steady)
         logits: dict[int, np.ndarray] = {}
         for tenant, slot, first in done.members:
-            tenant.pending -= done.columns
+            tenant.pending -= done.shape.num_draft + 1
             if report.generation_B[slot] != tenant.generation or tenant.stream.finished:
                 continue
             tenant.length = int(report.length_B[slot])
@@ -315,9 +319,8 @@ class Engine:
             if tenant.decoding
         ]
         costs = None
-        if self._seconds is not None:
-            sizes = self._sizes, num_chunks
-            costs = round_costs(self._seconds, *sizes, self._ladder, self._shards)
+        if self._profile is not None:
+            costs = self._profile.costs(self._sizes, num_chunks, self._shards)
         rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
         floor = self.config.min_tokens_per_s_user
         return Outlook(seats, fresh, rows, self._shards, costs, self._temperature_G, floor)
@@ -355,16 +358,17 @@ class Engine:
             if tenant.decoding:
                 tenant.pending += columns
                 members.append((tenant, tenant.slot, tenant.slot in beginning))
-        self._in_flight.append(InFlight(plan.number, report, columns, tuple(members)))
+        steady = bool(self._in_flight) and not (plan.moves or plan.admissions)
+        self._in_flight.append(InFlight(plan.number, report, shape, steady, tuple(members)))
 
     def _draft_ahead(
         self, state: DecodeState, given: RoundInput, shape: Shape
     ) -> tuple[Shape, RoundInput]:
         """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
         where the host waits for the device."""
-        assert self._seconds is not None
+        assert self._profile is not None
         size, chunks = shape.sizes, shape.num_chunks
-        costs = round_costs(self._seconds, size, chunks, self._ladder, 1)
+        costs = self._profile.costs(size, chunks)
         steps_per_s_T = self._programs.put(steps_per_s(costs))
         draft = self._programs.draft(size, chunks)
         block, wanted_D = draft(self._weights, state, given, steps_per_s_T)
@@ -381,12 +385,3 @@ class Engine:
             task = asyncio.create_task(asyncio.to_thread(self.step))
             self._stepping = task
         await asyncio.shield(task)
-
-
-def _in_place_of(old: jax.Array, new: jax.Array) -> jax.Array:
-    if (old.shape, old.dtype) != (new.shape, new.dtype):
-        raise ValueError(
-            f"the new weights have an array {new.dtype}{list(new.shape)} in the place of "
-            f"{old.dtype}{list(old.shape)}: load the same models in the same dtype"
-        )
-    return jax.device_put(new, old.sharding)

@@ -28,6 +28,7 @@ def generate(
     threshold: float = 0.0,
     acceptance: Literal["rejection", "coupled"] = "rejection",
     on_text: Callable[[int, str], None] | None = None,
+    on_round: Callable[[RoundReport], None] | None = None,
 ) -> list[Generation]:
     """Continue a batch of prompts of different lengths, all decoded together.
 
@@ -38,6 +39,7 @@ def generate(
         threshold: see ``RoundConfig``; 0 verifies ``num_draft`` always.
         acceptance: see ``RoundConfig``.
         on_text: called with (request, new text) as text is verified.
+        on_round: called with the report of every round, in numpy.
 
     Returns:
         One result a request, in their order.
@@ -66,6 +68,8 @@ def generate(
 
     def read(report: RoundReport, first: bool) -> None:
         report = jax.device_get(report)
+        if on_round is not None:
+            on_round(report)
         for slot, reader in enumerate(readers):
             text = reader.read(report, slot, first)
             if text and on_text is not None:

@@ -45,6 +45,28 @@ class Weights:
     vocab: Vocab | None = None
 
 
+def replace_weights(old: Weights, new: Weights) -> Weights:
+    """New weights where the old ones lie.
+
+    Raises:
+        ValueError: shapes, dtypes or structure differ.
+    """
+    structure: Any = jax.tree.structure(old)
+    if structure != jax.tree.structure(new):
+        raise ValueError("the new weights have another structure: load the same models")
+    placed: Weights = jax.tree.map(_in_place_of, old, new)
+    return placed
+
+
+def _in_place_of(old: jax.Array, new: jax.Array) -> jax.Array:
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        raise ValueError(
+            f"the new weights have an array {new.dtype}{list(new.shape)} in the place of "
+            f"{old.dtype}{list(old.shape)}: load the same models in the same dtype"
+        )
+    return jax.device_put(new, old.sharding)
+
+
 @struct.dataclass
 class Chunks:
     """Pieces of prompts that a round reads beside decoding.

@@ -34,12 +34,18 @@ def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
     return state_bytes(slots, positions) + max(smaller, default=0) + logits
 
 
-def check_memory(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> None:
-    """Refuse an engine that does not fit, before anything is allocated.
+def check_sizes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> None:
+    """Refuse an engine that does not fit its target or the memory, before anything is allocated.
 
     Raises:
-        ValueError: says how many bytes are needed and how many slots would fit.
+        ValueError: says how many positions the target has, or how many bytes are needed and how
+            many slots would fit.
     """
+    if config.positions > decoder.target.max_positions:
+        raise ValueError(
+            f"positions is {config.positions}, but the target's context ends at "
+            f"{decoder.target.max_positions}: give at most that"
+        )
     if not config.memory_bytes:
         return
     needed = engine_bytes(decoder, config, ladder)

@@ -7,15 +7,13 @@ arrive earlier waits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dspark_jax.decoding.budget import DraftSwitch, RoundCosts, bucket_for, choose_bucket
 from dspark_jax.decoding.calibrate import predicted_survival
-from dspark_jax.engine.config import Ladder
-from dspark_jax.engine.plan import Shape, Sizes
 from dspark_jax.engine.policy import Policy
 
 DELAY = 2  # rounds between a confidence and the choices that it has a part in
@@ -122,29 +120,3 @@ def _survival(logit_G: np.ndarray, temperature_G: np.ndarray) -> np.ndarray:
     logit_G = np.where(finite_G, logit_G, np.inf)
     survival_G: np.ndarray = predicted_survival(logit_G[None], temperature_G)[0]
     return survival_G
-
-
-def round_costs(
-    seconds: Mapping[Shape, float], sizes: Sizes, num_chunks: int, ladder: Ladder, shards: int
-) -> RoundCosts:
-    """Costs of a round's choices, from the seconds of whole rounds.
-
-    They are made to grow with the rows: where noise says otherwise, the larger figure counts.
-
-    Args:
-        seconds: of every shape of :func:`~dspark_jax.engine.compiled.shapes_of`.
-        sizes: of the state.
-        num_chunks: pieces of prompts that the round reads.
-        ladder: of the engine.
-        shards: data shards; the costs count the rows of all of them.
-    """
-    num_draft = ladder.rows_per_slot[-1] - 1
-    rows = ladder.drafted_rows(sizes.slots, num_chunks)
-    undrafted_s = seconds[Shape(sizes, 0, sizes.slots, num_chunks)]
-    drafted_s = [seconds[Shape(sizes, num_draft, size, num_chunks)] for size in rows]
-    return RoundCosts(
-        buckets=tuple(shards * size for size in rows),
-        verify_s_K=tuple(np.maximum.accumulate([undrafted_s, *drafted_s])[1:].tolist()),
-        draft_s=0.0,
-        undrafted_s=undrafted_s,
-    )

@@ -8,7 +8,6 @@ compilation happens before the clock starts.
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import string
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.generate import PREFILL_ROWS, generate
 from dspark_jax.engine.inputs import RoundConfig
+from dspark_jax.engine.profile import device_name
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
@@ -247,16 +247,6 @@ def accept_rates(results: Sequence[Generation], num_draft: int) -> list[float | 
         round(float(hits / tries), 4) if tries else None
         for hits, tries in zip(accepted, decided, strict=True)
     ]
-
-
-def device_name() -> str:
-    """The device that computes; of a CPU, how many cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return str(device.device_kind)
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count()
-    return f"cpu, {cores} cores"
 
 
 def format_report(report: Mapping[str, Any]) -> str:

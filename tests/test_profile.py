@@ -1,0 +1,272 @@
+"""Cost profiles: what they promise, what they refuse, and how engines use them."""
+
+import dataclasses
+import functools
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.drift import WINDOW, Drift
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.plan import Shape, Sizes
+from dspark_jax.engine.profile import (
+    Profile,
+    make_profile,
+    read_profile,
+    setting_of,
+    write_profile,
+)
+from dspark_jax.engine.replays import measure_profile
+from dspark_jax.engine.state import Request
+from dspark_jax.models.deepspec import bind_vocab
+from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.target import declare_target
+from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params
+
+SMALL, LARGE = Sizes(2, 64), Sizes(2, 128)
+ROWS, CHUNKS = (4, 6, 8), (0, 1, 4)
+CONFIG = EngineConfig(
+    slots=2,
+    positions=40,
+    policy="delayed",
+    chunk_rows=8,
+    chunk_buckets=(1,),
+    slot_buckets=(2,),
+    row_buckets=(4,),
+    position_buckets=(64,),
+)
+
+
+@functools.cache
+def decoder():
+    target, drafter = random_params(20, declare_target(TARGET)), declare_drafter(DRAFTER)
+    target, drafter = jax.tree.map(jnp.asarray, (target, random_params(21, drafter)))
+    vocab = bind_vocab(DRAFTER, None, TARGET, target.vocab)
+    return make_decoder((TARGET, target), (DRAFTER, drafter, vocab))
+
+
+@functools.cache
+def measured():
+    return measure_profile(decoder(), CONFIG, replays=2)
+
+
+def shapes():
+    """Of an engine that drafts: all rows without chunks, the most of them with chunks."""
+    for sizes in (SMALL, LARGE):
+        for chunks in CHUNKS:
+            yield Shape(sizes, 0, sizes.slots, chunks)
+            for rows in ROWS[-1:] if chunks else ROWS:
+                yield Shape(sizes, BLOCK, rows, chunks)
+
+
+def steady(shape):
+    """Seconds that grow with everything."""
+    drafted = 0.25 if shape.num_draft else 0.0
+    return shape.num_rows + shape.sizes.positions / 64 + shape.num_chunks + drafted
+
+
+def example(seconds=steady, draft_s=0.5):
+    drafts = {SMALL: draft_s, LARGE: draft_s}
+    return make_profile({"device": "abacus"}, {shape: seconds(shape) for shape in shapes()}, drafts)
+
+
+def test_costs_are_the_measured_seconds_of_whole_rounds():
+    profile = example()
+    costs = profile.costs(LARGE)
+    assert costs.buckets == ROWS
+    assert costs.draft_s == 0.5
+    drafted = [costs.draft_s + verify for verify in costs.verify_s_K]
+    assert drafted == [steady(Shape(LARGE, BLOCK, rows, 0)) for rows in ROWS]
+    assert costs.undrafted_s == steady(Shape(LARGE, 0, 2, 0))
+    with_chunks = profile.costs(SMALL, num_chunks=4, num_shards=2)
+    assert with_chunks.buckets == (2 * ROWS[-1],)
+    assert with_chunks.undrafted_s == steady(Shape(SMALL, 0, 2, 4))
+    with pytest.raises(KeyError):
+        profile.costs(Sizes(3, 64))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_larger_round_never_costs_less(seed):
+    rng = np.random.default_rng(seed)
+    noisy = example(lambda shape: steady(shape) * rng.lognormal(sigma=0.5), draft_s=20.0)
+    for sizes in (SMALL, LARGE):
+        costs = [noisy.costs(sizes, chunks) for chunks in CHUNKS]
+        for cost in costs:
+            seconds = [cost.undrafted_s, *(cost.draft_s + v for v in cost.verify_s_K)]
+            assert seconds == sorted(seconds)
+            assert min(cost.verify_s_K) >= costs[0].undrafted_s > 0
+        undrafted = [cost.undrafted_s for cost in costs]
+        assert undrafted == sorted(undrafted)
+    for shape, seconds in noisy.round_s.items():
+        if shape.sizes == SMALL:
+            assert seconds <= noisy.round_s[dataclasses.replace(shape, sizes=LARGE)]
+    assert make_profile(noisy.setting, noisy.round_s, noisy.draft_s) == noisy
+
+
+def test_noise_is_spread_to_both_sides():
+    """Neither the lucky nor the unlucky one of two rounds is believed."""
+    low, high = Shape(SMALL, 0, 2, 0), Shape(SMALL, 0, 2, 1)
+    profile = make_profile({}, {low: 3.0, high: 1.0}, {})
+    assert profile.round_s == {low: 2.0, high: 2.0}
+
+
+def test_a_profile_survives_its_file(tmp_path):
+    path = tmp_path / "new" / "profile.json"
+    rng = np.random.default_rng(0)
+    for profile in (example(lambda shape: rng.random() + 1e-9), measured()):
+        write_profile(path, profile)
+        assert read_profile(path) == profile
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def broken_files():
+    def change(*path, value=None, drop=False):
+        def apply(content):
+            for key in path[:-1]:
+                content = content[key]
+            if drop:
+                del content[path[-1]]
+            else:
+                content[path[-1]] = value
+
+        return apply
+
+    yield change("format", value=2), "format"
+    yield change("setting", value=[]), "setting"
+    yield change("rounds", value={}), "rounds"
+    yield change("rounds", 0, value=3), r"rounds\[0\]"
+    yield change("rounds", 1, "num_rows", drop=True), r"rounds\[1\] needs"
+    yield change("rounds", 1, "more", value=1), r"rounds\[1\] needs"
+    for value in (-1, 1.5, True, "4", None, 2**40):
+        yield change("rounds", 2, "num_rows", value=value), r"rounds\[2\]: num_rows"
+    for value in (0, -1.0, "1", True, None, float("nan"), float("inf"), 10**400):
+        yield change("rounds", 2, "seconds", value=value), r"rounds\[2\]: seconds"
+    yield change("rounds", 2, "slots", value=0), r"rounds\[2\]: slots"
+    yield change("rounds", 1, "num_draft", value=2), "several num_draft"
+    yield change("drafts", 0, "seconds", value=-1e-9), r"drafts\[0\]: seconds"
+    yield change("drafts", 0, drop=True), "same sizes"
+    yield change("drafts", 0, "slots", value=9), "same sizes"
+    yield change("drafts", 0, "positions", value=128), "two entries"
+    yield change("rounds", 0, drop=True), "no undrafted"
+
+
+@pytest.mark.parametrize("case", range(len(list(broken_files()))))
+def test_a_damaged_file_is_refused(case, tmp_path):
+    change, expected = list(broken_files())[case]
+    path = tmp_path / "profile.json"
+    write_profile(path, example())
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=expected) as refusal:
+        read_profile(path)
+    assert str(path) in str(refusal.value)
+    assert "dspark profile" in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "[", "3", "null", "\0", "[" * 100_000, '{"format": 1}'])
+def test_a_file_of_something_else_is_refused(text, tmp_path):
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ValueError, match=r"profile\.json"):
+        read_profile(tmp_path / "profile.json")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_profile(tmp_path / "profile.json")
+
+
+def test_a_profile_of_something_else_is_refused():
+    setting = setting_of(decoder(), CONFIG.chunk_rows)
+    seen = dict.fromkeys(("device", "mesh", "dtype", "jax", "dspark_jax", "chunk_rows"))
+    seen |= dict.fromkeys(("target.num_layers", "drafter.markov_rank"))
+    assert seen.keys() <= setting.keys()
+    profile = Profile(setting | {"target": "somebody"}, measured().round_s, measured().draft_s)
+    assert profile.part(setting, profile.round_s) == profile
+    for field in seen:
+        other = Profile(setting | {field: "other"}, profile.round_s, profile.draft_s)
+        with pytest.raises(ValueError, match=rf"its {field} is 'other'.*dspark profile"):
+            Engine(decoder(), CONFIG, other)
+    with pytest.raises(ValueError, match="its target is 'somebody' and not 'me'"):
+        profile.part({"target": "me"}, ())
+    with pytest.raises(ValueError, match="no rounds of 2 slots x 128 positions"):
+        Engine(decoder(), dataclasses.replace(CONFIG, position_buckets=(128,)), profile)
+
+
+def test_an_engine_gets_the_sizes_that_it_has():
+    """With others among them, the choice of a round would name rows that are not compiled."""
+    mine = [shape for shape in shapes() if shape.sizes == SMALL and shape.num_rows != 6]
+    part = example().part({}, mine)
+    assert list(part.round_s) == mine
+    assert part.costs(SMALL).buckets == (4, 8)
+    assert set(part.draft_s) == {SMALL}
+
+
+@pytest.mark.parametrize("policy", ["delayed", pytest.param("causal", marks=pytest.mark.full)])
+def test_every_round_of_the_engine_is_measured(policy):
+    profile = (
+        measured()
+        if policy == "delayed"
+        else measure_profile(decoder(), dataclasses.replace(CONFIG, policy=policy), replays=1)
+    )
+    expected = [Shape(SMALL, 0, 2, chunks) for chunks in (0, 1)]
+    expected += [Shape(SMALL, BLOCK, 8, chunks) for chunks in (0, 1)]
+    assert set(profile.round_s) == set(expected)
+    assert profile.costs(SMALL).buckets == (8,)
+    assert profile.setting == setting_of(decoder(), CONFIG.chunk_rows)
+
+
+def test_an_engine_works_with_a_profile_and_without(caplog):
+    requests = [Request([1, 2, 3 + n], max_new_tokens=20) for n in range(3)]
+    texts = []
+    for profile in (None, measured()):
+        engine = Engine(decoder(), CONFIG, profile)
+        streams = [engine.submit(request) for request in requests]
+        engine.run()
+        texts.append([stream.result.token_ids for stream in streams])
+    assert texts[0] == texts[1]
+
+
+def lap(drift, shape, seconds, rounds=WINDOW, now_s=0.0):
+    for number in range(1, rounds + 1):
+        drift.read(shape, True, now_s + number * seconds)
+    return now_s + rounds * seconds
+
+
+def test_rounds_that_take_as_long_as_predicted_are_logged(caplog):
+    caplog.set_level(logging.INFO, "dspark_jax")
+    shape = Shape(SMALL, BLOCK, 4, 0)
+    drift = Drift(example())
+    lap(drift, shape, 1.1 * steady(shape), rounds=3 * WINDOW)
+    assert drift.actual_s() == {shape: pytest.approx(1.1 * steady(shape))}
+    messages = [record.getMessage() for record in caplog.records]
+    expected = "rounds of 2 slots x 64 positions, 4 rows drafted, 0 chunks: 5250.00 ms predicted"
+    assert len(messages) == 2  # after 64 and 128 rounds
+    assert all(message.startswith(expected) for message in messages)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_a_drift_warns_once(factor, caplog):
+    drift = Drift(example())
+    now_s = 0.0
+    for shape in list(shapes())[:3]:
+        now_s = lap(drift, shape, factor * steady(shape), now_s=now_s)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "dspark profile" in caplog.text
+
+
+def test_rounds_that_were_not_alone_do_not_count(caplog):
+    shape = Shape(SMALL, 0, 2, 0)
+    drift = Drift(example())
+    for number in range(4 * WINDOW):
+        drift.read(shape, False, number)
+    assert drift.actual_s() == {}
+    lap(drift, shape, steady(shape), now_s=float(4 * WINDOW - 1))
+    assert drift.actual_s() == {shape: pytest.approx(steady(shape))}
+    assert caplog.records == []
