@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 # What the packaged drafter does best with; other drafters verify the whole block.
 DEFAULT_POLICY = "threshold:0.25"
+LOADS = "1,2,4,8,16,32,64"
+LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
@@ -43,9 +45,10 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
-    bench = _add_command(commands, "bench", "measure; the measurement is speed")
+    bench = _add_command(commands, "bench", "measure speed, alone or under load")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
@@ -89,6 +92,11 @@ def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    """Several names, with commas between."""
+    return text.split(",")
+
+
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
@@ -118,17 +126,28 @@ def _add_speed(commands: Any, summary: str) -> None:
     command = _add_command(commands, "speed", summary)
     command.set_defaults(command="bench speed")
     add = command.add_argument
-    add(
-        "--prompts",
-        action="append",
-        required=True,
-        metavar="FILE.jsonl",
-        help="as for generate; several files are reported together and each by itself",
-    )
-    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    _add_prompt_files(command)
     add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
     _add_models(command)
     _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_load(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "load", summary)
+    command.set_defaults(command="bench load")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add("--concurrency", type=_counts, default=LOADS, metavar="N,N,...", help="clients that each "
+        "have one request under way (default: %(default)s)")  # fmt: skip
+    add("--policies", type=_names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
+        "length beyond the block is the whole block (default: %(default)s)")  # fmt: skip
+    add("--requests", type=_count, default=2, metavar="N", dest="requests_per_client",
+        help="of each client, on average (default %(default)s)")  # fmt: skip
+    add("--repeats", type=_count, default=5, metavar="N", help="default %(default)s")
+    add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
+    _add_models(command)
+    _add_limits(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -232,6 +251,13 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
 
 
+def _add_prompt_files(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
+        help="as for generate; may be repeated")  # fmt: skip
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+
+
 def _add_models(command: argparse.ArgumentParser) -> None:
     _add_target(command)
     command.add_argument(
@@ -260,6 +286,11 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
         f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
     )
+    _add_limits(command)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")

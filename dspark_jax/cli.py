@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "generate": generate,
         "bench speed": bench_speed,
+        "bench load": bench_load,
         "profile": profile,
         "doctor": doctor,
         "prepare": prepare,
@@ -155,11 +156,7 @@ def bench_speed(args: argparse.Namespace) -> int:
     """Measure decoding with drafts against plain decoding."""
     if _drafter(args) == "none":
         raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    stems = [Path(path).stem for path in args.prompts]
-    labels = stems if len(set(stems)) == len(stems) else args.prompts
-    files = zip(labels, args.prompts, strict=True)
-    sets = {label: read_prompts(path, args.limit) for label, path in files}
-    limits = _limits(args)
+    sets, limits = _prompt_sets(args), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import speed
 
@@ -167,6 +164,24 @@ def bench_speed(args: argparse.Namespace) -> int:
     options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
     report = speed.bench_speed(decoder, sets, limits, **options, **_policy(args)) | names
     print(json.dumps(report) if args.json else speed.format_report(report))
+    return 0
+
+
+def bench_load(args: argparse.Namespace) -> int:
+    """Measure policies under load."""
+    if _drafter(args) == "none":
+        raise ValueError("bench load compares policies of drafting: give --drafter")
+    sets, limits = _prompt_sets(args), _limits(args)
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import load, pictures
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client", "acceptance")
+    options = {name: getattr(args, name) for name in given}
+    report = load.bench_load(decoder, sets, limits, **options) | names
+    if args.plot is not None:
+        pictures.write_picture(pictures.draw_load(report), Path(args.plot))
+    print(json.dumps(report) if args.json else load.format_load(report))
     return 0
 
 
@@ -344,6 +359,14 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     if not text.strip():
         raise ValueError(f"{origin}: the prompt is empty: write some text")
     return [Prompt(text, origin)]
+
+
+def _prompt_sets(args: argparse.Namespace) -> dict[str, list[Prompt]]:
+    """The prompts of several files, by the files' names."""
+    stems = [Path(path).stem for path in args.prompts]
+    labels = stems if len(set(stems)) == len(stems) else args.prompts
+    files = zip(labels, args.prompts, strict=True)
+    return {label: read_prompts(path, args.limit) for label, path in files}
 
 
 def _limits(args: argparse.Namespace) -> Request:
