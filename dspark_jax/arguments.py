@@ -19,6 +19,7 @@ examples:
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark doctor --concurrency 1,8,32
+  dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
   dspark cache estimate configs/smollm2_135m_dspark.py
   dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
@@ -45,9 +46,10 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
-    bench = _add_command(commands, "bench", "measure speed, alone or under load")
+    bench = _add_command(commands, "bench", "measure speed and acceptance")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
@@ -130,6 +132,24 @@ def _add_speed(commands: Any, summary: str) -> None:
     add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
     _add_models(command)
     _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_acceptance(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "acceptance", summary)
+    command.set_defaults(command="bench acceptance")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add(
+        "--temperature",
+        type=float,
+        action="append",
+        metavar="F",
+        help="may be repeated (default: 0 and 1)",
+    )
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    _add_models(command)
+    _add_rule(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -290,9 +310,15 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
 
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
+    )
+    _add_rule(command)
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
-    add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add(
         "--acceptance",

@@ -27,7 +27,7 @@ import platformdirs
 import dspark_jax
 from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.evaluation.prompts import Prompt, read_prompts
+from dspark_jax.evaluation.prompts import Prompt, read_prompt_sets, read_prompts
 
 if TYPE_CHECKING:
     from dspark_jax.engine.decoder import Decoder
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench load": bench_load,
         "profile": profile,
         "doctor": doctor,
+        "bench acceptance": bench_acceptance,
         "prepare": prepare,
         "train": train,
         "cache estimate": cache_estimate,
@@ -156,7 +157,7 @@ def bench_speed(args: argparse.Namespace) -> int:
     """Measure decoding with drafts against plain decoding."""
     if _drafter(args) == "none":
         raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    sets, limits = _prompt_sets(args), _limits(args)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import speed
 
@@ -167,11 +168,34 @@ def bench_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_acceptance(args: argparse.Namespace) -> int:
+    """Measure how many drafts the target keeps."""
+    if _drafter(args) == "none":
+        raise ValueError("bench acceptance measures a drafter: give --drafter")
+    sets = read_prompt_sets(args.prompts, args.limit)
+    temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
+    limits = [_limits(args, temperature=temperature) for temperature in temperatures]
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import acceptance
+
+    report = names | acceptance.bench_acceptance(
+        decoder,
+        sets,
+        dataclasses.replace(limits[0], stop_ids=stop_ids),
+        temperatures,
+        seed=args.seed,
+        batch=args.batch,
+        acceptance=args.acceptance,
+    )
+    print(json.dumps(report) if args.json else acceptance.format_report(report))
+    return 0
+
+
 def bench_load(args: argparse.Namespace) -> int:
     """Measure policies under load."""
     if _drafter(args) == "none":
         raise ValueError("bench load compares policies of drafting: give --drafter")
-    sets, limits = _prompt_sets(args), _limits(args)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import load, pictures
 
@@ -361,21 +385,13 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return [Prompt(text, origin)]
 
 
-def _prompt_sets(args: argparse.Namespace) -> dict[str, list[Prompt]]:
-    """The prompts of several files, by the files' names."""
-    stems = [Path(path).stem for path in args.prompts]
-    labels = stems if len(set(stems)) == len(stems) else args.prompts
-    files = zip(labels, args.prompts, strict=True)
-    return {label: read_prompts(path, args.limit) for label, path in files}
-
-
-def _limits(args: argparse.Namespace) -> Request:
+def _limits(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
     from dspark_jax.engine.state import Request
     from pallas_kernels import random
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
     request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
     request.check(max_positions=2)
     random.seed_key(args.seed)

@@ -426,6 +426,7 @@ def test_help_and_usage_errors_need_no_jax():
         ["nothing"],
         ["train"],
         ["bench", "speed"],
+        ["bench", "acceptance"],
         ["prepare"],
         ["prepare", "p.jsonl"],
         ["cache"],

@@ -63,6 +63,11 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     """Metrics as JSON numbers and lists, rounded to 6 digits."""
     return {
