@@ -15,13 +15,15 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from dspark_jax.engine.generate import Decoder, Generation, generate
+from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.generate import generate
+from dspark_jax.engine.profile import device_name
+from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import (
     Decode,
     accept_rates,
-    device_name,
     fill_up,
     format_rates,
     make_requests,

@@ -27,11 +27,12 @@ from tqdm import tqdm
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.profile import device_name
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.speed import device_name, make_requests
+from dspark_jax.evaluation.speed import make_requests
 
 logger = logging.getLogger(__name__)
 
