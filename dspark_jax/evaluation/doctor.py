@@ -57,7 +57,7 @@ PROMPTS = (
 )
 REPLAYS = 5  # of the profile
 PAIRS = 6  # stretches of text that both engines decode in turns, at each concurrency
-ROUNDS = 256  # of a replayed policy
+ROUNDS = 512  # of a replayed policy
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _delayed_per_s(samples: Sequence[Sample], costs: RoundCosts) -> float:
         tokens += np.minimum(accepted_B, length_B).sum()
         seconds += costs.draft_s + costs.verify_s_K[choice - 1]
         drafts.append(survival_BG)
-    return tokens / seconds
+    return float(tokens / seconds)
 
 
 _select = jax.jit(schedule.select_prefixes)
