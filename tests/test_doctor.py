@@ -28,7 +28,7 @@ def costs(draft_s, row_s, requests=2):
 
 def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
     samples = [sample([0, 1, 2, 3], 0.5), sample([3, 3], 0.9)]
-    found = predict_speedups(samples, costs(0.25, 0.125), num_slots=2, plain_s=0.9)
+    found = predict_speedups(samples, costs(0.25, 0.125), plain_s=0.9)
     for length, drafts in ((1, 0.75 + 1), (2, 1.25 + 2), (3, 1.5 + 3)):
         tokens_per_s = (2 + drafts) / (0.25 + 1 + 0.125 * 2 * length)
         assert found[f"fixed:{length}"] == pytest.approx(tokens_per_s * 0.9 / 2)
@@ -37,7 +37,7 @@ def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
 
 def test_drafts_that_are_good_and_cheap_are_all_verified():
     samples = [sample([BLOCK] * 5, 0.99)] * 2
-    found = predict_speedups(samples, costs(0.1, 0.01), num_slots=2, plain_s=1.0)
+    found = predict_speedups(samples, costs(0.1, 0.01), plain_s=1.0)
     assert found["delayed"] == pytest.approx(found["fixed:3"])
     assert found["fixed:3"] > max(3, found["fixed:2"], found["fixed:1"])
 
@@ -45,7 +45,7 @@ def test_drafts_that_are_good_and_cheap_are_all_verified():
 def test_drafts_that_are_bad_or_dear_are_hardly_made():
     samples = [sample([0] * 5, 0.05)] * 2
     for expensive in (costs(0.5, 0.01), costs(0.1, 0.5)):
-        found = predict_speedups(samples, expensive, num_slots=2, plain_s=1.0)
+        found = predict_speedups(samples, expensive, plain_s=1.0)
         fixed = max(speedup for policy, speedup in found.items() if policy != "delayed")
         assert fixed < 0.92
         assert 0.9 < found["delayed"] <= 1  # the rest are probes
@@ -54,7 +54,7 @@ def test_drafts_that_are_bad_or_dear_are_hardly_made():
 def test_a_mixture_is_better_than_any_fixed_length():
     """Whose drafts are good gets the rows of whose are not."""
     samples = [sample([BLOCK] * 4, 0.97), sample([0] * 4, 0.03)]
-    found = predict_speedups(samples, costs(0.05, 0.2), num_slots=2, plain_s=1.0)
+    found = predict_speedups(samples, costs(0.05, 0.2), plain_s=1.0)
     assert found["delayed"] > 1.1 * max(v for k, v in found.items() if k != "delayed")
 
 
