@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.axes import param_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
@@ -26,6 +27,7 @@ class Decoder:
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
+        calibration: of the drafter's confidences; None leaves them as they are.
     """
 
     weights: Weights
@@ -33,6 +35,7 @@ class Decoder:
     drafter: DrafterConfig | None
     tokenizer: Any
     mesh: Mesh | None
+    calibration: Calibration | None = None
 
 
 def make_decoder(
@@ -40,6 +43,7 @@ def make_decoder(
     drafter: tuple[DrafterConfig, DrafterParams, Vocab] | None = None,
     tokenizer: Any = None,
     mesh: Mesh | None = None,
+    calibration: Calibration | None = None,
 ) -> Decoder:
     """Place the weights on the device or the mesh.
 
@@ -48,6 +52,7 @@ def make_decoder(
         drafter: sizes, weights and the drafter's vocabulary; None decodes plainly.
         tokenizer: of the target.
         mesh: a (data, tensor) mesh; axes that do not divide are replicated.
+        calibration: of the drafter's confidences.
     """
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
@@ -63,9 +68,8 @@ def make_decoder(
     elif jax.default_backend() == "cpu":
         target_params = _unstacked(target_params)
         drafter_params = None if drafter_params is None else _unstacked(drafter_params)
-    return Decoder(
-        Weights(target_params, drafter_params, vocab), target_cfg, drafter_cfg, tokenizer, mesh
-    )
+    weights = Weights(target_params, drafter_params, vocab)
+    return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
 
 
 def _unstacked(params: Any) -> Any:
