@@ -177,7 +177,7 @@ def _add_doctor(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("--concurrency", type=_counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
         "once; default 1,8,32")  # fmt: skip
-    add("--max-new-tokens", type=_count, default=48, metavar="N", help="of each text; default 48")
+    add("--max-new-tokens", type=_count, default=40, metavar="N", help="of each text; default 40")
     _add_models(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -221,7 +221,11 @@ def _add_train(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    add("--distributed", action="store_true", help="one of several processes, as Slurm starts them")
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as Slurm or Kubernetes starts them",
+    )
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
     add("--processes", type=_count, metavar="N", help="how many there are, with --coordinator")
     add("--process", type=int, metavar="I", help="which one this is, from 0, with --coordinator")

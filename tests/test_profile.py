@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax import cli
+from dspark_jax.engine import replays
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.drift import WINDOW, Drift
@@ -27,7 +29,7 @@ from dspark_jax.engine.state import Request
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import declare_target
-from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params
+from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
 
 SMALL, LARGE = Sizes(2, 64), Sizes(2, 128)
 ROWS, CHUNKS = (4, 6, 8), (0, 1, 4)
@@ -270,3 +272,31 @@ def test_rounds_that_were_not_alone_do_not_count(caplog):
     lap(drift, shape, steady(shape), now_s=float(4 * WINDOW - 1))
     assert drift.actual_s() == {shape: pytest.approx(steady(shape))}
     assert caplog.records == []
+
+
+def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(decoder, config, replays, names):
+        asked.append((config.slots, config.positions, config.policy, replays))
+        return dataclasses.replace(example(), setting={**names, "device": "abacus"})
+
+    monkeypatch.setattr(replays, "measure_profile", measure)
+    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    models = ["--target", str(write_target(tmp_path / "target"))]
+    path = tmp_path / "profile.json"
+    sizes = ["--slots", "3", "--positions", "50", "--replays", "4"]
+    assert cli.main(["profile", *models, *sizes, "--out", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text())
+    assert read_profile(path).setting["target"] == "target"
+    drafter = ["--drafter", str(write_drafter(tmp_path / "drafter"))]
+    assert cli.main(["profile", *models, *drafter]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(CHUNKS) * 2
+    assert table[1].split()[:4] == ["2", "64", "0", "500.00"]
+    assert asked == [(3, 50, "none", 4), (8, 1024, "block", 20)]
+
+
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_measured():
+    with pytest.raises(ValueError, match="context ends at 512"):
+        measure_profile(decoder(), dataclasses.replace(CONFIG, positions=600, position_buckets=()))

@@ -23,7 +23,7 @@ import numpy as np
 from dspark_jax.decoding import schedule
 from dspark_jax.decoding.budget import MARGIN, DraftSwitch, RoundCosts, bucket_for, choose_bucket
 from dspark_jax.decoding.calibrate import predicted_survival
-from dspark_jax.engine.config import POSITION_STEP, EngineConfig, fit, round_up
+from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
@@ -55,9 +55,9 @@ PROMPTS = (
     "Write a Python function that checks whether a word reads the same backwards.",
     "Write a short letter that thanks a neighbour for watering the plants.",
 )
-REPLAYS = 5  # of the profile
+REPLAYS = 3  # of the profile
 PAIRS = 6  # stretches of text that both engines decode in turns, at each concurrency
-ROUNDS = 256  # of a replayed policy
+ROUNDS = 512  # of a replayed policy
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sample:
     """Rounds of one request whose whole blocks were verified.
 
     Attributes:
-        survival_NG: float64 calibrated survival.
+        survival_NG: float64, as the confidence head sees it.
         accepted_N: drafts accepted.
     """
 
@@ -74,7 +74,7 @@ class Sample:
 
 
 def diagnose(
-    decoder: Decoder, concurrencies: Sequence[int], max_new_tokens: int = 48
+    decoder: Decoder, concurrencies: Sequence[int], max_new_tokens: int = 40
 ) -> dict[str, Any]:
     """Predict and measure what drafts are worth at some concurrencies, for greedy texts.
 
@@ -93,7 +93,7 @@ def diagnose(
         raise ValueError("doctor compares decoding with and without drafts: give --drafter")
     concurrencies = sorted(set(concurrencies))
     prompts = [Prompt(text, "built-in prompt") for text in PROMPTS]
-    limits = Request((0,), max_new_tokens=2 * max_new_tokens)  # whoever is ahead does not end
+    limits = Request((0,), max_new_tokens=3 * max_new_tokens)  # whoever is ahead does not end
     requests = make_requests(prompts, decoder, limits, seed=0)
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
@@ -104,11 +104,10 @@ def diagnose(
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
         for concurrency in concurrencies:
             groups = _groups(len(requests), concurrency)
-            slots = fit(concurrency, config.slot_buckets)
-            sizes = Sizes(slots, config.position_buckets[-1])
-            plain_s = plain.round_s[Shape(sizes, 0, slots, 0)]
+            sizes = Sizes(concurrency, config.position_buckets[-1])
+            plain_s = plain.round_s[Shape(sizes, 0, concurrency, 0)]
             predicted = [
-                predict_speedups([samples[i] for i in group], profile.costs(sizes), slots, plain_s)
+                predict_speedups([samples[i] for i in group], profile.costs(sizes), plain_s)
                 for group in groups
             ]
             pairs = [
@@ -148,6 +147,7 @@ def _engine_config(
         slots=concurrencies[-1],
         positions=longest,
         policy="delayed",
+        chunk_buckets=(4,),
         slot_buckets=tuple(concurrencies),
         position_buckets=(round_up(longest + decoder.drafter.block_size + 1, POSITION_STEP),),
     )
@@ -183,18 +183,17 @@ def sample_rounds(
 
 
 def predict_speedups(
-    samples: Sequence[Sample], costs: RoundCosts, num_slots: int, plain_s: float
+    samples: Sequence[Sample], costs: RoundCosts, plain_s: float
 ) -> dict[str, float]:
     """Tokens a second of every policy over those without a drafter.
 
     Args:
         samples: one for each request that is decoded at once.
-        costs: of rounds with the drafter.
-        num_slots: of the state.
+        costs: of rounds with the drafter, in a state with as many slots.
         plain_s: seconds of a round without the drafter.
     """
     plain_per_s = len(samples) / plain_s
-    lengths = [rows // num_slots - 1 for rows in costs.buckets]
+    lengths = [rows // len(samples) - 1 for rows in costs.buckets]
     replays: dict[str, float] = {f"fixed:{k}": _fixed_per_s(samples, costs, k) for k in lengths}
     replays["delayed"] = _delayed_per_s(samples, costs)
     return {policy: tokens_per_s / plain_per_s for policy, tokens_per_s in replays.items()}
@@ -235,7 +234,7 @@ def _delayed_per_s(samples: Sequence[Sample], costs: RoundCosts) -> float:
         tokens += np.minimum(accepted_B, length_B).sum()
         seconds += costs.draft_s + costs.verify_s_K[choice - 1]
         drafts.append(survival_BG)
-    return tokens / seconds
+    return float(tokens / seconds)
 
 
 _select = jax.jit(schedule.select_prefixes)
@@ -268,7 +267,7 @@ def _stretch_per_s(engine: Engine, streams: Sequence[Stream], until: int) -> flo
         return sum(len(stream.result.token_ids) for stream in streams)
 
     before, began = count(), time.perf_counter()
-    while count() < until and engine.step():
+    while count() < max(until, before + 1) and engine.step():
         pass
     engine.settle()
     return (count() - before) / (time.perf_counter() - began)
