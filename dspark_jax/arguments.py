@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 
 # What the packaged drafter does best with; other drafters verify the whole block.
 DEFAULT_POLICY = "threshold:0.25"
+LOADS = "1,2,4,8,16,32,64"
+LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark doctor --concurrency 1,8,32
+  dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
   dspark cache estimate configs/smollm2_135m_dspark.py
   dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
@@ -43,9 +46,11 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
-    bench = _add_command(commands, "bench", "measure; the measurement is speed")
+    bench = _add_command(commands, "bench", "measure speed and acceptance")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
+    _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
@@ -57,7 +62,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
 
 def policy(text: str) -> dict[str, Any]:
-    """A value of ``--policy`` as ``num_draft`` and ``threshold`` of the engine.
+    """A value of ``--policy`` as ``num_draft``, ``threshold`` and ``gate`` of the engine.
 
     Raises:
         ArgumentTypeError: it is none of the known forms.
@@ -66,14 +71,14 @@ def policy(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if kind == "fixed":
             return {"num_draft": int(value)}
-        if kind == "threshold":
-            return {"threshold": float(value)}
+        if kind in ("threshold", "gate"):
+            return {kind: float(value)}
     if text == "none":
         return {"num_draft": 0}
     if text == "block":
         return {}
     raise argparse.ArgumentTypeError(
-        f"{text!r} is none of block, none, fixed:K (drafts) and threshold:P (confidence)"
+        f"{text!r} is none of block, none, fixed:K (drafts), threshold:P and gate:P (confidence)"
     )
 
 
@@ -87,6 +92,11 @@ def _count(text: str) -> int:
 def _counts(text: str) -> list[int]:
     """Several of them, with commas between."""
     return [_count(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    """Several names, with commas between."""
+    return text.split(",")
 
 
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -118,17 +128,46 @@ def _add_speed(commands: Any, summary: str) -> None:
     command = _add_command(commands, "speed", summary)
     command.set_defaults(command="bench speed")
     add = command.add_argument
-    add(
-        "--prompts",
-        action="append",
-        required=True,
-        metavar="FILE.jsonl",
-        help="as for generate; several files are reported together and each by itself",
-    )
-    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    _add_prompt_files(command)
     add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
     _add_models(command)
     _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_acceptance(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "acceptance", summary)
+    command.set_defaults(command="bench acceptance")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add(
+        "--temperature",
+        type=float,
+        action="append",
+        metavar="F",
+        help="may be repeated (default: 0 and 1)",
+    )
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    _add_models(command)
+    _add_rule(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_load(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "load", summary)
+    command.set_defaults(command="bench load")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add("--concurrency", type=_counts, default=LOADS, metavar="N,N,...", help="clients that each "
+        "have one request under way (default: %(default)s)")  # fmt: skip
+    add("--policies", type=_names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
+        "length beyond the block is the whole block (default: %(default)s)")  # fmt: skip
+    add("--requests", type=_count, default=2, metavar="N", dest="requests_per_client",
+        help="of each client, on average (default %(default)s)")  # fmt: skip
+    add("--repeats", type=_count, default=5, metavar="N", help="default %(default)s")
+    add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
+    _add_models(command)
+    _add_limits(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -232,6 +271,13 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
 
 
+def _add_prompt_files(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
+        help="as for generate; may be repeated")  # fmt: skip
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+
+
 def _add_models(command: argparse.ArgumentParser) -> None:
     _add_target(command)
     command.add_argument(
@@ -257,11 +303,22 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         "--policy",
         type=policy,
         help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
-        f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
-        "block with another)",
+        "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
+        f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
     )
+    _add_limits(command)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
+    )
+    _add_rule(command)
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
-    add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add(
         "--acceptance",

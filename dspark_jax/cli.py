@@ -27,7 +27,7 @@ import platformdirs
 import dspark_jax
 from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.evaluation.prompts import Prompt, read_prompts
+from dspark_jax.evaluation.prompts import Prompt, read_prompt_sets, read_prompts
 
 if TYPE_CHECKING:
     from dspark_jax.engine.decoder import Decoder
@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "generate": generate,
         "bench speed": bench_speed,
+        "bench load": bench_load,
         "profile": profile,
         "doctor": doctor,
+        "bench acceptance": bench_acceptance,
         "prepare": prepare,
         "train": train,
         "cache estimate": cache_estimate,
@@ -155,11 +157,7 @@ def bench_speed(args: argparse.Namespace) -> int:
     """Measure decoding with drafts against plain decoding."""
     if _drafter(args) == "none":
         raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    stems = [Path(path).stem for path in args.prompts]
-    labels = stems if len(set(stems)) == len(stems) else args.prompts
-    files = zip(labels, args.prompts, strict=True)
-    sets = {label: read_prompts(path, args.limit) for label, path in files}
-    limits = _limits(args)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import speed
 
@@ -167,6 +165,47 @@ def bench_speed(args: argparse.Namespace) -> int:
     options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
     report = speed.bench_speed(decoder, sets, limits, **options, **_policy(args)) | names
     print(json.dumps(report) if args.json else speed.format_report(report))
+    return 0
+
+
+def bench_acceptance(args: argparse.Namespace) -> int:
+    """Measure how many drafts the target keeps."""
+    if _drafter(args) == "none":
+        raise ValueError("bench acceptance measures a drafter: give --drafter")
+    sets = read_prompt_sets(args.prompts, args.limit)
+    temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
+    limits = [_limits(args, temperature=temperature) for temperature in temperatures]
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import acceptance
+
+    report = names | acceptance.bench_acceptance(
+        decoder,
+        sets,
+        dataclasses.replace(limits[0], stop_ids=stop_ids),
+        temperatures,
+        seed=args.seed,
+        batch=args.batch,
+        acceptance=args.acceptance,
+    )
+    print(json.dumps(report) if args.json else acceptance.format_report(report))
+    return 0
+
+
+def bench_load(args: argparse.Namespace) -> int:
+    """Measure policies under load."""
+    if _drafter(args) == "none":
+        raise ValueError("bench load compares policies of drafting: give --drafter")
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import load, pictures
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client", "acceptance")
+    options = {name: getattr(args, name) for name in given}
+    report = load.bench_load(decoder, sets, limits, **options) | names
+    if args.plot is not None:
+        pictures.write_picture(pictures.draw_load(report), Path(args.plot))
+    print(json.dumps(report) if args.json else load.format_load(report))
     return 0
 
 
@@ -346,13 +385,13 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return [Prompt(text, origin)]
 
 
-def _limits(args: argparse.Namespace) -> Request:
+def _limits(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
     from dspark_jax.engine.state import Request
     from pallas_kernels import random
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
     request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
     request.check(max_positions=2)
     random.seed_key(args.seed)
@@ -394,7 +433,7 @@ def _use_compilation_cache() -> None:
 
 
 def _policy(args: argparse.Namespace) -> dict[str, Any]:
-    """``num_draft`` and ``threshold`` of the engine."""
+    """``num_draft``, ``threshold`` and ``gate`` of the engine."""
     if args.policy is not None:
         return dict(args.policy)
     return policy(DEFAULT_POLICY if _drafter(args) == "default" else "block")
