@@ -361,7 +361,7 @@ def test_memory_is_planned_before_anything_is_allocated():
     [
         ({"policy": "fixed:9"}, r"must lie in 1..3"),
         ({"policy": "clever"}, "choose none, block"),
-        ({"positions": 600}, "the target's context ends at 512"),
+        ({"positions": 600, "position_buckets": ()}, "the target's context ends at 512"),
         ({"slots": 0}, "slots is 0"),
         ({"slot_buckets": (1, 2)}, "the last must be 4"),
         ({"position_buckets": (32,)}, "the last must hold positions and a block, 64"),
