@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import os
-import runpy
 import sys
 import time
 import warnings
@@ -25,14 +24,17 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 import dspark_jax
+from dspark_jax import training_cli
 from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
-from dspark_jax.config import TrainConfig, override
 from dspark_jax.evaluation.prompts import Prompt, read_prompt_sets, read_prompts
 
 if TYPE_CHECKING:
     from dspark_jax.engine.decoder import Decoder
     from dspark_jax.engine.reader import Generation
     from dspark_jax.engine.state import Request
+
+
+UNCOMPILED = ("replay", "cache estimate", "cache check")  # commands that run no model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": doctor,
         "bench acceptance": bench_acceptance,
         "prepare": prepare,
-        "train": train,
-        "cache estimate": cache_estimate,
-        "cache write": cache_write,
-        "cache check": cache_check,
+        "train": training_cli.train,
+        "cache estimate": training_cli.cache_estimate,
+        "cache write": training_cli.cache_write,
+        "cache check": training_cli.cache_check,
         "export": export,
         "convert": convert,
     }[args.command]
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            if args.command not in UNCOMPILED:
+                _use_compilation_cache()
             code = run(args)
             sys.stdout.flush()
         except BrokenPipeError:
@@ -259,58 +263,6 @@ def prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train a drafter from a configuration file."""
-    recipe = override(_recipe(args.config), args.set)
-    _join_processes(args)
-    _use_compilation_cache()
-    from dspark_jax.training.fit import fit
-
-    print(fit(recipe))
-    return 0
-
-
-def cache_estimate(args: argparse.Namespace) -> int:
-    """Print the bytes of a cache before it is written."""
-    recipe = override(_recipe(args.config), args.set)
-    from dspark_jax.training.write_cache import cache_size
-
-    size = cache_size(recipe)
-    print(
-        f"{size.size_bytes} bytes ({size.size_bytes / 1e9:.3f} GB) for {size.num_samples} "
-        f"sequences, {size.num_tokens} tokens"
-    )
-    return 0
-
-
-def cache_write(args: argparse.Namespace) -> int:
-    """Write the target's features of a configuration's data."""
-    recipe = override(_recipe(args.config), args.set)
-    _use_compilation_cache()
-    from dspark_jax.training.write_cache import write_cache
-
-    whole = write_cache(recipe, Path(args.out), args.process, args.processes)
-    print(args.out if whole else f"{args.out}: this part is complete, others are still missing")
-    return 0
-
-
-def cache_check(args: argparse.Namespace) -> int:
-    """Read all of a cache."""
-    from tqdm import tqdm
-
-    from dspark_jax.training.cache import CacheReader, check_values
-
-    reader = CacheReader(args.directory)
-    for _ in tqdm(check_values(reader), total=len(reader), unit="sample", desc="check"):
-        pass
-    layers = ",".join(map(str, reader.spec.layer_ids))
-    print(
-        f"{args.directory}: {len(reader)} samples, {reader.record_N['seq_len'].sum()} tokens, "
-        f"{reader.size_bytes} bytes, layers {layers} of {reader.spec.target}"
-    )
-    return 0
-
-
 def export(args: argparse.Namespace) -> int:
     """Write a drafter in a layout that other programs read."""
     if _drafter(args) == "none":
@@ -325,48 +277,10 @@ def convert(args: argparse.Namespace) -> int:
 
 def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:
     """Write a drafter's checkpoint and say where it lies."""
-    _use_compilation_cache()
     from dspark_jax.evaluation.export import write_drafter
 
     print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
     return 0
-
-
-def _join_processes(args: argparse.Namespace) -> None:
-    """Make this one of several processes, if it is to be one.
-
-    Raises:
-        ValueError: the arguments do not go together, or the others cannot be reached.
-    """
-    places = (args.coordinator, args.processes, args.process)
-    if places == (None, None, None) and not args.distributed:
-        return
-    if None in places and places != (None, None, None):
-        raise ValueError("--coordinator, --processes and --process belong together: give all three")
-    import jax
-
-    try:
-        jax.distributed.initialize(*places)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"this process could not join the others ({reason}): start it where Slurm, Open MPI or "
-            "Kubernetes say who is who, or give --coordinator, --processes and --process"
-        ) from None
-
-
-def _recipe(path: str) -> TrainConfig:
-    """``config`` of a Python file, which is executed: it is the user's own program."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; name a configuration such as those in configs/")
-    try:
-        config = runpy.run_path(path).get("config")
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, TrainConfig):
-        found = "nothing" if config is None else f"a {type(config).__name__}"
-        raise ValueError(f"{path}: must define config = TrainConfig(...), found {found}")
-    return config
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -409,17 +323,20 @@ def _load(args: argparse.Namespace) -> tuple[Decoder, tuple[int, ...], dict[str,
     """The models, the ids that end a text, and the models' names for reports."""
     import jax.numpy as jnp
 
+    from dspark_jax.engine.calibration import FILE_NAME, read_calibration
     from dspark_jax.engine.decoder import make_decoder
     from dspark_jax.models.load import load_drafter_for, load_target
 
-    _use_compilation_cache()
     target = load_target(args.target, jnp.dtype(args.dtype))
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
-    names, bound = {"target": target.name, "drafter": "none"}, None
+    names, bound, calibration = {"target": target.name, "drafter": "none"}, None, None
     if _drafter(args) != "none":
         drafter = load_drafter_for(target, _drafter(args))
         names["drafter"], bound = drafter.name, (drafter.cfg, drafter.params, drafter.vocab)
-    decoder = make_decoder((target.cfg, target.params), bound, target.tokenizer)
+        if (drafter.directory / FILE_NAME).exists():
+            calibration = read_calibration(drafter.directory / FILE_NAME, drafter.cfg.block_size)
+    sizes = target.cfg, target.params
+    decoder = make_decoder(sizes, bound, target.tokenizer, calibration=calibration)
     return decoder, target.stop_ids, names
 
 

@@ -226,8 +226,8 @@ TABLES = Calibration((GREEDY, SAMPLED, COUPLED))
 
 
 def test_tables_survive_the_file(tmp_path):
-    write_calibration(tmp_path, TABLES)
-    assert read_calibration(tmp_path, 2) == TABLES
+    write_calibration(tmp_path / FILE_NAME, TABLES)
+    assert read_calibration(tmp_path / FILE_NAME, 2) == TABLES
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
@@ -281,11 +281,11 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, content, message):
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read_calibration(tmp_path, 2)
+        read_calibration(tmp_path / FILE_NAME, 2)
     assert FILE_NAME in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        read_calibration(tmp_path, 2)
+        read_calibration(tmp_path / FILE_NAME, 2)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dspark_jax.checkpoint import read_json, write_atomically
 
 FILE_NAME = "calibration.json"
@@ -61,24 +63,33 @@ class Calibration:
         return min(self.tables, key=distance)
 
 
-def write_calibration(directory: Path, calibration: Calibration) -> None:
-    """Write the tables beside a drafter, atomically."""
+def confidence_temperatures(
+    calibration: Calibration | None, acceptance: str, sampling_temperature: float, block_size: int
+) -> np.ndarray:
+    """float32 [G]: the temperatures of a request's confidences; ones without a calibration."""
+    if calibration is None:
+        return np.ones(block_size, np.float32)
+    table = calibration.nearest(acceptance, sampling_temperature)
+    return np.array(table.confidence_temperatures, np.float32)
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the tables, atomically."""
     content = {"format": FORMAT, **dataclasses.asdict(calibration)}
-    write_atomically(directory / FILE_NAME, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_calibration(directory: Path, block_size: int) -> Calibration:
-    """The tables beside a drafter.
+def read_calibration(path: Path, block_size: int) -> Calibration:
+    """The tables of a drafter.
 
     Args:
-        directory: of the drafter.
+        path: ``FILE_NAME`` in the drafter's directory, usually.
         block_size: slots of its block, one temperature each.
 
     Raises:
         ValueError: the file is missing, damaged, or belongs to another block size; the message
             says what is wrong with which field.
     """
-    path = directory / FILE_NAME
     content = read_json(path, "calibration")
     remedy = "write it anew with `dspark calibrate`"
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -163,9 +163,9 @@ class Programs:
         mesh = self.decoder.mesh
         return jax.device_put(values, None if mesh is None else NamedSharding(mesh, spec))
 
-    def round_input(self, plan: HostPlan, temperature_G: np.ndarray | None) -> RoundInput:
-        """A plan on the devices; ``temperature_G`` as in :class:`RoundInput`."""
-        given = round_input(plan, temperature_G)
+    def round_input(self, plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:
+        """A plan on the devices; ``temperature_BG`` as in :class:`RoundInput`."""
+        given = round_input(plan, temperature_BG)
         return RoundInput(
             **{name: self.put(value, getattr(GIVEN, name)) for name, value in vars(given).items()}
         )
@@ -179,11 +179,12 @@ class Programs:
         return jax.tree.map(fill, self._given(shape))
 
     def _given(self, shape: Shape) -> RoundInput:
-        chunks = ((),) * num_shards(self.decoder.mesh)
-        plan = HostPlan(0, (), (), frozenset(), chunks, shape)
-        drafter = self.decoder.drafter
-        temperature_G = None if drafter is None else np.zeros(drafter.block_size, np.float32)
-        given = jax.tree.map(_abstract, self.round_input(plan, temperature_G))
+        shards, drafter, temperature_BG = num_shards(self.decoder.mesh), self.decoder.drafter, None
+        plan = HostPlan(0, (), (), frozenset(), ((),) * shards, shape)
+        if drafter is not None:
+            size = shape.sizes.slots * shards, drafter.block_size
+            temperature_BG = np.zeros(size, np.float32)
+        given = jax.tree.map(_abstract, self.round_input(plan, temperature_BG))
         if self.policy.kind == "causal" and shape.num_draft:
             program, *args = self._draft(shape.sizes, shape.num_chunks)
             block, _ = program.eval_shape(*args)

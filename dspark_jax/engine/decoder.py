@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.axes import param_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
@@ -27,6 +28,7 @@ class Decoder:
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
+        calibration: of the drafter's confidences; None leaves them as they are.
     """
 
     weights: Weights
@@ -34,6 +36,7 @@ class Decoder:
     drafter: DrafterConfig | None
     tokenizer: Any
     mesh: Mesh | None
+    calibration: Calibration | None = None
 
 
 def make_decoder(
@@ -41,6 +44,7 @@ def make_decoder(
     drafter: tuple[DrafterConfig, DrafterParams, Vocab] | None = None,
     tokenizer: Any = None,
     mesh: Mesh | None = None,
+    calibration: Calibration | None = None,
 ) -> Decoder:
     """Place the weights on the device or the mesh.
 
@@ -49,6 +53,7 @@ def make_decoder(
         drafter: sizes, weights and the drafter's vocabulary; None decodes plainly.
         tokenizer: of the target.
         mesh: a (data, tensor) mesh; axes that do not divide are replicated.
+        calibration: of the drafter's confidences.
     """
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
@@ -68,9 +73,8 @@ def make_decoder(
             drafter_params = _unstacked(drafter_params)
             same_head = lm_head(vocab) is lm_head(rows)
             vocab = columns if same_head else by_columns(vocab)
-    return Decoder(
-        Weights(target_params, drafter_params, vocab), target_cfg, drafter_cfg, tokenizer, mesh
-    )
+    weights = Weights(target_params, drafter_params, vocab)
+    return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
 
 
 def _unstacked(params: Any) -> Any:

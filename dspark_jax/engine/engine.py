@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
+from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
@@ -65,8 +66,6 @@ class Engine:
         decoder: Decoder,
         config: EngineConfig,
         profile: Profile | None = None,
-        *,
-        temperature_G: np.ndarray | None = None,
     ) -> None:
         """Allocate the smallest state; :meth:`compile` compiles all programs ahead.
 
@@ -75,7 +74,6 @@ class Engine:
             config: sizes and policy.
             profile: of the rounds, for policies that weigh their seconds, and of no use to others;
                 None compiles everything and measures a short one.
-            temperature_G: float, of the calibration of confidences; None leaves them as they are.
 
         Raises:
             ValueError: the sizes do not fit the models, the mesh or the memory, or the profile
@@ -93,8 +91,8 @@ class Engine:
         self._programs = Programs(decoder, config, self.policy, self._ladder)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._state: DecodeState | None = self._programs.new_state(self._sizes)
-        block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
-        self._temperature_G = np.ones(block_size) if temperature_G is None else temperature_G
+        self._calibration = decoder.calibration
+        self._block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
         self._profile = self._drift = None
         if self.policy.needs_seconds:
             self._profile = profile_for(self._programs, self._weights, profile)
@@ -150,8 +148,11 @@ class Engine:
                 )
             reader = Reader(request, request.max_new_tokens, self._tokenizer)
             stream = Stream(reader, self.step, self._step_async, self._lock)
-            arrival = next(self._arrivals)
-            tenant = Tenant(stream, reader, arrival, -1, len(request.prompt_ids))
+            arrival, calibration = next(self._arrivals), self._calibration
+            sampled = config.acceptance, request.temperature
+            temperature_G = confidence_temperatures(calibration, *sampled, self._block_size)
+            length = len(request.prompt_ids)
+            tenant = Tenant(stream, reader, arrival, -1, temperature_G, length)
             heapq.heappush(self._queue, (-priority, arrival, tenant))
             return stream
 
@@ -313,6 +314,7 @@ class Engine:
             Seat(
                 tenant.slot // self._sizes.slots,
                 tenant in drafted,
+                tenant.temperature_G,
                 self._logits.get(tenant.generation),
             )
             for tenant in self._tenants
@@ -323,7 +325,7 @@ class Engine:
             costs = self._profile.costs(self._sizes, num_chunks, self._shards)
         rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
         floor = self.config.min_tokens_per_s_user
-        return Outlook(seats, fresh, rows, self._shards, costs, self._temperature_G, floor)
+        return Outlook(seats, fresh, rows, self._shards, costs, floor)
 
     # Launching.
 
@@ -340,10 +342,7 @@ class Engine:
             )
             slot = np.int32(admission.slot)
             state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
-        temperature_G = None
-        if len(self._temperature_G):
-            temperature_G = self._temperature_G.astype(np.float32)
-        given, shape = programs.round_input(plan, temperature_G), plan.shape
+        given, shape = programs.round_input(plan, self._temperatures()), plan.shape
         if self.policy.kind == "causal" and shape.num_draft:
             shape, given = self._draft_ahead(state, given, shape)
         self._state, report = programs.round(shape)(self._weights, state, given)
@@ -360,6 +359,16 @@ class Engine:
                 members.append((tenant, tenant.slot, tenant.slot in beginning))
         steady = bool(self._in_flight) and not (plan.moves or plan.admissions)
         self._in_flight.append(InFlight(plan.number, report, shape, steady, tuple(members)))
+
+    def _temperatures(self) -> np.ndarray | None:
+        """float32 [B, G]: of everybody's confidences; None without a drafter."""
+        if not self._block_size:
+            return None
+        num_slots = self._sizes.slots * self._shards
+        temperature_BG = np.ones((num_slots, self._block_size), np.float32)
+        for tenant in self._tenants:
+            temperature_BG[tenant.slot] = tenant.temperature_G
+        return temperature_BG
 
     def _draft_ahead(
         self, state: DecodeState, given: RoundInput, shape: Shape

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
@@ -61,6 +62,7 @@ def generate(
         state = prefill_program(plain, rows, decoder.mesh)(decoder.weights, state, np.int32(start))
 
     num_slots = state.length_B.shape[0]
+    temperature_BG = _temperatures(decoder, requests, num_slots, acceptance)
     stop_at = np.asarray(state.stop_at_B).tolist()
     readers = [
         Reader(request, stop_at[slot] - len(request.prompt_ids), decoder.tokenizer)
@@ -83,7 +85,8 @@ def generate(
     def step(state: DecodeState, cfg: RoundConfig) -> tuple[DecodeState, RoundReport]:
         rows_per_shard = num_slots * (cfg.num_draft + 1) // num_shards(decoder.mesh)
         program = round_program(cfg, rows_per_shard, 0, decoder.mesh)
-        return program(decoder.weights, state, RoundInput(jnp.asarray(running())))
+        given = RoundInput(jnp.asarray(running()), temperature_BG=temperature_BG)
+        return program(decoder.weights, state, given)
 
     # The host reads a round while the next one runs, unless that one might be the last.
     state, report = step(state, plain)
@@ -135,6 +138,21 @@ def _round_config(
         acceptance=acceptance,
         greedy=all(request.temperature == 0 for request in requests),
     )
+
+
+def _temperatures(
+    decoder: Decoder, requests: Sequence[Request], num_slots: int, acceptance: str
+) -> Any:
+    """float32 [B, G] of the calibration of confidences; None without one."""
+    if decoder.calibration is None or decoder.drafter is None:
+        return None
+    block_size = decoder.drafter.block_size
+    temperature_BG = np.ones((num_slots, block_size), np.float32)
+    for slot, request in enumerate(requests):
+        temperature_BG[slot] = confidence_temperatures(
+            decoder.calibration, acceptance, request.temperature, block_size
+        )
+    return jnp.asarray(temperature_BG)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -94,13 +94,13 @@ class RoundInput:
     Attributes:
         keep_B: bool, False ends a slot before the round.
         chunks: of prompts; None for a round that only decodes.
-        temperature_G: float32 of the calibration of confidences; None leaves them as they are.
+        temperature_BG: float32 of the calibration of confidences; None leaves them as they are.
         block: drafts that were made already; None drafts in the round.
     """
 
     keep_B: jax.Array
     chunks: Chunks | None = None
-    temperature_G: jax.Array | None = None
+    temperature_BG: jax.Array | None = None
     block: DraftBlock | None = None
 
 

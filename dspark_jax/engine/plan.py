@@ -96,16 +96,16 @@ class HostPlan:
     shape: Shape
 
 
-def round_input(plan: HostPlan, temperature_G: np.ndarray | None) -> RoundInput:
+def round_input(plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:
     """A plan as arrays for the device.
 
     Args:
         plan: of the round.
-        temperature_G: float32, see :class:`RoundInput`.
+        temperature_BG: float32, see :class:`RoundInput`.
     """
     num_slots, num_chunks = plan.shape.sizes.slots, plan.shape.num_chunks
     keep_B = [slot in plan.occupied for slot in range(num_slots * len(plan.chunks))]
-    given: Any = {"keep_B": np.array(keep_B, bool), "temperature_G": temperature_G}
+    given: Any = {"keep_B": np.array(keep_B, bool), "temperature_BG": temperature_BG}
     if num_chunks:
         unused = [Chunk(num_slots, 0, 0, False)] * num_chunks
         chunks = [chunk for part in plan.chunks for chunk in (*part, *unused[len(part) :])]

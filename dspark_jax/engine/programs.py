@@ -25,7 +25,7 @@ IN_CACHE = PartitionSpec(None, "data")  # behind the layers, which are stacked o
 _STATE_SPECS: dict[str, Any] = dict.fromkeys(DecodeState.__dataclass_fields__, BY_SLOT)
 STATE = DecodeState(**_STATE_SPECS | {"target_cache": IN_CACHE, "context_cache": IN_CACHE})
 _GIVEN_SPECS: dict[str, Any] = dict.fromkeys(RoundInput.__dataclass_fields__, BY_SLOT)
-GIVEN = RoundInput(**_GIVEN_SPECS | {"temperature_G": EVERYWHERE})
+GIVEN = RoundInput(**_GIVEN_SPECS)
 
 
 def num_shards(mesh: Mesh | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.state import Request
 from dspark_jax.models.tokenizer import TextStream
@@ -22,6 +24,8 @@ class Generation:
             counted and an overshoot past the limit too (spec section 1).
         verified_lengths: drafts that each of these rounds verified.
         accepted_drafts: drafts that each of these rounds accepted.
+        confidence_logits: float32 [G] of the draft of each of these rounds; None where it did not
+            draft, or has no confidence head.
         undrafted_rounds: how many of these rounds did not draft at all.
         logprobs: log-probability of each new token where the request asks for it.
         finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
@@ -34,6 +38,7 @@ class Generation:
     accepted_lengths: list[int] = field(default_factory=list)
     verified_lengths: list[int] = field(default_factory=list)
     accepted_drafts: list[int] = field(default_factory=list)
+    confidence_logits: list[np.ndarray | None] = field(default_factory=list)
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
@@ -69,6 +74,9 @@ class Reader:
             result.accepted_lengths.append(count)
             result.verified_lengths.append(int(report.verified_B[slot]))
             result.accepted_drafts.append(int(report.accepted_B[slot]))
+            logit_BG = report.confidence_logit_BG
+            logit_G = None if logit_BG is None else np.array(logit_BG[slot])  # not the whole batch
+            result.confidence_logits.append(logit_G)
             result.undrafted_rounds += report.token_BC.shape[1] == 1
         if not report.finite_B[slot]:
             result.finish_reason = "error"

@@ -112,8 +112,9 @@ def _busy_input(programs: Programs, shape: Shape) -> RoundInput:
     occupied = frozenset(range(num_slots * shards))
     plan = HostPlan(0, (), (), occupied, (chunks,) * shards, shape)
     idle = programs.idle_input(shape)
-    temperature_G = None if idle.temperature_G is None else np.ones_like(idle.temperature_G)
-    return programs.round_input(plan, temperature_G).replace(block=idle.block)  # type: ignore[attr-defined]
+    given = idle.temperature_BG
+    temperature_BG = None if given is None else np.ones(given.shape, given.dtype)
+    return programs.round_input(plan, temperature_BG).replace(block=idle.block)  # type: ignore[attr-defined]
 
 
 def _replay(programs: Programs, sizes: Sizes, steps: Sequence[Step], replays: int) -> list[float]:

@@ -53,7 +53,7 @@ def decode_round(
     block, token_BC, verified_B = given.block, anchor_B[:, None], jnp.zeros_like(position_B)
     if cfg.num_draft:
         block = draft(weights, state, anchor_B, position_B, cfg) if block is None else block
-        survival_BG = rank(block, drafted_B, given.temperature_G, cfg)
+        survival_BG = rank(block, drafted_B, given.temperature_BG, cfg)
         verified_B = plan_lengths(block, survival_BG, state, num_rows)
         token_BC = jnp.concatenate([token_BC, block.token_BG[:, : cfg.num_draft]], axis=1)
     plan = verify.plan_rows(verified_B, state.active_B, num_rows, cfg.num_draft + 1)
@@ -119,7 +119,7 @@ def draft_ahead(
     state, drafted_B = _begin(state, given)
     position_B, anchor_B = _anchors(state)
     block = draft(weights, state, anchor_B, position_B, cfg)
-    survival_BG = _before_stop(block, rank(block, drafted_B, given.temperature_G, cfg), state)
+    survival_BG = _before_stop(block, rank(block, drafted_B, given.temperature_BG, cfg), state)
     budget = schedule.causal_budget(survival_BG, steps_per_s_T, state.active_B)
     num_rows = budget + jnp.sum(state.active_B, dtype=jnp.int32)
     return block, jnp.where(budget > 0, num_rows, 0)[None]
@@ -200,7 +200,7 @@ def _unless_greedy(
 
 
 def rank(
-    block: DraftBlock, drafted_B: jax.Array, temperature_G: jax.Array | None, cfg: RoundConfig
+    block: DraftBlock, drafted_B: jax.Array, temperature_BG: jax.Array | None, cfg: RoundConfig
 ) -> jax.Array:
     """Survival of the drafts that the policy wants, float32 [B, K] for K = ``cfg.num_draft``; 0 for
     all others.
@@ -211,16 +211,16 @@ def rank(
     Args:
         block: the drafts.
         drafted_B: bool, slots whose drafts mean something.
-        temperature_G: float32 of the calibration, from past rounds alone; None is 1.
+        temperature_BG: float32 of the calibration, from past rounds alone; None is 1.
         cfg: static part.
     """
     num_slots, block_size = block.token_BG.shape
     length_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
     survival_BG = jnp.ones((num_slots, cfg.num_draft), jnp.float32)
     if block.confidence_logit_BG is not None:
-        if temperature_G is None:
-            temperature_G = jnp.ones(block_size, jnp.float32)
-        confidence_BG = calibrated_confidence(block.confidence_logit_BG, temperature_G)
+        if temperature_BG is None:
+            temperature_BG = jnp.ones((num_slots, block_size), jnp.float32)
+        confidence_BG = calibrated_confidence(block.confidence_logit_BG, temperature_BG)
         confidence_BG = confidence_BG[:, : cfg.num_draft]
         length_B = schedule.threshold_length(confidence_BG, cfg.threshold)
         length_B = schedule.gated_length(length_B, confidence_BG, cfg.gate)

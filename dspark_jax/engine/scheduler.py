@@ -26,12 +26,14 @@ class Seat:
     Attributes:
         shard: its data shard.
         drafted: whether it can draft; not in its first round.
+        temperature_G: float32 of the calibration of its confidences.
         logit_G: float32 confidence logits, the newest that are at least two rounds old; None where
             there are none.
     """
 
     shard: int
     drafted: bool
+    temperature_G: np.ndarray
     logit_G: np.ndarray | None
 
 
@@ -45,7 +47,6 @@ class Outlook:
         buckets: numbers of rows of a data shard that the round may have with drafts.
         num_shards: data shards.
         costs: seconds of every choice, over all data shards; None where the policy needs none.
-        temperature_G: of the calibration of confidences.
         floor: tokens a second that every request shall have.
     """
 
@@ -54,7 +55,6 @@ class Outlook:
     buckets: tuple[int, ...]
     num_shards: int
     costs: RoundCosts | None
-    temperature_G: np.ndarray
     floor: float
 
 
@@ -74,16 +74,16 @@ def choose_rows(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[
     if policy.kind == "causal":
         return switch, outlook.buckets[-1]
     if policy.kind == "delayed":
-        return _delayed(switch, outlook)
+        return _delayed(policy, switch, outlook)
     rows_D = np.zeros(outlook.num_shards, int)
     for seat in outlook.seats:
         wanted = 0
         if seat.drafted:
             wanted = policy.num_draft
             if policy.threshold and seat.logit_G is not None:
-                wanted = _before_low(seat.logit_G, outlook.temperature_G, policy.threshold)
+                wanted = _before_low(seat.logit_G, seat.temperature_G, policy.threshold)
             if policy.gate and seat.logit_G is not None:
-                first_low = not _before_low(seat.logit_G, outlook.temperature_G, policy.gate)
+                first_low = not _before_low(seat.logit_G, seat.temperature_G, policy.gate)
                 wanted = 0 if first_low else wanted
         rows_D[seat.shard] += 1 + wanted
     return switch, int(bucket_for(rows_D.max(), outlook.buckets))
@@ -96,14 +96,13 @@ def _before_low(logit_G: np.ndarray, temperature_G: np.ndarray, threshold: float
     return int(low_G.argmax())
 
 
-def _delayed(switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
+def _delayed(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
     assert outlook.costs is not None
-    num_slots = len(outlook.temperature_G)
     known_B = np.array([seat.logit_G is not None for seat in outlook.seats])
-    survival_BG = np.ones((len(known_B), num_slots))
+    survival_BG = np.ones((len(known_B), policy.num_draft))
     for row, seat in enumerate(outlook.seats):
         if seat.logit_G is not None:
-            survival_BG[row] = _survival(seat.logit_G, outlook.temperature_G)
+            survival_BG[row] = _survival(seat.logit_G, seat.temperature_G)
     active_B = np.ones(len(known_B), bool)
     switch, choice = choose_bucket(
         switch,

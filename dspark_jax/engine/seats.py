@@ -20,6 +20,7 @@ class Tenant:
         stream, reader: where its text goes.
         generation: its number.
         slot: counted over all data shards.
+        temperature_G: float32 of the calibration of its confidences.
         length: committed tokens after the last round that was read.
         pending: most tokens that the rounds in flight may add.
         read: positions of the prompt that were given to a round.
@@ -30,6 +31,7 @@ class Tenant:
     reader: Reader
     generation: int
     slot: int
+    temperature_G: np.ndarray
     length: int
     pending: int = 0
     read: int = 0

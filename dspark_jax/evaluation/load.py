@@ -27,8 +27,10 @@ from tqdm import tqdm
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.profile import device_name
+from dspark_jax.engine.policy import make_policy
+from dspark_jax.engine.profile import Profile, device_name
 from dspark_jax.engine.programs import num_shards
+from dspark_jax.engine.replays import measure_profile
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
@@ -143,18 +145,20 @@ def fitting_policies(names: Iterable[str], block_size: int) -> tuple[str, ...]:
 def _engines(
     decoder: Decoder, names: Sequence[str], clients: int, config: EngineConfig
 ) -> Iterator[dict[str, Engine]]:
-    """An engine for each policy, compiled, with a slot for each client."""
+    """An engine for each policy, compiled, with a slot for each client.
+
+    Policies that weigh seconds share one profile, so that they differ in nothing else.
+    """
+    slots = (clients // num_shards(decoder.mesh),)
+    config = dataclasses.replace(config, slots=clients, slot_buckets=slots, queue=clients)
+    profile: Profile | None = None
     with contextlib.ExitStack() as stack:
         engines = {}
         for name in names:
-            own = dataclasses.replace(
-                config,
-                slots=clients,
-                slot_buckets=(clients // num_shards(decoder.mesh),),
-                queue=clients,
-                policy=name,
-            )
-            engines[name] = stack.enter_context(Engine(decoder, own))
+            own = dataclasses.replace(config, policy=name)
+            if profile is None and make_policy(name, decoder.drafter).needs_seconds:
+                profile = measure_profile(decoder, own)
+            engines[name] = stack.enter_context(Engine(decoder, own, profile))
             engines[name].compile()
         yield engines
 

@@ -60,12 +60,14 @@ class Drafter:
         params: weights, layers stacked.
         vocab: the target's embedding and head, or the rows that the drafter uses.
         name: short name for messages and reports.
+        directory: where it lies.
     """
 
     cfg: DrafterConfig
     params: DrafterParams
     vocab: Vocab
     name: str
+    directory: Path
 
 
 def load_target(source: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Target:
@@ -140,14 +142,16 @@ def load_drafter_for(
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
     dtype = target.params.norm_D.dtype if dtype is None else dtype
-    cfg, params, own, name = read_drafter(target.cfg, source)
+    cfg, params, own, directory = read_drafter(target.cfg, source)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
-    return Drafter(cfg, jax.tree.map(lambda leaf: leaf.astype(dtype), params), vocab, name)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    name = (directory if str(source) == "default" else Path(source)).resolve().name
+    return Drafter(cfg, params, vocab, name, directory)
 
 
 def read_drafter(
     target_cfg: TargetConfig, source: str | Path
-) -> tuple[DrafterConfig, DrafterParams, Vocab | None, str]:
+) -> tuple[DrafterConfig, DrafterParams, Vocab | None, Path]:
     """A drafter as its checkpoint holds it, dtype included, in whichever of the known layouts.
 
     Args:
@@ -155,8 +159,8 @@ def read_drafter(
         source: ``"default"``, a directory or a hub id.
 
     Returns:
-        Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and a
-        short name.
+        Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and the
+        directory where it lies.
 
     Raises:
         LoadError: the source is not there, broken or not supported.
@@ -167,7 +171,6 @@ def read_drafter(
             raise LoadError("this installation has no default drafter: name one, or use none")
         source = found
     directory = model_directory(source)
-    name = Path(source).resolve().name
     if KIND in read_json(directory / CONFIG_FILE):
-        return *load_speculators(directory, target_cfg.num_layers), name
-    return *load_drafter(directory), name
+        return *load_speculators(directory, target_cfg.num_layers), directory
+    return *load_drafter(directory), directory

@@ -1,0 +1,216 @@
+"""Recorded rounds: what the drafter's confidences said, and what came of the drafts.
+
+A round of which the whole block was verified says what any policy would have made of it. A record
+is a file of JSON lines, one a request; what they are for does not depend on who shared a round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from dspark_jax.checkpoint import write_atomically
+from dspark_jax.engine.calibration import ACCEPTANCES
+from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.state import Request
+from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.speed import make_requests
+from dspark_jax.training.conversations import json_lines
+
+# Of a line in a record: axes, and the kinds of numpy's dtypes.
+NUMBERS = {
+    "temperature": (0, "fi"),
+    "logits": (2, "fi"),
+    "verified": (1, "i"),
+    "accepted": (1, "i"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedRequest:
+    """The rounds of one request, in their order.
+
+    Attributes:
+        prompt: where the prompt was read; requests of one prompt resemble each other.
+        acceptance, temperature: how it was sampled.
+        logit_NG: float64 confidence logits, before calibration; finite.
+        verified_N: drafts whose fate is known: all of the block, or those up to an accepted stop
+            token, behind which nothing was decided.
+        accepted_N: accepted drafts.
+    """
+
+    prompt: str
+    acceptance: str
+    temperature: float
+    logit_NG: np.ndarray
+    verified_N: np.ndarray
+    accepted_N: np.ndarray
+
+
+def record_rounds(
+    decoder: Decoder,
+    sets: Mapping[str, Sequence[Prompt]],
+    limits: Request,
+    acceptance: Literal["rejection", "coupled"],
+    *,
+    seed: int = 0,
+    slots: int = 16,
+) -> list[RecordedRequest]:
+    """Continue prompts with whole blocks verified, many at once.
+
+    Args:
+        decoder: models with a drafter that has a confidence head.
+        sets: the prompts of each file.
+        limits: all of a request but prompt and key.
+        acceptance: of the engine.
+        seed: root of the keys; each set counts its prompts from 0.
+        slots: requests decoded together.
+
+    Returns:
+        The requests that had a round.
+
+    Raises:
+        ValueError: there is no confidence head, or a prompt cannot be used.
+        FloatingPointError: the target's logits are not finite.
+    """
+    if decoder.drafter is None or not decoder.drafter.confidence:
+        raise ValueError("the drafter has no confidence head: there is nothing to record")
+    requests = [
+        (prompt.origin, request)
+        for prompts in sets.values()
+        for prompt, request in zip(
+            prompts, make_requests(prompts, decoder, limits, seed), strict=True
+        )
+    ]
+    longest = max(len(request.prompt_ids) for _, request in requests) + limits.max_new_tokens
+    config = EngineConfig(
+        slots=min(slots, len(requests)),
+        positions=longest,
+        queue=len(requests),
+        policy="block",
+        acceptance=acceptance,
+        stop_ids=max(1, len(limits.stop_ids)),
+    )
+    recorded = []
+    with Engine(decoder, config) as engine:
+        streams = [(origin, engine.submit(request)) for origin, request in requests]
+        for origin, stream in tqdm(streams, desc="record", unit="request", disable=None):
+            result = stream.wait()
+            if result.finish_reason == "error":
+                raise FloatingPointError("the target's logits are not finite")
+            recorded.append(recorded_request(origin, acceptance, limits.temperature, result))
+    return [request for request in recorded if len(request.accepted_N)]
+
+
+def recorded_request(
+    prompt: str, acceptance: str, temperature: float, result: Generation
+) -> RecordedRequest:
+    """The rounds of a result; those without a draft, or with logits that are not finite, are left
+    out."""
+    kept = []
+    for logit_G, verified, accepted, length in zip(
+        result.confidence_logits,
+        result.verified_lengths,
+        result.accepted_drafts,
+        result.accepted_lengths,
+        strict=True,
+    ):
+        if logit_G is not None and np.isfinite(logit_G).all():
+            if length == accepted:  # a draft was the stop token: no token of the target's own came
+                verified = accepted
+            elif accepted < verified:  # behind a rejection no prefix is accepted
+                verified = len(logit_G)
+            kept.append((logit_G, verified, accepted))
+    logit_N, verified_N, accepted_N = zip(*kept, strict=True) if kept else ((), (), ())
+    return RecordedRequest(
+        prompt,
+        acceptance,
+        temperature,
+        np.array(logit_N, np.float64),
+        np.array(verified_N, np.int64),
+        np.array(accepted_N, np.int64),
+    )
+
+
+def write_record(path: Path, requests: Iterable[RecordedRequest]) -> None:
+    """Write a record, atomically."""
+    lines = [
+        json.dumps(
+            {
+                "prompt": request.prompt,
+                "acceptance": request.acceptance,
+                "temperature": request.temperature,
+                "logits": np.round(request.logit_NG, 5).tolist(),
+                "verified": request.verified_N.tolist(),
+                "accepted": request.accepted_N.tolist(),
+            }
+        )
+        for request in requests
+    ]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_record(path: str | Path) -> list[RecordedRequest]:
+    """The requests of a record.
+
+    Raises:
+        ValueError: the file is missing, empty or damaged; the message names the line.
+    """
+    requests = [_request(row, origin) for origin, row in json_lines(path)]
+    if not requests:
+        raise ValueError(f"{path}: no rounds in it; record some with `dspark calibrate --record`")
+    sizes = {request.logit_NG.shape[1] for request in requests}
+    if len(sizes) > 1:
+        raise ValueError(f"{path}: blocks of {sorted(sizes)} drafts: give one drafter's rounds")
+    return requests
+
+
+def _request(row: Any, origin: str) -> RecordedRequest:
+    """A request from JSON; ValueError names the field that is wrong."""
+    if not isinstance(row, dict) or set(row) != {"prompt", "acceptance", *NUMBERS}:
+        fields = ", ".join(("prompt", "acceptance", *NUMBERS))
+        raise ValueError(f"{origin}: a recorded request needs exactly {fields}")
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"{origin}: prompt is {row['prompt']!r:.40}, not a text")
+    if row["acceptance"] not in ACCEPTANCES:
+        raise ValueError(f"{origin}: acceptance is {row['acceptance']!r:.40}, not {ACCEPTANCES}")
+    number = {name: _array(row[name], f"{origin}: {name}", *NUMBERS[name]) for name in NUMBERS}
+    temperature, logit_NG = float(number["temperature"]), number["logits"].astype(np.float64)
+    verified_N, accepted_N = number["verified"], number["accepted"]
+    if temperature < 0:
+        raise ValueError(f"{origin}: temperature is {temperature}: it must be 0 or more")
+    if not len(verified_N) == len(accepted_N) == len(logit_NG):
+        raise ValueError(f"{origin}: logits, verified and accepted differ in their rounds")
+    ordered_N = (accepted_N >= 0) & (accepted_N <= verified_N) & (verified_N <= logit_NG.shape[1])
+    if not ordered_N.all():
+        raise ValueError(
+            f"{origin}: accepted and verified must be numbers of drafts, the first not larger than "
+            f"the second and both within 0..{logit_NG.shape[1]}"
+        )
+    return RecordedRequest(
+        row["prompt"], row["acceptance"], temperature, logit_NG, verified_N, accepted_N
+    )
+
+
+def _array(value: Any, what: str, num_axes: int, kinds: str) -> np.ndarray:
+    """A value from JSON as an array of finite numbers."""
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError):  # lists of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in kinds or array.ndim != num_axes or not array.size:
+        numbers = "whole numbers" if kinds == "i" else "numbers"
+        form = ("one of the", "a list of", "lists of equally many")[num_axes]
+        raise ValueError(f"{what} must be {form} {numbers}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} must be finite")
+    return array
