@@ -130,14 +130,14 @@ def recorded_request(
             elif accepted < verified:  # behind a rejection no prefix is accepted
                 verified = len(logit_G)
             kept.append((logit_G, verified, accepted))
-    logit, verified, accepted = zip(*kept, strict=True) if kept else ((), (), ())
+    logit_NG, verified_N, accepted_N = zip(*kept, strict=True) if kept else ((), (), ())
     return RecordedRequest(
         prompt,
         acceptance,
         temperature,
-        np.array(logit, np.float64),
-        np.array(verified, np.int64),
-        np.array(accepted, np.int64),
+        np.array(logit_NG, np.float64),
+        np.array(verified_N, np.int64),
+        np.array(accepted_N, np.int64),
     )
 
 
