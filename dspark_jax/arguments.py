@@ -186,17 +186,18 @@ def _add_calibrate(commands: Any, summary: str) -> None:
     command.set_defaults(command="calibrate")
     add = command.add_argument
     rounds = command.add_mutually_exclusive_group(required=True)
-    rounds.add_argument("--prompts", action="append", metavar="FILE.jsonl", help="to decode; as for "
-        "generate; may be repeated")  # fmt: skip
+    rounds.add_argument("--prompts", action="append", metavar="FILE.jsonl", help="to decode, as "
+        "for generate; may be repeated")  # fmt: skip
     rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
         help="rounds that were recorded before; may be repeated")  # fmt: skip
     add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
-    add("--temperature", type=_numbers, default="0,1", metavar="F,F,...", help="ways of sampling, "
-        "a table each (default %(default)s)")  # fmt: skip
-    add("--acceptance", type=_names, default="rejection", metavar="RULE,RULE", help="rejection, "
-        "coupled or both (default %(default)s)")  # fmt: skip
+    add("--temperature", type=_numbers, default="0,1", dest="temperatures",
+        metavar="F,F,...", help="ways of sampling, a table each (default %(default)s)")  # fmt: skip
+    add("--acceptance", type=_names, default="rejection", dest="acceptances", metavar="RULE,RULE",
+        help="rejection, coupled or both (default %(default)s)")  # fmt: skip
     add("--max-new-tokens", type=_count, default=128, metavar="N", help="default %(default)s")
-    add("--batch", type=_count, default=16, metavar="N", help="decoded together; default 16")
+    add("--batch", type=_count, default=16, dest="slots", metavar="N", help="prompts decoded "
+        "together (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
         "directory, where the engine looks for it)")  # fmt: skip

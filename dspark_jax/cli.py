@@ -218,71 +218,43 @@ def doctor(args: argparse.Namespace) -> int:
 
 def calibrate(args: argparse.Namespace) -> int:
     """Fit the temperatures of a drafter's confidences."""
-    out, requests = _calibration_path(args), _recorded(args)
-    from dspark_jax.engine.calibration import write_calibration
+    from dspark_jax.engine.calibration import path_beside, write_calibration
     from dspark_jax.evaluation import confidence, pictures, rounds
 
+    out = path_beside(_drafter(args)) if args.out is None else Path(args.out)
+    requests = [request for path in args.records for request in rounds.read_record(path)]
+    if not args.records:
+        sets, limits = _prompt_sets(args), _limits(args)
+        decoder, stop_ids, _ = _load(args)
+        limits = dataclasses.replace(limits, stop_ids=stop_ids)
+        given = ("acceptances", "temperatures", "seed", "slots")
+        options = {name: getattr(args, name) for name in given}
+        requests = rounds.record_rounds(decoder, sets, limits, **options)
     if args.record is not None:
         rounds.write_record(Path(args.record), requests)
     tables, report = confidence.fit_calibration(requests)
     write_calibration(out, tables)
+    report["out"] = str(out)
     if args.plot is not None:
         pictures.write_picture(pictures.draw_reliability(report), Path(args.plot))
-    report["out"] = str(out)
     print(json.dumps(report) if args.json else confidence.format_calibration(report))
     return 0
-
-
-def _calibration_path(args: argparse.Namespace) -> Path:
-    """Where calibrated temperatures go: beside the drafter, unless the user says otherwise."""
-    from dspark_jax.engine.calibration import FILE_NAME
-    from dspark_jax.models.default import default_drafter_path
-
-    if args.out is not None:
-        return Path(args.out)
-    source = _drafter(args)
-    directory = default_drafter_path() if source == "default" else Path(source)
-    if directory is None or not os.access(directory, os.W_OK):
-        raise ValueError(
-            f"drafter {source} is no directory that can be written: say where the temperatures go, "
-            "with --out FILE.json"
-        )
-    return directory / FILE_NAME
-
-
-def _recorded(args: argparse.Namespace) -> list[RecordedRequest]:
-    """Rounds of records, or of prompts that are decoded now, in every way that was asked for."""
-    from dspark_jax.evaluation import rounds
-
-    if args.records:
-        return [request for path in args.records for request in rounds.read_record(path)]
-    greedy = args.acceptance[0]  # at temperature 0 both rules are the same
-    ways = dict.fromkeys((a if t else greedy, t) for a in args.acceptance for t in args.temperature)
-    each = [argparse.Namespace(**{**vars(args), "temperature": t}) for _, t in ways]
-    limits, sets = [_limits(given) for given in each], _prompt_sets(args)
-    decoder, stop_ids, _ = _load(args)
-    requests = []
-    for (acceptance, _), limit in zip(ways, limits, strict=True):
-        limit = dataclasses.replace(limit, stop_ids=stop_ids)
-        options = {"seed": args.seed, "slots": args.batch}
-        requests += rounds.record_rounds(decoder, sets, limit, acceptance, **options)
-    return requests
 
 
 def replay(args: argparse.Namespace) -> int:
     """Compare policies on recorded rounds."""
     from dspark_jax.engine.calibration import read_calibration
     from dspark_jax.engine.profile import read_profile
+    from dspark_jax.evaluation import costs as tables
     from dspark_jax.evaluation import replay as policies
     from dspark_jax.evaluation.rounds import read_record
 
     requests = read_record(args.record)
-    costs = partial(policies.imagined_costs, policies.TILES[args.costs])
+    costs = partial(tables.imagined_costs, tables.TILES[args.costs])
     if args.profile is not None:
-        costs = partial(policies.profile_costs, read_profile(Path(args.profile)))
-    calibration = None
+        costs = partial(tables.profile_costs, read_profile(Path(args.profile)))
+    calibration, block_size = None, requests[0].logit_NG.shape[1]
     if args.calibration is not None:
-        block_size = requests[0].logit_NG.shape[1]
         calibration = read_calibration(Path(args.calibration), block_size)
     rows = policies.replay_record(requests, args.concurrency, costs, calibration)
     print(json.dumps({"rows": rows}) if args.json else policies.format_replay(rows))
