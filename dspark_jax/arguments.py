@@ -19,6 +19,7 @@ examples:
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark doctor --concurrency 1,8,32
+  dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
   dspark cache estimate configs/smollm2_135m_dspark.py
   dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
@@ -45,9 +46,10 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
-    bench = _add_command(commands, "bench", "measure speed, alone or under load")
+    bench = _add_command(commands, "bench", "measure speed and acceptance")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
@@ -62,7 +64,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
 
 def policy(text: str) -> dict[str, Any]:
-    """A value of ``--policy`` as ``num_draft`` and ``threshold`` of the engine.
+    """A value of ``--policy`` as ``num_draft``, ``threshold`` and ``gate`` of the engine.
 
     Raises:
         ArgumentTypeError: it is none of the known forms.
@@ -71,14 +73,14 @@ def policy(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if kind == "fixed":
             return {"num_draft": int(value)}
-        if kind == "threshold":
-            return {"threshold": float(value)}
+        if kind in ("threshold", "gate"):
+            return {kind: float(value)}
     if text == "none":
         return {"num_draft": 0}
     if text == "block":
         return {}
     raise argparse.ArgumentTypeError(
-        f"{text!r} is none of block, none, fixed:K (drafts) and threshold:P (confidence)"
+        f"{text!r} is none of block, none, fixed:K (drafts), threshold:P and gate:P (confidence)"
     )
 
 
@@ -97,11 +99,6 @@ def _counts(text: str) -> list[int]:
 def _names(text: str) -> list[str]:
     """Several names, with commas between."""
     return text.split(",")
-
-
-def _numbers(text: str) -> list[float]:
-    """Several numbers, with commas between."""
-    return [float(part) for part in text.split(",")]
 
 
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -137,6 +134,24 @@ def _add_speed(commands: Any, summary: str) -> None:
     add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
     _add_models(command)
     _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_acceptance(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "acceptance", summary)
+    command.set_defaults(command="bench acceptance")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add(
+        "--temperature",
+        type=float,
+        action="append",
+        metavar="F",
+        help="may be repeated (default: 0 and 1)",
+    )
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    _add_models(command)
+    _add_rule(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -191,13 +206,12 @@ def _add_calibrate(commands: Any, summary: str) -> None:
     rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
         help="rounds that were recorded before; may be repeated")  # fmt: skip
     add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
-    add("--temperature", type=_numbers, default="0,1", dest="temperatures",
-        metavar="F,F,...", help="ways of sampling, a table each (default %(default)s)")  # fmt: skip
-    add("--acceptance", type=_names, default="rejection", dest="acceptances", metavar="RULE,RULE",
-        help="rejection, coupled or both (default %(default)s)")  # fmt: skip
+    add("--temperature", type=float, action="append", metavar="F", help="may be repeated, a table "
+        "each (default: 0 and 1)")  # fmt: skip
+    add("--acceptance", choices=("rejection", "coupled"), action="append",
+        help="may be repeated, tables each (default: rejection)")  # fmt: skip
     add("--max-new-tokens", type=_count, default=128, metavar="N", help="default %(default)s")
-    add("--batch", type=_count, default=16, dest="slots", metavar="N", help="prompts decoded "
-        "together (default %(default)s)")  # fmt: skip
+    add("--batch", type=_count, default=16, metavar="N", help="decoded together; default 16")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
         "directory, where the engine looks for it)")  # fmt: skip
@@ -331,16 +345,22 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         "--policy",
         type=policy,
         help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
-        f"first confidence below P) or none (default: {DEFAULT_POLICY} with the packaged drafter, "
-        "block with another)",
+        "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
+        f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
     )
     _add_limits(command)
 
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
+    )
+    _add_rule(command)
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
-    add("--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add(
         "--acceptance",

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
@@ -173,14 +174,17 @@ def make_mesh(
 _replicated: set[tuple[str, int, int]] = set()
 
 
-def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition(
+    axes: str, shape: Sequence[int], mesh: Mesh, unused: Sequence[str] = ()
+) -> PartitionSpec:
     """The :class:`PartitionSpec` of an array with these logical axes.
 
     An axis that does not divide over its mesh axes (9 heads over 2 devices) is replicated, and
-    that is logged once. A mesh axis is used once an array, by the first axis that asks for it.
+    that is logged once. A mesh axis is used once an array, by the first axis that asks for it;
+    those that are ``unused`` never.
     """
     spec: list[tuple[str, ...] | None] = []
-    used: set[str] = set()
+    used = set(unused)
     for letter, size in zip(axes, shape, strict=True):
         wanted = [
             name for name in MESH_RULES.get(letter, ()) if mesh.shape[name] > 1 and name not in used
@@ -197,8 +201,37 @@ def partition(axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def param_shardings(declared: Tree, mesh: Mesh) -> Tree:
-    """A ``NamedSharding`` for every declared parameter."""
+def param_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -> Tree:
+    """A ``NamedSharding`` for every declared parameter; ``unused`` as in :func:`partition`."""
     return map_params(
-        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh)), declared
+        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh, unused)),
+        declared,
     )
+
+
+def place(tree: Tree, shardings: Any) -> Tree:
+    """Arrays that every process holds whole, on the devices of a mesh.
+
+    Args:
+        tree: arrays; those that lie on the devices of several processes already may move there.
+        shardings: one for each of them, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def gather(tree: Tree) -> Tree:
+    """The inverse of :func:`place`: NumPy arrays, whole in every process; all must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -26,7 +26,7 @@ import platformdirs
 import dspark_jax
 from dspark_jax import training_cli
 from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
-from dspark_jax.evaluation.prompts import Prompt, read_prompts
+from dspark_jax.evaluation.prompts import Prompt, read_prompt_sets, read_prompts
 
 if TYPE_CHECKING:
     from dspark_jax.engine.decoder import Decoder
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": doctor,
         "calibrate": calibrate,
         "replay": replay,
+        "bench acceptance": bench_acceptance,
         "prepare": prepare,
         "train": training_cli.train,
         "cache estimate": training_cli.cache_estimate,
@@ -100,6 +101,7 @@ def generate(args: argparse.Namespace) -> int:
     limits = _limits(args)
     decoder, stop_ids, _ = _load(args)
     from dspark_jax.engine import generate as engine
+    from dspark_jax.evaluation.results import result_row, summary
     from dspark_jax.evaluation.speed import Decode, make_requests, warm_up
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
@@ -119,12 +121,12 @@ def generate(args: argparse.Namespace) -> int:
         for result in results:
             done.append(result)
             if args.json:
-                print(json.dumps(_row(result, seconds)), flush=True)
+                print(json.dumps(result_row(result, seconds)), flush=True)
             else:
                 last = len(done) == len(requests)
                 print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
     if not args.json:
-        print(_summary(done, total_s), file=sys.stderr)
+        print(summary(done, total_s), file=sys.stderr)
     if any(result.finish_reason == "error" for result in done):
         raise FloatingPointError("the target's logits are not finite: a text ends too early")
     return 0
@@ -134,35 +136,11 @@ def _show(_: int, text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _row(result: Generation, seconds: float) -> dict[str, Any]:
-    """One result as JSON; ``seconds`` are those of its whole batch."""
-    return {
-        "text": result.text,
-        "prompt_tokens": result.prompt_tokens,
-        "new_tokens": len(result.token_ids),
-        "rounds": result.rounds,
-        "accepted_length": round(result.accepted_length, 4),
-        "seconds": round(seconds, 4),
-        "tokens_per_s": round(len(result.token_ids) / seconds, 2),
-        "finish_reason": result.finish_reason,
-    }
-
-
-def _summary(results: Sequence[Generation], seconds: float) -> str:
-    tokens = sum(len(result.token_ids) for result in results)
-    lengths = [length for result in results for length in result.accepted_lengths]
-    mean = sum(lengths) / max(len(lengths), 1)
-    return (
-        f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, accepted length {mean:.2f}, "
-        f"{len(lengths)} rounds"
-    )
-
-
 def bench_speed(args: argparse.Namespace) -> int:
     """Measure decoding with drafts against plain decoding."""
     if _drafter(args) == "none":
         raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    sets, limits = _prompt_sets(args), _limits(args)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import speed
 
@@ -173,11 +151,34 @@ def bench_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_acceptance(args: argparse.Namespace) -> int:
+    """Measure how many drafts the target keeps."""
+    if _drafter(args) == "none":
+        raise ValueError("bench acceptance measures a drafter: give --drafter")
+    sets = read_prompt_sets(args.prompts, args.limit)
+    temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
+    limits = [_limits(args, temperature=temperature) for temperature in temperatures]
+    decoder, stop_ids, names = _load(args)
+    from dspark_jax.evaluation import acceptance
+
+    report = names | acceptance.bench_acceptance(
+        decoder,
+        sets,
+        dataclasses.replace(limits[0], stop_ids=stop_ids),
+        temperatures,
+        seed=args.seed,
+        batch=args.batch,
+        acceptance=args.acceptance,
+    )
+    print(json.dumps(report) if args.json else acceptance.format_report(report))
+    return 0
+
+
 def bench_load(args: argparse.Namespace) -> int:
     """Measure policies under load."""
     if _drafter(args) == "none":
         raise ValueError("bench load compares policies of drafting: give --drafter")
-    sets, limits = _prompt_sets(args), _limits(args)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import load, pictures
 
@@ -224,12 +225,19 @@ def calibrate(args: argparse.Namespace) -> int:
     out = path_beside(_drafter(args)) if args.out is None else Path(args.out)
     requests = [request for path in args.records for request in rounds.read_record(path)]
     if not args.records:
-        sets, limits = _prompt_sets(args), _limits(args)
+        sets = read_prompt_sets(args.prompts, args.limit)
+        temperatures = tuple(args.temperature or (0.0, 1.0))
+        limits = [_limits(args, temperature=temperature) for temperature in temperatures]
         decoder, stop_ids, _ = _load(args)
-        limits = dataclasses.replace(limits, stop_ids=stop_ids)
-        given = ("acceptances", "temperatures", "seed", "slots")
-        options = {name: getattr(args, name) for name in given}
-        requests = rounds.record_rounds(decoder, sets, limits, **options)
+        requests = rounds.record_rounds(
+            decoder,
+            sets,
+            dataclasses.replace(limits[0], stop_ids=stop_ids),
+            args.acceptance or ("rejection",),
+            temperatures,
+            seed=args.seed,
+            slots=args.batch,
+        )
     if args.record is not None:
         rounds.write_record(Path(args.record), requests)
     tables, report = confidence.fit_calibration(requests)
@@ -322,21 +330,13 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return [Prompt(text, origin)]
 
 
-def _prompt_sets(args: argparse.Namespace) -> dict[str, list[Prompt]]:
-    """The prompts of several files, by the files' names."""
-    stems = [Path(path).stem for path in args.prompts]
-    labels = stems if len(set(stems)) == len(stems) else args.prompts
-    files = zip(labels, args.prompts, strict=True)
-    return {label: read_prompts(path, args.limit) for label, path in files}
-
-
-def _limits(args: argparse.Namespace) -> Request:
+def _limits(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
     from dspark_jax.engine.state import Request
     from pallas_kernels import random
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
     request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
     request.check(max_positions=2)
     random.seed_key(args.seed)
@@ -381,7 +381,7 @@ def _use_compilation_cache() -> None:
 
 
 def _policy(args: argparse.Namespace) -> dict[str, Any]:
-    """``num_draft`` and ``threshold`` of the engine."""
+    """``num_draft``, ``threshold`` and ``gate`` of the engine."""
     if args.policy is not None:
         return dict(args.policy)
     return policy(DEFAULT_POLICY if _drafter(args) == "default" else "block")

@@ -215,7 +215,8 @@ class TrainConfig:
         cache: directory of a target cache, which has the sequences and their features, so that
             ``data`` is not read; empty runs the target in every step.
         cache_gb: above 0, ``cache`` is a place for at most so many GB (1e9 bytes), where the
-            features of the coming batches are written, trained on and replaced in turns.
+            features of the coming batches are written, trained on and replaced in turns; every
+            process has such a place, so that ``cache`` may be a host's own disk.
     """
 
     target: str = "default"

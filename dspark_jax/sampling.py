@@ -43,8 +43,8 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
     """Raises ValueError where a parameter of one request has no meaning."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: give a finite number >= 0 (0 is greedy)")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}: give a number of tokens >= 0 (0 keeps all)")
+    if not 0 <= top_k < 2**31:
+        raise ValueError(f"top_k is {top_k}: give a number of tokens in 0..2^31-1 (0 keeps all)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: give a probability in (0, 1] (1 keeps all)")
     if not 0 <= min_p <= 1:

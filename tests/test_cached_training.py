@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from dspark_jax import cli
 from dspark_jax.config import TrainConfig
+from dspark_jax.models import load
 from dspark_jax.models.load import load_target
 from dspark_jax.models.target import Vocab
 from dspark_jax.training import (
@@ -332,13 +333,13 @@ def test_turns_keep_the_order_and_their_bytes(recipe, tmp_path, sizes, cache_gb,
 def test_turns_write_a_piece_again_that_a_killed_run_left(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, cache=str(tmp_path), cache_gb=PIECE_GB)
     arguments = some_sequences(), recipe, range(4), PIECE_SPEC, fake_read
-    (tmp_path / "piece").mkdir()
+    (tmp_path / "piece-0").mkdir()
     for name in (MANIFEST, INDEX, "shard-00000.bin"):
-        (tmp_path / "piece" / name).write_bytes((GOLDEN / name).read_bytes())
+        (tmp_path / "piece-0" / name).write_bytes((GOLDEN / name).read_bytes())
     assert len(list(features.bounded_batches(*arguments))) == 4
     stopped = features.bounded_batches(*arguments)
     next(stopped)
-    assert (tmp_path / "piece").exists()
+    assert (tmp_path / "piece-0").exists()
     stopped.close()
     assert not any(tmp_path.iterdir())
 
@@ -366,7 +367,8 @@ def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
         jax.eval_shape(partial(train_step, **static), state, frozen, batch)
         arrays = {"feature": batch.feature_BSFD, "hidden": batch.hidden_BSD}
         sums = {name: check_sum(array) for name, array in arrays.items()}
-        ones = dict.fromkeys(("loss", "accepted_length", "blocks", "tokens"), 1.0)
+        names = ("loss", "accepted_length", "blocks", "tokens", "finite_updates")
+        ones = dict.fromkeys(names, 1.0)
         return state, {**ones, **sums}
 
     monkeypatch.setattr(run, "train_step", log_batch)
@@ -396,7 +398,9 @@ def test_float32_training_on_a_cache_is_close(recipe, tmp_path):
 # The command.
 
 
-def test_the_command_says_how_large_a_cache_is_writes_and_checks_it(recipe, tmp_path, capsys):
+def test_the_command_says_how_large_a_cache_is_writes_and_checks_it(
+    recipe, tmp_path, capsys, monkeypatch
+):
     config = tmp_path / "config.py"
     config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {recipe!r}\n")
     folder = tmp_path / "cache"
@@ -406,7 +410,9 @@ def test_the_command_says_how_large_a_cache_is_writes_and_checks_it(recipe, tmp_
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    code, out, _ = dspark("cache", "estimate", config, "--set", "min_loss_tokens=15")
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "load_hf_target", None)  # sizes need no weights
+        code, out, _ = dspark("cache", "estimate", config, "--set", "min_loss_tokens=15")
     assert code == 0
     assert not folder.exists()
     words = ("cache", "write", config, "--out", folder, "--set", "length_buckets=", "--set")

@@ -1,4 +1,4 @@
-"""dspark calibrate: from prompts to tables beside the drafter, and what the engine does with them."""
+"""dspark calibrate: from prompts to tables beside the drafter, and their use in the engine."""
 
 import dataclasses
 import json
@@ -138,7 +138,7 @@ def test_one_conversation_cannot_judge_itself():
 
 TABLES = Calibration(
     (
-        CalibrationTable("coupled", 0.0, (100.0,) * BLOCK),  # every confidence is a half
+        CalibrationTable("coupled", 0.0, (1000.0,) * BLOCK),  # every confidence is a half
         CalibrationTable("coupled", 1.0, (0.01,) * BLOCK),  # all or nothing
     )
 )
@@ -149,9 +149,9 @@ def calibrated_decoder():
         jax.tree.map(jnp.asarray, random_params(seed, declared))
         for seed, declared in ((20, declare_target(TARGET)), (21, declare_drafter(DRAFTER)))
     )
-    # Half of all logits are positive, so that a table can let them through.
     vocab = bind_vocab(DRAFTER, None, TARGET, target.vocab)
-    bound = DRAFTER, drafter, vocab
+    head = drafter.confidence.replace(bias_O=jnp.full(1, 9.0))  # so that all logits are positive
+    bound = DRAFTER, drafter.replace(confidence=head), vocab
     return make_decoder((TARGET, target), bound, calibration=TABLES)
 
 

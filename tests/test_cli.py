@@ -286,9 +286,11 @@ def test_a_drafter_that_does_not_fit_is_refused(dspark, tmp_path):
 def test_a_policy_that_the_drafter_cannot_follow_is_refused(dspark, tmp_path):
     assert_refused(dspark("generate", "hello", "--policy", "fixed:99"), "num_draft is 99")
     assert_refused(dspark("generate", "hello", "--policy", "threshold:2"), "threshold is 2")
+    assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "gate is -1")
     blind = write_drafter(tmp_path / "blind", dataclasses.replace(DRAFTER, confidence=False))
-    result = dspark("generate", "hello", "--policy", "threshold:0.5", "--drafter", blind)
-    assert_refused(result, "no confidence head")
+    for kind in ("threshold", "gate"):
+        result = dspark("generate", "hello", "--policy", f"{kind}:0.5", "--drafter", blind)
+        assert_refused(result, f"{kind} is 0.5, but the drafter has no confidence head")
 
 
 def test_another_target_than_the_default_is_decoded_plainly_unless_told_otherwise(dspark, target):
@@ -302,6 +304,7 @@ def test_another_target_than_the_default_is_decoded_plainly_unless_told_otherwis
 def test_policies():
     assert policy("fixed:3") == {"num_draft": 3}
     assert policy("threshold:0.5") == {"threshold": 0.5}
+    assert policy("gate:0.5") == {"gate": 0.5}
     assert policy("none") == {"num_draft": 0}
     assert policy("block") == {}
     assert isinstance(policy(DEFAULT_POLICY), dict)
@@ -423,6 +426,7 @@ def test_help_and_usage_errors_need_no_jax():
         ["nothing"],
         ["train"],
         ["bench", "speed"],
+        ["bench", "acceptance"],
         ["prepare"],
         ["prepare", "p.jsonl"],
         ["cache"],

@@ -112,6 +112,12 @@ def assert_same_run(out, whole):
     assert logs[0] == logs[1]
 
 
+def sequences_for(recipe):
+    """What ``run.load_sequences`` wants beside the source."""
+    target = load_target(recipe.target)
+    return target, run.drafter_config(recipe, target), recipe
+
+
 def interrupt_at(monkeypatch, step, action):
     """Have ``action`` called while the batch of a step is made."""
     batches_from = data.batches_from
@@ -291,33 +297,55 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
     broken = elsewhere(recipe, tmp_path)
-    plain = fit.plain
-    seen = []
+    plain, seen = fit.plain, []
 
     def spoil(metrics):
         seen.append(1)
-        return plain(metrics) | (
-            {"l1": float("nan"), "loss": float("nan")} if len(seen) == 7 else {}
-        )
+        nan = {"l1": float("nan"), "loss": float("nan"), "finite_updates": 1}
+        return plain(metrics) | (nan if len(seen) == 7 else {})
 
     monkeypatch.setattr(fit, "plain", spoil)
-    with pytest.raises(
-        FloatingPointError, match=r"step 7 is not finite \(l1 nan, loss nan\).*step 5"
-    ):
+    with pytest.raises(FloatingPointError) as stopped:
         fit.fit(broken)
+    train_set = run.load_sequences(run.open_source(broken), *sequences_for(broken))[0]
+    _, indices = next(data.schedule_from(train_set, broken, 6))
+    lines = ",".join(str(index + 1) for index in sorted(indices))  # of a file, every line is used
+    assert str(stopped.value) == (
+        "step 7, update 2 of 2, is not finite (l1 nan, loss nan) on the batch "
+        f"{broken.data}:{lines}: the last good checkpoint in {tmp_path / 'checkpoints'} is 5"
+    )
     with Checkpoints(tmp_path / "checkpoints", 2) as saved:
         assert saved.latest == 5
     assert not (tmp_path / "drafter").exists()
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
+    broken, plain = elsewhere(recipe, tmp_path), fit.plain
+
+    def spoil(metrics):
+        values = plain(metrics)
+        return values if "finite_updates" in values else values | {"ce": float("inf")}
+
+    monkeypatch.setattr(fit, "plain", spoil)
+    message = r"step 10, held-out, is not finite \(ce inf\) on the batch .*:2[\d,]+: .* is 5$"
+    with pytest.raises(FloatingPointError, match=message):
+        fit.fit(broken)
+
+
 def test_a_gradient_that_is_not_finite_counts_too():
-    records.check_finite(3, {"loss": 1.0, "accept_rate": [0.5, 1.0]}, "")
-    with pytest.raises(FloatingPointError, match=r"step 3 .*gradient_norm inf"):
-        records.check_finite(3, {"loss": 1.0, "gradient_norm": float("inf")}, "")
+    sequences = [
+        data.TokenSequence(np.ones(3), np.ones(3), origin=f"a:b:{line}") for line in (2, 10, 9)
+    ]
+    plans = iter([(16, [1, 0, 2])])
+    fine = {"loss": 1.0, "accept_rate": [0.5, 1.0]}
+    records.check_finite("step 3", fine, sequences, plans, "")
+    lost = {"loss": 1.0, "gradient_norm": float("inf")}
+    with pytest.raises(FloatingPointError, match=r"step 3 .*gradient_norm inf.* a:b:2,9,10: gone"):
+        records.check_finite("step 3", lost, sequences, plans, "gone")
 
 
 def test_nothing_is_loaded_or_written_before_the_data_is_read(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_target", None)
+    monkeypatch.setattr(run, "open_target", None)
     missing = elsewhere(recipe, tmp_path / "out", data=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
         fit.fit(missing)

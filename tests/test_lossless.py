@@ -123,6 +123,10 @@ def by_threshold(now_BG, before_BG):
     return schedule.threshold_length(now_BG, 0.45)
 
 
+def by_gate(now_BG, before_BG):
+    return schedule.gated_length(all_slots(now_BG, before_BG), now_BG, 0.5)
+
+
 def a_round_late(now_BG, before_BG):
     return jnp.where(before_BG[:, -1] > 0.5, G, 0)
 
@@ -248,7 +252,7 @@ def test_with_a_reduced_vocabulary_and_lengths_that_depend_on_the_drafts(setting
     assert abs(chi_square_z(texts, REDUCED, setting)) < SOUND_Z
 
 
-@pytest.mark.parametrize("choose", [by_threshold, a_round_late])
+@pytest.mark.parametrize("choose", [by_threshold, by_gate, a_round_late])
 def test_non_anticipating_schedules_keep_the_law(choose):
     assert abs(chi_square_z(decode(WORLD, PLAIN, choose=choose), WORLD, PLAIN)) < SOUND_Z
 

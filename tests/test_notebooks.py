@@ -9,6 +9,24 @@ import pytest
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+HEADS = ["vanilla", "gated", "rnn", "dflash"]
+TINY_RECIPE = """
+from dspark_jax.config import TrainConfig
+
+config = TrainConfig(
+    num_layers=1,
+    block_size=3,
+    markov_rank=4,
+    target_layer_ids=(-1, 0),
+    max_length=40,
+    length_buckets=(40,),
+    tokens_per_batch=80,
+    num_anchors=8,
+    eval_sequences=2,
+    eval_every=1,
+    log_every=1,
+)
+"""
 
 
 def code_cells(name):
@@ -16,13 +34,24 @@ def code_cells(name):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.fixture
+def pyplot():
+    """Draws into memory, and forgets all figures afterwards."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    yield pyplot
+    pyplot.close("all")
+
+
 def run(name, parameters):
-    """The names that the notebook ends with; its parameters' cell must set these and no others."""
+    """The names that the notebook ends with; its parameters' cell must set each of these."""
     names = {}
     for cell in code_cells(name):
         exec(compile("".join(cell["source"]), f"{name}:{cell['id']}", "exec"), names)
         if "parameters" in cell["metadata"].get("tags", []):
-            assert {key for key in names if key.isupper()} == set(parameters)
+            assert {key for key in names if key.isupper()} >= set(parameters)
             names |= parameters
     return names
 
@@ -40,11 +69,8 @@ def test_notebooks_hold_no_output_and_use_the_public_api_alone(path):
                 assert not node.attr.startswith("_")
 
 
+@pytest.mark.usefixtures("pyplot")
 def test_quickstart(tmp_path, capsys):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = run(
         "quickstart.ipynb",
         {
@@ -61,4 +87,67 @@ def test_quickstart(tmp_path, capsys):
     assert sum(bar.get_height() for bar in left.patches) == len(names["lengths"])
     assert [bar.get_height() for bar in right.patches] == [rate or 0 for rate in names["rates"]]
     assert len(left.patches) == BLOCK + 1
-    pyplot.close(names["figure"])
+
+
+def assert_comparison_is_shown(names, out, sets):
+    """A line of the table for each drafter and temperature, a panel for each set and temperature,
+    a curve for each drafter."""
+    table = [line.split() for line in out.splitlines()]
+    for head in HEADS:
+        rows = [words for words in table if words[:1] == [head]]
+        assert len(rows) == len(names["temperatures"])
+        for temperature, words in zip(names["temperatures"], rows, strict=True):
+            lengths = [
+                row["accepted_length"]
+                for row in names["drafters"][head]["rows"]
+                if row["temperature"] == temperature
+            ]
+            mean = sum(lengths) / len(sets)
+            assert [float(word) for word in words[1:-1]] == pytest.approx(
+                [*lengths, mean], abs=0.0051
+            )
+    panels = names["positions"].axes
+    assert len(panels) == len(sets) * len(names["temperatures"])
+    for axes in panels:
+        assert [line.get_label() for line in axes.lines] == HEADS
+    for axes in names["curves"].axes:
+        drawn = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+        assert drawn == HEADS
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("pyplot")
+def test_comparison_of_drafters_trained_on_the_spot(tmp_path, capsys):
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": f"say it {i}"},
+                {"role": "assistant", "content": "one two three four"},
+            ]
+        }
+        for i in range(6)
+    ]
+    for name, lines in (
+        ("data.jsonl", rows),
+        ("one.jsonl", [{"prompt": "hello"}, {"prompt": "left out"}]),
+        ("two.jsonl", [{"turns": ["hello you"]}]),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "recipe.py").write_text(TINY_RECIPE)
+    names = run(
+        "comparison.ipynb",
+        {
+            "RERUN": True,
+            "TARGET": str(write_target(tmp_path / "target")),
+            "RECIPE": str(tmp_path / "recipe.py"),
+            "DATA": str(tmp_path / "data.jsonl"),
+            "STEPS": 2,
+            "PROMPTS": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")],
+            "LIMIT": 1,
+            "MAX_NEW_TOKENS": 8,
+            "OUT": str(tmp_path / "runs"),
+        },
+    )
+    assert names["results"]["prompts"] == 2
+    assert_comparison_is_shown(names, capsys.readouterr().out, ["one", "two"])
+    assert json.loads(json.dumps(names["results"])) == names["results"]

@@ -416,3 +416,15 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
     assert np.isfinite(metrics["gradient_norm"])
     # Adam divides by the gradient's size: where that is near 0, the last bits decide.
     assert_same(after.params, expected, atol=3e-5)
+
+
+def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(frozen, params, batch):
+    """Too large a learning rate: the first update still has its numbers, the second has not."""
+    recipe = dataclasses.replace(RECIPE, updates_per_batch=3, learning_rate=1e38, clip_norm=1e9)
+    optimizer = step.make_optimizer(recipe, 3)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    static = {"target_cfg": TARGET, "cfg": DRAFTER, "recipe": recipe, "optimizer": optimizer}
+    _, metrics = jax.jit(partial(step.train_step, **static))(state, frozen, batch)
+    assert int(metrics["finite_updates"]) == 1
+    assert not np.isfinite(metrics["loss"])
+    assert int(metrics["blocks"]) == 3 * 8

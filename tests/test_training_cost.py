@@ -125,6 +125,22 @@ def temporary_bytes(cfg, length, num_anchors, gradient=step.blocks_gradient):
     return compiled.compile().memory_analysis().temp_size_in_bytes
 
 
+def inner_jaxprs(equation):
+    """The programs inside an equation: bodies of loops, calls, derivatives."""
+    values = list(equation.params.values())
+    for value in jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that a program names anywhere."""
+    sizes = [math.prod(getattr(x.aval, "shape", ())) for e in jaxpr.eqns for x in e.outvars]
+    inside = [largest_array(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e)]
+    return max([0, *sizes, *inside])
+
+
 def flops_of(jaxpr) -> float:
     """Multiplications and additions of all dots, those in loops as often as they run."""
     total = 0.0
@@ -134,19 +150,18 @@ def flops_of(jaxpr) -> float:
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contract)
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner_jaxpr = getattr(value, "jaxpr", value)
-            if hasattr(inner_jaxpr, "eqns"):
-                total += times * flops_of(inner_jaxpr)
+        total += times * sum(flops_of(inner) for inner in inner_jaxprs(equation))
     return total
 
 
-def step_flops(cfg, length, num_anchors):
+def program(cfg, length, num_anchors, gradient=step.blocks_gradient):
+    """The jaxpr of :func:`update`, forward and backward."""
     arguments, static = arguments_of(cfg, length, num_anchors)
-    closed = jax.make_jaxpr(partial(update, gradient=step.blocks_gradient, **static))(*arguments)
-    return flops_of(closed.jaxpr)
+    return jax.make_jaxpr(partial(update, gradient=gradient, **static))(*arguments).jaxpr
+
+
+def step_flops(cfg, length, num_anchors):
+    return flops_of(program(cfg, length, num_anchors))
 
 
 @pytest.fixture
@@ -166,6 +181,20 @@ def test_memory_hardly_grows_with_the_vocabulary(small_chunks):
 @pytest.mark.full
 def test_memory_grows_no_faster_than_the_anchors(small_chunks):
     assert temporary_bytes(SMALL, 512, 128) < 2 * temporary_bytes(SMALL, 512, 64)
+
+
+def test_no_logits_and_no_scores_of_all_blocks_exist(small_chunks):
+    """Forward and backward; what is largest is a weight of the vocabulary."""
+    length, num_anchors = 512, 64
+    rows, weight = num_anchors * SMALL.block_size, SMALL.vocab_size * SMALL.hidden_size
+    logits = rows * SMALL.vocab_size
+    scores = rows * SMALL.num_heads * (length + SMALL.block_size)
+    assert weight < min(logits, scores) / 3
+    assert largest_array(program(SMALL, length, num_anchors)) <= weight
+    assert largest_array(program(SMALL, length, num_anchors, straightforward_gradient)) >= logits
+    no_heads = dataclasses.replace(SMALL, vocab_size=64, markov_rank=0)
+    assert largest_array(program(no_heads, length, num_anchors)) < scores / 3
+    assert largest_array(program(no_heads, length, num_anchors, straightforward_gradient)) >= scores
 
 
 @pytest.mark.parametrize("length", [256, 1024])

@@ -292,6 +292,13 @@ def test_threshold_is_static_and_on_each_slot():
     np.testing.assert_array_equal(schedule.threshold_length(confidence, 1.5), [0, 0, 0])
 
 
+def test_a_gate_is_passed_by_the_first_confidence_alone():
+    confidence = jnp.array([[0.5, 0.1], [0.4, 0.9], [jnp.nan, 0.1], [0.6, jnp.nan]])
+    length = jnp.array([2, 2, 1, 2], jnp.int32)
+    np.testing.assert_array_equal(schedule.gated_length(length, confidence, 0.5), [2, 0, 1, 2])
+    np.testing.assert_array_equal(schedule.gated_length(length, confidence, 0.0), length)
+
+
 def test_fixed_length():
     np.testing.assert_array_equal(schedule.fixed_length(3, 7, 5), [5, 5, 5])
     for length in (-1, 8):

@@ -58,6 +58,21 @@ def threshold_length(confidence_BG: jax.Array, threshold: jax.Array | float) -> 
     return jnp.sum(jnp.cumprod(wanted_BG.astype(jnp.int32), axis=1), axis=1)
 
 
+def gated_length(
+    length_B: jax.Array, confidence_BG: jax.Array, gate: jax.Array | float
+) -> jax.Array:
+    """int32 [B]: `length`, or 0 where the first confidence c_1 lies below the gate.
+
+    c_1 has seen no draft at all, so that it may decide about the whole block.
+
+    Args:
+        length_B: int32 lengths, however they were chosen without knowing the drafts they admit.
+        confidence_BG: c_k in [0, 1]; a non-finite c_1 counts as 1.
+        gate: 0 keeps all lengths.
+    """
+    return jnp.where(_finite_prefix(confidence_BG)[:, 0] >= gate, length_B, 0)
+
+
 def end_at_stop(survival_BG: jax.Array, stop_BG: jax.Array) -> jax.Array:
     """Survival with 0 in every slot after a drafted stop token, float32 [B, G].
 

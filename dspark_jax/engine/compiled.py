@@ -137,9 +137,14 @@ class Programs:
         return self._ready[key]
 
     def _config(self, num_draft: int) -> RoundConfig:
-        models, threshold = self.decoder, self.policy.threshold if num_draft else 0.0
+        policy = self.policy
         return RoundConfig(
-            models.target, models.drafter, num_draft, threshold, self.config.acceptance
+            target=self.decoder.target,
+            drafter=self.decoder.drafter,
+            num_draft=num_draft,
+            threshold=policy.threshold if num_draft else 0.0,
+            gate=policy.gate if num_draft else 0.0,
+            acceptance=self.config.acceptance,
         )
 
     # What programs are given.

@@ -27,6 +27,7 @@ def generate(
     *,
     num_draft: int | None = None,
     threshold: float = 0.0,
+    gate: float = 0.0,
     acceptance: Literal["rejection", "coupled"] = "rejection",
     on_text: Callable[[int, str], None] | None = None,
     on_round: Callable[[RoundReport], None] | None = None,
@@ -37,7 +38,7 @@ def generate(
         decoder: weights; without a drafter every round commits one token.
         requests: the batch.
         num_draft: verify at most this many drafts a round; None for the whole block, 0 for none.
-        threshold: see ``RoundConfig``; 0 verifies ``num_draft`` always.
+        threshold, gate: see ``RoundConfig``; 0 and 0 verify ``num_draft`` always.
         acceptance: see ``RoundConfig``.
         on_text: called with (request, new text) as text is verified.
         on_round: called with the report of every round, in numpy.
@@ -52,9 +53,9 @@ def generate(
         return []
     for request in requests:
         request.check(decoder.target.max_positions)
-    cfg = _round_config(decoder, requests, num_draft, threshold, acceptance)
+    cfg = _round_config(decoder, requests, num_draft, threshold, gate, acceptance)
     state = _start(decoder, requests, cfg)
-    plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0)
+    plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0, gate=0.0)
     longest = max(len(request.prompt_ids) for request in requests)
     for start in range(0, longest - 1, PREFILL_ROWS):
         rows = min(PREFILL_ROWS, _round_up(longest - 1 - start, 16))
@@ -108,22 +109,24 @@ def _round_config(
     requests: Sequence[Request],
     num_draft: int | None,
     threshold: float,
+    gate: float,
     acceptance: Literal["rejection", "coupled"],
 ) -> RoundConfig:
     """The static part of a round.
 
     Raises:
-        ValueError: ``num_draft`` or ``threshold`` is out of range, or needs what is not there.
+        ValueError: a value is out of range, or needs what is not there.
     """
     block = 0 if decoder.drafter is None else decoder.drafter.block_size
     if num_draft is None:
         num_draft = block
     if not 0 <= num_draft <= block:
         raise ValueError(f"num_draft is {num_draft}: it must lie in 0..{block}, the block size")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}: it must lie in [0, 1]")
-    if threshold and num_draft and not (decoder.drafter and decoder.drafter.confidence):
-        raise ValueError(f"threshold is {threshold}, but the drafter has no confidence head: use 0")
+    for name, value in (("threshold", threshold), ("gate", gate)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}: it must lie in [0, 1]")
+        if value and num_draft and not (decoder.drafter and decoder.drafter.confidence):
+            raise ValueError(f"{name} is {value}, but the drafter has no confidence head: use 0")
     if acceptance not in ("rejection", "coupled"):
         raise ValueError(f"acceptance is {acceptance!r}: choose 'rejection' or 'coupled'")
     return RoundConfig(
@@ -131,6 +134,7 @@ def _round_config(
         drafter=decoder.drafter,
         num_draft=num_draft,
         threshold=threshold if num_draft else 0.0,
+        gate=gate if num_draft else 0.0,
         acceptance=acceptance,
         greedy=all(request.temperature == 0 for request in requests),
     )

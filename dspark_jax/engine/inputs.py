@@ -24,6 +24,8 @@ class RoundConfig:
         num_draft: how many slots of a block may be verified, at most ``block_size``; 0 is a round
             without a draft, which still extends the drafter's context.
         threshold: verify slots up to the first whose confidence lies below; 0 sets no threshold.
+        gate: verify nothing of a block whose first confidence lies below; 0 sets no gate. Where
+            further drafts cost nothing, as in a program of fixed size, it is the better of the two.
         acceptance: rejection sampling, or coupled by a common noise field.
         greedy: all temperatures are 0, so that the program can do without noise.
     """
@@ -32,6 +34,7 @@ class RoundConfig:
     drafter: DrafterConfig | None
     num_draft: int
     threshold: float = 0.0
+    gate: float = 0.0
     acceptance: Literal["rejection", "coupled"] = "rejection"
     greedy: bool = False
 

@@ -4,6 +4,7 @@ none           no drafts: plain decoding
 block          all drafts of every block
 fixed:K        the first K drafts of every block
 threshold:P    those before the first whose confidence lies below P
+gate:P         all drafts of blocks whose first confidence is at least P
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ class Policy:
     Attributes:
         kind: its name without the number.
         num_draft: most drafts of a request in a round; 0 for plain decoding.
-        threshold: of the confidence; 0 is none.
+        threshold: of every confidence; 0 is none.
+        gate: of the first confidence of a block; 0 is none.
     """
 
-    kind: Literal["none", "fixed", "threshold", "causal", "delayed"]
+    kind: Literal["none", "fixed", "threshold", "gate", "causal", "delayed"]
     num_draft: int
     threshold: float = 0.0
+    gate: float = 0.0
 
     @property
     def needs_seconds(self) -> bool:
@@ -63,14 +66,14 @@ def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
             f"policy is {name!r}, but the drafter has no confidence head: choose 'none', 'block' "
             "or 'fixed:K'"
         )
-    if kind == "threshold" and _is_number(value):
+    if kind in ("threshold", "gate") and _is_number(value):
         if not 0 < float(value) <= 1:
             raise ValueError(f"policy is {name!r}: the confidence must lie in (0, 1]")
-        return Policy("threshold", drafter.block_size, float(value))
+        return Policy(kind, drafter.block_size, **{kind: float(value)})  # type: ignore[arg-type]
     if name in ("causal", "delayed"):
         return Policy(name, drafter.block_size)  # type: ignore[arg-type]
     raise ValueError(
-        f"policy is {name!r}: choose none, block, fixed:K, threshold:P, causal or delayed"
+        f"policy is {name!r}: choose none, block, fixed:K, threshold:P, gate:P, causal or delayed"
     )
 
 

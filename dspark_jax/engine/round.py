@@ -206,7 +206,7 @@ def rank(
     all others.
 
     Lossless by the conditions of ``decoding/schedule.py``: it never rises along a block, and a
-    threshold stops at the first slot that it does not want.
+    threshold or gate stops at the first slot that it does not want.
 
     Args:
         block: the drafts.
@@ -223,6 +223,7 @@ def rank(
         confidence_BG = calibrated_confidence(block.confidence_logit_BG, temperature_BG)
         confidence_BG = confidence_BG[:, : cfg.num_draft]
         length_B = schedule.threshold_length(confidence_BG, cfg.threshold)
+        length_B = schedule.gated_length(length_B, confidence_BG, cfg.gate)
         survival_BG = schedule.prefix_survival(confidence_BG)
     wanted_BG = (jnp.arange(cfg.num_draft) < length_B[:, None]) & drafted_B[:, None]
     # Above 0, so that no draft that is wanted is left out while there are rows for it.

@@ -82,6 +82,9 @@ def choose_rows(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[
             wanted = policy.num_draft
             if policy.threshold and seat.logit_G is not None:
                 wanted = _before_low(seat.logit_G, seat.temperature_G, policy.threshold)
+            if policy.gate and seat.logit_G is not None:
+                first_low = not _before_low(seat.logit_G, seat.temperature_G, policy.gate)
+                wanted = 0 if first_low else wanted
         rows_D[seat.shard] += 1 + wanted
     return switch, int(bucket_for(rows_D.max(), outlook.buckets))
 

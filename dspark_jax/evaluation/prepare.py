@@ -32,7 +32,7 @@ from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
-from dspark_jax.evaluation.speed import Decode
+from dspark_jax.evaluation.speed import Decode, fill_up
 from dspark_jax.models.tokenizer import chat_prompt_ids
 from dspark_jax.training.conversations import Conversation, Turn
 from pallas_kernels import random
@@ -214,9 +214,7 @@ def answer(decode: Decode, dialogues: Sequence[Dialogue], size: int) -> list[Gen
     if not dialogues:
         return []
     requests = [dialogue.request for dialogue in dialogues if dialogue.request]
-    # The shape of a batch is compiled: requests of one token are cheaper than another shape.
-    spare = dataclasses.replace(requests[0], max_new_tokens=1)
-    results = decode([*requests, *[spare] * (size - len(requests))])[: len(requests)]
+    results = decode(fill_up(requests, size))[: len(requests)]
     for dialogue, result in zip(dialogues, results, strict=True):
         if result.finish_reason == "error":
             raise FloatingPointError(f"{dialogue.origin}: the target's logits are not finite")

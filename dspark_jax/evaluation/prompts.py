@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; write one JSON object a line")
     return prompts
+
+
+def read_prompt_sets(paths: Sequence[str], limit: int | None = None) -> dict[str, list[Prompt]]:
+    """The prompts of several files by the files' names without suffix, or by their paths where
+    two names are alike; see :func:`read_prompts`."""
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else paths
+    return {name: read_prompts(path, limit) for name, path in zip(names, paths, strict=True)}
 
 
 def _prompt_text(row: Any, origin: str) -> str:

@@ -62,9 +62,9 @@ def record_rounds(
     decoder: Decoder,
     sets: Mapping[str, Sequence[Prompt]],
     limits: Request,
+    acceptances: Sequence[str],
+    temperatures: Sequence[float],
     *,
-    acceptances: Sequence[str] = ("rejection",),
-    temperatures: Sequence[float] = (0.0,),
     seed: int = 0,
     slots: int = 16,
 ) -> list[RecordedRequest]:

@@ -84,6 +84,18 @@ def make_requests(
     return requests
 
 
+def fill_up(requests: Sequence[Request], size: int) -> list[Request]:
+    """A batch of always the same size, as its shape is compiled: requests of one token are
+    cheaper than another shape.
+
+    Args:
+        requests: at least one, at most ``size``.
+        size: of the batch.
+    """
+    spare = dataclasses.replace(requests[0], max_new_tokens=1)
+    return [*requests, *[spare] * (size - len(requests))]
+
+
 def warm_up(decode: Decode, requests: Sequence[Request]) -> None:
     """Compile everything that decoding this batch needs, in as few steps as will do.
 
@@ -116,6 +128,7 @@ def bench_speed(
     repeats: int = 3,
     num_draft: int | None = None,
     threshold: float = 0.0,
+    gate: float = 0.0,
     acceptance: Literal["rejection", "coupled"] = "rejection",
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with drafts, several times.
@@ -126,7 +139,7 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        num_draft, threshold, acceptance: of ``generate``.
+        num_draft, threshold, gate, acceptance: of ``generate``.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
@@ -141,6 +154,7 @@ def bench_speed(
         drafter=decoder.drafter,
         num_draft=decoder.drafter.block_size if num_draft is None else num_draft,
         threshold=threshold,
+        gate=gate,
         acceptance=acceptance,
         greedy=limits.temperature == 0,
     )
@@ -153,6 +167,7 @@ def bench_speed(
             acceptance=acceptance,
             num_draft=num_draft,
             threshold=threshold,
+            gate=gate,
         ),
     }
     pairs = _measure(ways, requests, repeats)
@@ -211,14 +226,13 @@ def _timed(decode: Decode, request: Request) -> Timed:
 def summarise(pairs: Sequence[Pair], cfg: RoundConfig) -> dict[str, Any]:
     """What some pairs say about speed, acceptance and agreement."""
     drafted = [pair.dspark.result for pair in pairs]
-    lengths = [length for result in drafted for length in result.accepted_lengths]
     same = [pair.plain.result.text == pair.dspark.result.text for pair in pairs]
     ratios = [pair.dspark.tokens_per_s / pair.plain.tokens_per_s for pair in pairs]
     return {
         "autoregressive": {"tokens_per_s": _throughput([pair.plain for pair in pairs])},
         "dspark": {"tokens_per_s": _throughput([pair.dspark for pair in pairs])},
         "speedup": round(statistics.median(ratios), 4),
-        "accepted_length": round(sum(lengths) / max(len(lengths), 1), 4),
+        "accepted_length": mean_accepted_length(drafted),
         "accept_rate_by_position": accept_rates(drafted, cfg.num_draft),
         "same_text": round(sum(same) / len(same), 4) if cfg.greedy else None,
     }
@@ -227,6 +241,12 @@ def summarise(pairs: Sequence[Pair], cfg: RoundConfig) -> dict[str, Any]:
 def _throughput(runs: Sequence[Timed]) -> float:
     tokens = sum(len(run.result.token_ids) for run in runs)
     return round(tokens / sum(run.seconds for run in runs), 2)
+
+
+def mean_accepted_length(results: Sequence[Generation]) -> float:
+    """Committed tokens of a round, the paper's tau, over all rounds; 0 where there is none."""
+    lengths = [length for result in results for length in result.accepted_lengths]
+    return round(sum(lengths) / max(len(lengths), 1), 4)
 
 
 def accept_rates(results: Sequence[Generation], num_draft: int) -> list[float | None]:
@@ -266,15 +286,19 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"{row['dspark']['tokens_per_s']:>10.1f}{row['speedup']:>8.2f}x"
             f"{row['accepted_length']:>8.2f}{same:>7}"
         )
-    rates = report["accept_rate_by_position"]
-    shown = " ".join("-" if rate is None else f"{rate:.2f}" for rate in rates)
+    rates = format_rates(report["accept_rate_by_position"])
     parts = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
     return "\n".join(
         [
             *lines,
             "",
-            f"accepted by position: {shown}",
+            f"accepted by position: {rates}",
             f"one step: {parts}",
             f"break-even at an accepted length of {report['break_even_accepted_length']:.2f}",
         ]
     )
+
+
+def format_rates(rates: Sequence[float | None]) -> str:
+    """Rates of :func:`accept_rates` with two digits."""
+    return " ".join("-" if rate is None else f"{rate:.2f}" for rate in rates)

@@ -55,7 +55,7 @@ def step_seconds(
         ``plain``, ``verify`` and ``draft``, which is 0 where ``cfg`` drafts nothing.
     """
     plain = plain_decoder(decoder)
-    plain_cfg = dataclasses.replace(cfg, drafter=None, num_draft=0, threshold=0.0)
+    plain_cfg = dataclasses.replace(cfg, drafter=None, num_draft=0, threshold=0.0, gate=0.0)
     plain_fn = jax.jit(partial(_plain_step, cfg=plain_cfg), donate_argnums=1)
     draft_fn = jax.jit(partial(_draft_step, cfg=cfg))
     verify_fn = jax.jit(partial(_verify_step, cfg=cfg), donate_argnums=1)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import gguf
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models.hf import EMBEDDING, FAMILIES, HEAD
@@ -119,37 +120,42 @@ def open_gguf(path: str | Path) -> GgufFile:
 
 
 def load_gguf_target(
-    path: str | Path, dtype: Any, *, file: GgufFile | None = None
+    path: str | Path, dtype: Any, mesh: Mesh | None = None, *, file: GgufFile | None = None
 ) -> tuple[TargetConfig, TargetParams]:
     """A target out of a GGUF file.
 
     Args:
         path: the file.
         dtype: dtype of the parameters; dequantisation itself is in float32.
+        mesh: as in :func:`~dspark_jax.models.tensors.read_params`.
         file: the same file where it is open already.
 
     Raises:
         LoadError: the file is broken or its model is not supported.
     """
     file = open_gguf(path) if file is None else file
+    cfg = gguf_config(file, path)
     try:
-        cfg = gguf_config(file)
-    except BROKEN as error:
-        raise LoadError(f"{path}: {error}") from None
-    try:
-        return cfg, read_params(declare_target(cfg), _tensors(file, cfg, str(path)), dtype)
+        return cfg, read_params(declare_target(cfg), _tensors(file, cfg, str(path)), dtype, mesh)
     except LoadError:
         raise
     except BROKEN as error:
         raise LoadError(f"{path}: broken tensors ({error})") from None
 
 
-def gguf_config(file: GgufFile) -> TargetConfig:
+def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
     """The target's configuration out of the metadata.
 
     Raises:
         LoadError: an architecture or a RoPE scaling that is not supported, or a missing key.
     """
+    try:
+        return _config(file)
+    except BROKEN as error:
+        raise LoadError(f"{path}: {error}") from None
+
+
+def _config(file: GgufFile) -> TargetConfig:
     family = file.value("general.architecture", str)
     if family not in FAMILIES:
         raise LoadError(

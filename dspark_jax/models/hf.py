@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save
 
 from dspark_jax.config import RopeConfig, TargetConfig, TransformerConfig
@@ -248,12 +249,15 @@ def write_checkpoint(
         beside.replace(directory / name)
 
 
-def load_hf_target(source: str | Path, dtype: Any) -> tuple[TargetConfig, TargetParams]:
+def load_hf_target(
+    source: str | Path, dtype: Any, mesh: Mesh | None = None
+) -> tuple[TargetConfig, TargetParams]:
     """A target out of a Hugging Face directory or hub id.
 
     Args:
         source: the directory, or ``owner/name`` on the hub.
         dtype: dtype of the parameters.
+        mesh: as in :func:`~dspark_jax.models.tensors.read_params`.
 
     Raises:
         LoadError: something is missing, broken or not supported.
@@ -266,4 +270,4 @@ def load_hf_target(source: str | Path, dtype: Any) -> tuple[TargetConfig, Target
                 f"{EMBEDDING}"
             )
         tensors = tensors.without(HEAD)
-    return cfg, read_params(declare_target(cfg), tensors, dtype)
+    return cfg, read_params(declare_target(cfg), tensors, dtype, mesh)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.deepspec import bind_vocab, load_drafter
 from dspark_jax.models.default import default_drafter_path, default_target_path
 from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.gguf import load_gguf_target, open_gguf
-from dspark_jax.models.hf import CONFIG_FILE, load_hf_target, model_directory
+from dspark_jax.models.gguf import gguf_config, load_gguf_target, open_gguf
+from dspark_jax.models.hf import (
+    CONFIG_FILE,
+    load_hf_target,
+    model_directory,
+    read_checkpoint,
+    target_config,
+)
 from dspark_jax.models.speculators import KIND, load_speculators
 from dspark_jax.models.target import TargetParams, Vocab
 from dspark_jax.models.tensors import LoadError, read_json
 from dspark_jax.models.tokenizer import gguf_tokenizer, load_tokenizer, stop_ids
+
+# dtype of the parameters and mesh, as in load_target -> the weights.
+ReadWeights = Callable[[Any, Mesh | None], TargetParams]
 
 
 @dataclass(frozen=True)
@@ -27,14 +38,14 @@ class Target:
 
     Attributes:
         cfg: sizes.
-        params: weights, layers stacked.
+        params: weights, layers stacked; None where they have not been read.
         tokenizer: a transformers tokenizer.
         name: short name for messages and reports.
         stop_ids: ids that end a text.
     """
 
     cfg: TargetConfig
-    params: TargetParams
+    params: Any
     tokenizer: Any
     name: str
     stop_ids: tuple[int, ...]
@@ -59,12 +70,23 @@ class Drafter:
     directory: Path
 
 
-def load_target(source: str | Path, dtype: Any = jnp.float32) -> Target:
+def load_target(source: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Target:
     """A target with its tokenizer.
 
     Args:
         source: ``"default"``, a GGUF file, a Hugging Face directory or a hub id.
         dtype: dtype of the parameters.
+        mesh: over which every parameter is split as its axes say; None for the default device.
+
+    Raises:
+        LoadError: the source is not there, broken or not supported.
+    """
+    target, read_weights = open_target(source)
+    return replace(target, params=read_weights(dtype, mesh))
+
+
+def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
+    """A target without its weights, and the function that reads them.
 
     Raises:
         LoadError: the source is not there, broken or not supported.
@@ -72,35 +94,37 @@ def load_target(source: str | Path, dtype: Any = jnp.float32) -> Target:
     if str(source) == "default":
         source = default_target_path()
     if str(source).endswith(".gguf"):
-        target = _gguf_target(Path(source), dtype)
+        target, read_weights = _gguf_target(Path(source))
     else:
-        target = _hf_target(source, dtype)
+        target, read_weights = _hf_target(source)
     if len(target.tokenizer) > target.cfg.vocab_size:
         raise LoadError(
             f"{source}: the tokenizer has {len(target.tokenizer)} tokens, but vocab_size is "
             f"{target.cfg.vocab_size}: they do not belong together"
         )
-    return target
+    return target, read_weights
 
 
-def _gguf_target(path: Path, dtype: Any) -> Target:
+def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
     """A target out of a GGUF file, which is opened once for weights and tokenizer."""
     file = open_gguf(path)
-    cfg, params = load_gguf_target(path, dtype, file=file)
+    cfg = gguf_config(file, path)
     tokenizer = gguf_tokenizer(file, str(path))
     end_of_turn = {"eos_token_id": file.value("tokenizer.ggml.eot_token_id", int)}
-    return Target(cfg, params, tokenizer, path.stem, stop_ids(tokenizer, end_of_turn))
+    target = Target(cfg, None, tokenizer, path.stem, stop_ids(tokenizer, end_of_turn))
+    return target, lambda dtype, mesh: load_gguf_target(path, dtype, mesh, file=file)[1]
 
 
-def _hf_target(source: str | Path, dtype: Any) -> Target:
+def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     """A target out of a directory or hub id."""
     directory = model_directory(source)
-    cfg, params = load_hf_target(directory, dtype)
+    cfg, _ = read_checkpoint(directory, target_config)
     tokenizer = load_tokenizer(directory)
     generation = directory / "generation_config.json"
     configs = [read_json(generation)] if generation.is_file() else []
     name = Path(source).resolve().name
-    return Target(cfg, params, tokenizer, name, stop_ids(tokenizer, *configs))
+    target = Target(cfg, None, tokenizer, name, stop_ids(tokenizer, *configs))
+    return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
 
 
 def load_drafter_for(

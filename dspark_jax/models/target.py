@@ -39,11 +39,13 @@ class Vocab:
         unembed_VD: rows of the LM head; None where it is the embedding (tied). A drafter's own
             view of a reduced vocabulary holds the U rows of ``d2t_U`` here.
         d2t_U: int32 target ids of the draft vocabulary; None for all of V.
+        unembed_DV: the LM head by columns, in place of its rows (:func:`by_columns`).
     """
 
     embed_VD: Any
     unembed_VD: Any = None
     d2t_U: Any = None
+    unembed_DV: Any = None
 
 
 @struct.dataclass
@@ -92,14 +94,26 @@ def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
 
 def lm_head(vocab: Vocab) -> jax.Array:
     """Rows of the LM head [V, D] (or [U, D] under a reduced draft vocabulary)."""
+    if vocab.unembed_DV is not None:
+        return vocab.unembed_DV.T
     return vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
 
 
 def unembed(vocab: Vocab, hidden_XD: jax.Array) -> jax.Array:
     """Logits [X, V] (or [X, U] under a reduced draft vocabulary), float32."""
+    if vocab.unembed_DV is not None:
+        return jnp.matmul(hidden_XD, vocab.unembed_DV, preferred_element_type=jnp.float32)
     return jnp.einsum(
         "...d,vd->...v", hidden_XD, lm_head(vocab), preferred_element_type=jnp.float32
     )
+
+
+def by_columns(vocab: Vocab) -> Vocab:
+    """The vocabulary with its LM head by columns, which a CPU multiplies a few rows with faster
+    (5 rows of SmolLM2: 3.9 ms instead of 5.0); a tied head becomes a second array."""
+    if vocab.unembed_DV is not None:
+        return vocab
+    return vocab.replace(unembed_VD=None, unembed_DV=jnp.asarray(lm_head(vocab).T))  # type: ignore[attr-defined]
 
 
 def _keep_feature(
@@ -128,6 +142,7 @@ def encode(
     token_BS: jax.Array,
     cfg: TargetConfig,
     feature_layers: Sequence[int] = (),
+    fetch: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> tuple[jax.Array, jax.Array]:
     """Read whole sequences from position 0, causally, without a cache.
 
@@ -138,6 +153,7 @@ def encode(
         token_BS: int32 token ids.
         cfg: sizes.
         feature_layers: layers whose residual stream is returned; -1 is the embedding output.
+        fetch: what is done to a layer's weights when its turn comes, for instance gathering them.
 
     Returns:
         hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.
@@ -152,6 +168,7 @@ def encode(
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
         x_BSD, feature_FBSD = carry
+        layer = fetch(layer)
         h_BSD = rms_norm(x_BSD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BSD, table, cfg)
         x_BSD = finish_layer(layer, x_BSD, attend(q, k, v, mask_BTS), cfg)

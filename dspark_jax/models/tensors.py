@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from dspark_jax.axes import Param, Tree, is_param, map_params
+from dspark_jax.axes import Param, Tree, is_param, map_params, partition, place
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -91,13 +92,19 @@ def to_file(param: Param, value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(turned).reshape(file_shape(param))
 
 
-def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
+def read_params(
+    declared: Tree, tensors: Tensors, dtype: Any = None, mesh: Mesh | None = None
+) -> Tree:
     """The parameters of a declaration tree out of a checkpoint.
+
+    They are read one after the other: the host never holds more than the largest of them, all of
+    its layers stacked.
 
     Args:
         declared: pytree of Param.
         tensors: the checkpoint.
         dtype: dtype of the result; None keeps that of the file.
+        mesh: over which every parameter is split as its axes say; None for the default device.
 
     Raises:
         LoadError: a tensor is missing, left over, or has another shape or kind of numbers.
@@ -112,13 +119,16 @@ def read_params(declared: Tree, tensors: Tensors, dtype: Any = None) -> Tree:
             raise LoadError(
                 f"{tensors.origin}: {names[0]} has dtype {first.dtype}: weights must be floats"
             )
-        if not param.stacked:
-            return jnp.asarray(np.ascontiguousarray(first), dtype)
-        stacked = np.empty(param.shape, first.dtype if dtype is None else dtype)
-        stacked[0] = first
-        for layer, name in enumerate(names[1:], 1):
-            stacked[layer] = from_file(param, tensors.read(name))
-        return jnp.asarray(stacked)
+        value = np.empty(param.shape, first.dtype if dtype is None else dtype)
+        if param.stacked:
+            value[0] = first
+            for layer, name in enumerate(names[1:], 1):
+                value[layer] = from_file(param, tensors.read(name))
+        else:
+            value[...] = first
+        if mesh is None:
+            return jnp.asarray(value)
+        return place(value, NamedSharding(mesh, partition(param.axes, param.shape, mesh)))
 
     return map_params(load, declared)
 

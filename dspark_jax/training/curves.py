@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from dspark_jax.training.records import read_metrics
 
 PANELS = (
     ("loss", "loss"),
@@ -24,7 +25,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         metrics: the log of a run.
         picture: PNG file to write.
     """
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(metrics)
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for held_out, style in ((False, "-"), (True, "o--")):

@@ -39,11 +39,13 @@ class TokenSequence:
         loss_mask_S: bool, the target's own tokens.
         cached: what a cache has of it, perhaps longer than ``token_S``; None where the target has
             yet to run.
+        origin: where it was read, ``FILE:LINE`` or ``CACHE:SAMPLE``, for messages.
     """
 
     token_S: np.ndarray
     loss_mask_S: np.ndarray
     cached: CachedSample | None = None
+    origin: str = ""
 
 
 def tokenize(
@@ -71,7 +73,8 @@ def tokenize(
             token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id)
         except ValueError as error:
             raise ValueError(f"{conversation.origin}: {error}") from None
-        sequence = TokenSequence(token_S[: recipe.max_length], mask_S[: recipe.max_length])
+        cut = slice(recipe.max_length)
+        sequence = TokenSequence(token_S[cut], mask_S[cut], origin=conversation.origin)
         if sequence.loss_mask_S.sum() >= recipe.min_loss_tokens:
             kept.append(sequence)
     return kept, len(conversations) - len(kept)
@@ -175,6 +178,12 @@ def bucket_batches(
 def batch_size(recipe: TrainConfig, bucket: int) -> int:
     """Sequences a step in a bucket of this length."""
     return max(1, recipe.tokens_per_batch // bucket)
+
+
+def origins(sequences: Sequence[TokenSequence], indices: Sequence[int]) -> str:
+    """Where the sequences of a batch were read, as ``FILE:LINE,LINE,...`` in ascending order."""
+    found = [sequences[index].origin.rpartition(":") for index in indices]
+    return f"{found[0][0]}:{','.join(sorted((place for *_, place in found), key=int))}"
 
 
 def make_batch(

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
+from dspark_jax.axes import gather, place
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.target import TargetParams, encode
 from dspark_jax.training import data
@@ -31,8 +32,9 @@ from dspark_jax.training.data import TokenSequence
 from dspark_jax.training.step import Batch
 
 # int32 [B, S] -> hidden_BSD and feature_BSFD, bfloat16.
-ReadTarget = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
-PIECE = "piece"  # of a cache in bounded mode: a folder that is written, read and deleted
+ReadTarget = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# Of a cache in bounded mode: a folder of each process that is written, read and deleted.
+PIECE = "piece"
 
 BatchPlan = tuple[int, list[int]]  # of data.epoch_batches: bucket, indices of sequences
 
@@ -50,8 +52,9 @@ class CachedSequences(Sequence[TokenSequence]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return CachedSequences(self._reader, self._sample_N[index], self._max_length)
-        sample, kept = self._reader[self._sample_N[index]], slice(self._max_length)
-        return TokenSequence(sample.token_S[kept], sample.loss_mask_S[kept] > 0, sample)
+        number, kept = self._sample_N[index], slice(self._max_length)
+        sample, origin = self._reader[number], f"{self._reader.directory}:{number}"
+        return TokenSequence(sample.token_S[kept], sample.loss_mask_S[kept] > 0, sample, origin)
 
 
 def cached_sequences(
@@ -103,9 +106,10 @@ def target_reader(
         sequences: how a batch is split over the mesh of ``params``; None on a single device.
     """
 
-    def read(token_BS: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        placed_BS = jax.device_put(token_BS, sequences)
-        return _read(params, placed_BS, cfg=target_cfg, feature_layers=cfg.target_layer_ids)
+    def read(token_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        placed_BS = token_BS if sequences is None else place(token_BS, sequences)
+        read_BS = _read(params, placed_BS, cfg=target_cfg, feature_layers=cfg.target_layer_ids)
+        return gather(read_BS)
 
     return read
 
@@ -145,7 +149,7 @@ def store(
                 continue
             size = data.batch_size(recipe, bucket)
             batch = data.make_batch(sequences, indices, bucket, size)
-            hidden_BSD, feature_BSFD = map(np.asarray, read(batch.token_BS))
+            hidden_BSD, feature_BSFD = read(batch.token_BS)
             for row, index in enumerate(indices):
                 sequence, sample = sequences[index], sample_of[index]
                 if sample not in writer.stored:
@@ -175,7 +179,8 @@ def bounded_batches(
 
     A piece holds the sequences of as many coming batches as fit, and serves until a batch needs
     another sequence: where all fit, one piece serves the whole run. A piece that a killed run left
-    is written again.
+    is written again. Of several processes, all of which read the target together, each has a piece
+    of its own.
 
     Args:
         sequences: all of them.
@@ -187,7 +192,8 @@ def bounded_batches(
     Raises:
         ValueError: not even one batch fits.
     """
-    folder, limit = Path(recipe.cache) / PIECE, int(recipe.cache_gb * 1e9)
+    folder = Path(recipe.cache) / f"{PIECE}-{jax.process_index()}"
+    limit = int(recipe.cache_gb * 1e9)
     schedule = islice(data.schedule_from(sequences, recipe, steps.start), len(steps))
     coming: deque[BatchPlan] = deque()
     shutil.rmtree(folder, ignore_errors=True)
@@ -223,11 +229,11 @@ def _choose_piece(
     """
     sample_of: dict[int, int] = {}
     num_tokens = 0
-    for place in count():
-        coming.extend(islice(schedule, 1 if place == len(coming) else 0))
-        if place == len(coming) or len(sample_of) == len(sequences):
+    for ahead in count():
+        coming.extend(islice(schedule, 1 if ahead == len(coming) else 0))
+        if ahead == len(coming) or len(sample_of) == len(sequences):
             break
-        new = [index for index in coming[place][1] if index not in sample_of]
+        new = [index for index in coming[ahead][1] if index not in sample_of]
         num_tokens += sum(len(sequences[index].token_S) for index in new)
         needed = piece_bytes(num_tokens, len(sample_of) + len(new), spec)
         if needed > limit and not sample_of:

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints, write_atomically
 from dspark_jax.config import TrainConfig
 from dspark_jax.models.deepspec import save_drafter
-from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
@@ -32,8 +32,8 @@ from dspark_jax.training.records import (
     plain,
     recipe_record,
 )
-from dspark_jax.training.run import Run, open_source, place, start_run
-from dspark_jax.training.step import Batch, learning_rate
+from dspark_jax.training.run import Run, open_source, start_run
+from dspark_jax.training.step import Batch, TrainState, learning_rate
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
 
@@ -57,8 +57,12 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def evaluate(run: Run, params: DrafterParams) -> dict[str, Any]:
-    """Metrics of the held-out conversations."""
+def evaluate(run: Run, state: TrainState, remedy: str) -> dict[str, Any]:
+    """Metrics of the held-out conversations.
+
+    Raises:
+        FloatingPointError: a number is not finite; the message ends with the remedy.
+    """
     # Batches as small as an update's: the held-out set may be much smaller than a batch.
     few = run.recipe.sequences_per_update * run.recipe.max_length
     small = dataclasses.replace(
@@ -68,16 +72,27 @@ def evaluate(run: Run, params: DrafterParams) -> dict[str, Any]:
         data_parallel=1,
         fsdp=1,
     )
-    batches = [
-        data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
-        for bucket, indices in data.epoch_batches(run.held_out, small, 0)
-    ]
-    return mean_metrics(
-        [
-            run.programs.evaluate(params, run.frozen, place(batch, run.programs.whole))
-            for batch in batches
-        ]
-    )
+    plans, rows = data.epoch_batches(run.held_out, small, 0), []
+    for bucket, indices in plans:
+        batch = data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
+        placed = place(batch, run.programs.whole)
+        rows.append(run.programs.evaluate(state.params, run.frozen, placed))
+    when = f"step {int(state.step)}, held-out,"
+    for plan, row in zip(plans, rows, strict=True):
+        check_finite(when, plain(row), run.held_out, iter([plan]), remedy)
+    return mean_metrics(rows)
+
+
+def check_step(run: Run, step: int, values: dict[str, Any], remedy: str) -> None:
+    """Stop at the first step whose metrics, as the step gives them, are not finite.
+
+    Raises:
+        FloatingPointError: see :func:`~dspark_jax.training.records.check_finite`.
+    """
+    updates, finite = run.recipe.updates_per_batch, values.pop("finite_updates")
+    when = f"step {step}" + (f", update {finite + 1:.0f} of {updates}," if updates > 1 else "")
+    plans = data.schedule_from(run.train_set, run.recipe, step - 1)
+    check_finite(when, values, run.train_set, plans, remedy)
 
 
 def any_process(flag: bool) -> bool:
@@ -85,13 +100,6 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-def whole_params(params: DrafterParams) -> DrafterParams:
-    """The parameters as NumPy arrays, whole in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(params)
-    return multihost_utils.process_allgather(params, tiled=True)
 
 
 def batches_of(run: Run, start: int) -> Iterator[Batch]:
@@ -180,8 +188,10 @@ def fit(recipe: TrainConfig) -> Path:
                 state, run.frozen, place(batch, run.programs.sequences)
             )
             values = plain(metrics)
-            last_good = f"the last good checkpoint in {saved.directory} is that of step"
-            check_finite(step, values, f"{last_good} {saved.latest or 0}")
+            remedy = (
+                f"the last good checkpoint in {saved.directory} is {saved.latest or 'none yet'}"
+            )
+            check_step(run, step, values, remedy)
             values |= meter.read(step, batch, values)
             bar.update()
             bar.set_postfix(
@@ -192,7 +202,7 @@ def fit(recipe: TrainConfig) -> Path:
             if log is not None and (step % recipe.log_every == 0 or step == total):
                 log.write(step, **values)
             if run.held_out and (step % recipe.eval_every == 0 or step == total):
-                held_out = evaluate(run, state.params)
+                held_out = evaluate(run, state, remedy)
                 if log is not None:
                     log.write(step, split="held-out", **held_out)
             stopped = any_process(bool(stop))
@@ -200,7 +210,7 @@ def fit(recipe: TrainConfig) -> Path:
                 saved.save(step, state)
             if stopped and step < total:
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    params = whole_params(state.params)
+    params = gather(state.params)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
         save_drafter(out / "drafter", run.cfg, params, run.own)

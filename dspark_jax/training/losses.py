@@ -352,16 +352,16 @@ def dspark_loss(
         The loss (float32 scalar) and its parts and metrics; those ending in ``_G`` are per slot.
         All of them add up over micro-batches.
     """
-    batch_B11 = jnp.arange(keep_BA.shape[0])[:, None, None]
+    at_slots = jax.vmap(lambda x_SX, position_AG: x_SX[position_AG])  # of its own sequence
     log_norm_BAG = teacher.log_norm_BS
     if log_norm_BAG is not None:
-        log_norm_BAG = log_norm_BAG[batch_B11, labels.position_BAG]
+        log_norm_BAG = at_slots(log_norm_BAG, labels.position_BAG)
     # Weights that make every weighted sum a share of the batch's weighted mean.
     weight_BAG = slot_weights(labels.supervised_BAG, decay)
     ce_BAG = ce_slot_weights(weight_BAG, labels, t2d_V) / (totals.ce + EPSILON)
     weight_BAG = weight_BAG / (totals.slot + EPSILON)
     slots = _Slots(
-        teacher_BAGD=teacher.hidden_BSD[batch_B11, labels.position_BAG],
+        teacher_BAGD=at_slots(teacher.hidden_BSD, labels.position_BAG),
         log_norm_BAG=log_norm_BAG,
         label_BAG=labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG],
         ce_weight_BAG=ce_weight * ce_BAG,

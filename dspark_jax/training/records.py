@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboardX import SummaryWriter
 from dspark_jax.checkpoint import read_json, write_atomically
 from dspark_jax.config import TrainConfig
 from dspark_jax.training.cache import INDEX
+from dspark_jax.training.data import TokenSequence, origins
 
 
 class MetricsLog:
@@ -59,6 +61,11 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -132,15 +139,31 @@ def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
         )
 
 
-def check_finite(step: int, values: dict[str, Any], remedy: str) -> None:
+def check_finite(
+    when: str,
+    values: dict[str, Any],
+    sequences: Sequence[TokenSequence],
+    plans: Iterator[tuple[int, list[int]]],
+    remedy: str,
+) -> None:
     """Stop a run whose numbers are lost.
 
     A gradient that is not finite ruins the weights even where the loss still is.
 
+    Args:
+        when: the step, and what in it.
+        values: the metrics of a batch.
+        sequences: of which the batch was made.
+        plans: which of them these were comes first; only looked at where something is wrong.
+        remedy: what is left.
+
     Raises:
-        FloatingPointError: names the step and the terms that are not finite.
+        FloatingPointError: names the step, the terms that are not finite, and the batch.
     """
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     if bad:
         terms = ", ".join(f"{name} {values[name]}" for name in bad)
-        raise FloatingPointError(f"step {step} is not finite ({terms}): {remedy}")
+        _, indices = next(plans)
+        raise FloatingPointError(
+            f"{when} is not finite ({terms}) on the batch {origins(sequences, indices)}: {remedy}"
+        )

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import init_params, make_mesh
+from dspark_jax.axes import gather, init_params, make_mesh, place
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.load import Target, load_drafter_for, load_target
+from dspark_jax.models.load import Target, open_target, read_drafter
 from dspark_jax.models.target import Vocab, encode
 from dspark_jax.models.tokenizer import unused_token
 from dspark_jax.training import data
@@ -33,6 +33,7 @@ from dspark_jax.training.step import (
     Frozen,
     TrainState,
     evaluation_step,
+    make_layout,
     make_optimizer,
     step_shardings,
     train_step,
@@ -165,10 +166,10 @@ def starting_point(
         ValueError: ``init_drafter`` cannot be read, or is not of the recipe's sizes.
     """
     if recipe.init_drafter:
-        found = load_drafter_for(target, recipe.init_drafter, dtype=jnp.float32)
-        check_same_sizes(recipe.init_drafter, cfg, found.cfg)
-        d2t_U = None if found.vocab.d2t_U is None else np.asarray(found.vocab.d2t_U)
-        return found.params, d2t_U
+        found, params, own, _ = read_drafter(target.cfg, recipe.init_drafter)
+        check_same_sizes(recipe.init_drafter, cfg, found)
+        ids = None if own is None or own.d2t_U is None else np.asarray(own.d2t_U)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), ids
     params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
     d2t_U = t2d_V = None
     if cfg.draft_vocab_size is not None:
@@ -183,10 +184,10 @@ def starting_point(
         feature_BSFD = some.feature_BSFD
         if feature_BSFD is None:
             read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
-            _, feature_BSFD = read(target.params, token_BS)
+            feature_BSFD = gather(read(target.params, token_BS)[1])
         params = start_with_local_heads(
             params,
-            target.params.vocab,
+            Vocab(gather(target.params.vocab.embed_VD)),
             feature_BSFD[:rows][supervised_BS].astype(jnp.float32),
             jnp.asarray(token_BS[supervised_BS]),
             cfg,
@@ -213,6 +214,23 @@ def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -
         )
 
 
+def mesh_of(recipe: TrainConfig) -> Mesh:
+    """The device mesh of a recipe.
+
+    Raises:
+        ValueError: it has more devices than there are, or leaves some of several processes'
+            devices out.
+    """
+    mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise ValueError(
+            f"data_parallel {recipe.data_parallel} x fsdp {recipe.fsdp} x tensor_parallel "
+            f"{recipe.tensor_parallel} is {mesh.size} devices, but the {jax.process_count()} "
+            f"processes have {jax.device_count()}: use them all"
+        )
+    return mesh
+
+
 @dataclass(frozen=True)
 class Programs:
     """The jitted steps of a recipe, its optimiser, and where the arguments of a step live."""
@@ -233,22 +251,16 @@ def programs_of(
     """The programs of a recipe, in which ``UNREAD`` settings do not matter.
 
     Raises:
-        ValueError: the mesh has more devices than there are, or leaves some of several processes'
-            devices out.
+        ValueError: see :func:`mesh_of`.
     """
-    mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
-    if jax.process_count() > 1 and mesh.size != jax.device_count():
-        raise ValueError(
-            f"data_parallel {recipe.data_parallel} x fsdp {recipe.fsdp} x tensor_parallel "
-            f"{recipe.tensor_parallel} is {mesh.size} devices, but the {jax.process_count()} "
-            f"processes have {jax.device_count()}: use them all"
-        )
+    mesh = mesh_of(recipe)
     optimizer = make_optimizer(recipe, num_updates)
     whole = NamedSharding(mesh, PartitionSpec())
     state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
+    layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
     step = jax.jit(
-        partial(train_step, optimizer=optimizer, **static),
+        partial(train_step, optimizer=optimizer, layout=layout, **static),
         donate_argnums=0,
         in_shardings=(state, frozen, sequences),
         out_shardings=(state, whole),
@@ -260,25 +272,6 @@ def programs_of(
         out_shardings=whole,
     )
     return Programs(step, evaluate, optimizer, state, frozen, sequences, whole)
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, on the devices of the mesh.
-
-    Args:
-        tree: arrays.
-        shardings: one for each of them, or one for all.
-    """
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-
-    def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, tree, shardings)
 
 
 @dataclass(frozen=True)
@@ -307,9 +300,12 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.
     """
-    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
+    target, read_weights = open_target(recipe.target)
     cfg = drafter_config(recipe, target)
     train_set, held_out = load_sequences(source, target, cfg, recipe)
+    target = dataclasses.replace(
+        target, params=read_weights(jnp.dtype(recipe.dtype), mesh_of(recipe))
+    )
     recipe = data.with_buckets(recipe, train_set)
     batches = len(data.epoch_batches(train_set, recipe, 0))
     total = recipe.steps or max(1, round(recipe.epochs * batches))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,15 +92,53 @@ def step_shardings(
         params,
         transform_non_params=lambda _: replicated,
     )
-    target = param_shardings(declare_target(target_cfg), mesh)
-    reduced = cfg.draft_vocab_size is not None
-    head, places = target.vocab.unembed_VD, replicated if reduced else None
-    if reduced:
-        shape = (cfg.sizes["U"], cfg.hidden_size)
-        head = NamedSharding(mesh, partition("UD", shape, mesh))
-    frozen = Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
+    frozen = frozen_shardings(target_cfg, cfg, mesh)
     sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     return TrainState(replicated, params, moments), frozen, sequences  # type: ignore[arg-type]
+
+
+def frozen_shardings(
+    target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh, unused: Sequence[str] = ()
+) -> Frozen:
+    """Shardings in the form of a ``Frozen``; ``unused`` mesh axes split nothing."""
+    target = param_shardings(declare_target(target_cfg), mesh, unused)
+    head = places = None
+    if cfg.draft_vocab_size is None:
+        head = target.vocab.unembed_VD
+    else:
+        places = NamedSharding(mesh, PartitionSpec())
+        shape = (cfg.draft_vocab_size, cfg.hidden_size)
+        head = NamedSharding(mesh, partition("UD", shape, mesh, unused))
+    return Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shardings of weights while they are read: the fsdp axis splits sequences alone.
+
+    Without it the compiler would rather hold all sequences on every device of that axis than
+    gather the weights.
+
+    Attributes:
+        params: in the form of ``DrafterParams``.
+        frozen: in the form of ``Frozen``; but the target's layers stay as they lie.
+        layer: of one of these, gathered when its turn comes.
+    """
+
+    params: Any
+    frozen: Any
+    layer: Any
+
+
+def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Layout:
+    """The layout of a step on a mesh."""
+    params = param_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
+    frozen = frozen_shardings(target_cfg, cfg, mesh, unused=("fsdp",))
+    layers = frozen.target.layers
+    layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)
+    stored = param_shardings(declare_target(target_cfg).layers, mesh)
+    target = frozen.target.replace(layers=stored)  # type: ignore[attr-defined]
+    return Layout(params, frozen.replace(target=target), layer)  # type: ignore[attr-defined]
 
 
 def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -173,12 +214,15 @@ def blocks_loss(
     totals: LossTotals,
     cfg: DrafterConfig,
     recipe: TrainConfig,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of some blocks, as shares of a batch with these totals.
 
     The forward pass runs in ``recipe.dtype``; gradients and divergences are float32.
     """
     params = jax.tree.map(lambda x: x.astype(recipe.dtype), params)
+    if layout is not None:
+        params = jax.lax.with_sharding_constraint(params, layout.params)
     outputs = draft_blocks(
         params, frozen.vocab, blocks.feature_BSFD, blocks.labels, blocks.anchor_BA, blocks.keep_BA,
         cfg,
@@ -205,10 +249,11 @@ def blocks_gradient(
     blocks: Blocks,
     cfg: DrafterConfig,
     recipe: TrainConfig,
+    layout: Layout | None = None,
 ) -> tuple[DrafterParams, dict[str, jax.Array]]:
     """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other."""
     totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
-    gradient_of = jax.grad(blocks_loss, has_aux=True)
+    gradient_of = jax.grad(partial(blocks_loss, layout=layout), has_aux=True)
     count = recipe.micro_batches
     if count == 1:
         return gradient_of(params, frozen, blocks, totals, cfg, recipe)
@@ -226,14 +271,20 @@ def blocks_gradient(
 
 
 def target_outputs(
-    frozen: Frozen, batch: Batch, target_cfg: TargetConfig, cfg: DrafterConfig
+    frozen: Frozen,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, Teacher]:
     """Features and distributions of the frozen target for a batch that may bring its outputs."""
     hidden_BSD, feature_BSFD = batch.hidden_BSD, batch.feature_BSFD
     if feature_BSFD is None:
-        hidden_BSD, feature_BSFD = encode(
-            frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids
-        )
+        read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+        if layout is not None:
+            gather = partial(jax.lax.with_sharding_constraint, shardings=layout.layer)
+            read = partial(read, fetch=gather)
+        hidden_BSD, feature_BSFD = read()
     teacher = make_teacher(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U is not None)
     return feature_BSFD, teacher
 
@@ -246,6 +297,7 @@ def train_step(
     cfg: DrafterConfig,
     recipe: TrainConfig,
     optimizer: optax.GradientTransformation,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One batch; the target runs in the same program, unless the batch brings its outputs.
 
@@ -258,9 +310,13 @@ def train_step(
     Returns:
         The next state and the metrics of this step, ``gradient_norm`` (before the clip) included;
         means over the updates, ``blocks`` their sum; ``tokens`` of the batch, padding aside.
+        ``finite_updates`` came before the first with a number that is not finite: where there is
+        one, everything is of that update alone, as it is in all that follow.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    seen = (batch, target_outputs(frozen, batch, target_cfg, cfg))
+    if layout is not None:
+        frozen = jax.lax.with_sharding_constraint(frozen, layout.frozen)
+    seen = (batch, target_outputs(frozen, batch, target_cfg, cfg, layout))
     size = batch.token_BS.shape[0]
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
@@ -275,7 +331,7 @@ def train_step(
             chosen = order_B[(first + jnp.arange(share)) % size]
             part = jax.tree.map(lambda x: x[chosen], seen)
         blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
-        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe)
+        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe, layout)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
@@ -283,12 +339,23 @@ def train_step(
     (params, optimizer_state), each = jax.lax.scan(
         update, (state.params, state.optimizer), jnp.arange(recipe.updates_per_batch)
     )
-    metrics = {name: value.mean(0) for name, value in each.items()}
+    finite_X = _are_finite(each)
+    first = jnp.argmin(finite_X)
+    metrics = {
+        name: jnp.where(finite_X.all(), value.mean(0), value[first]) for name, value in each.items()
+    }
+    metrics["finite_updates"] = jnp.where(finite_X.all(), recipe.updates_per_batch, first)
     metrics["blocks"] = each["blocks"].sum()
     # An answer ends its sequence: what lies behind is padding.
     place_S = jnp.arange(1, batch.token_BS.shape[1] + 1)
     metrics["tokens"] = jnp.max(batch.loss_mask_BS * place_S, axis=1).sum()
     return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def _are_finite(each: dict[str, jax.Array]) -> jax.Array:
+    """bool [X]: which of X updates have finite metrics alone."""
+    rows = [jnp.isfinite(value).reshape(len(value), -1).all(1) for value in each.values()]
+    return jnp.stack(rows).all(0)
 
 
 def evaluation_step(

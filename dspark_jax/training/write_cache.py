@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from dspark_jax.config import TrainConfig
-from dspark_jax.models.load import load_target
+from dspark_jax.config import DrafterConfig, TrainConfig
+from dspark_jax.models.load import ReadWeights, Target, open_target
 from dspark_jax.training import data
 from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete
-from dspark_jax.training.features import ReadTarget, cache_spec, store, target_reader
+from dspark_jax.training.features import cache_spec, store, target_reader
 from dspark_jax.training.records import sha256
 from dspark_jax.training.run import drafter_config, load_sequences, open_source
 
@@ -32,7 +32,7 @@ def cache_size(recipe: TrainConfig) -> CacheSize:
     Raises:
         ValueError: bad data or configuration.
     """
-    _, sequences, spec, _ = _contents(recipe)
+    _, sequences, spec, *_ = _contents(recipe)
     num_tokens = sum(len(sequence.token_S) for sequence in sequences)
     return CacheSize(len(sequences), num_tokens, estimate(num_tokens, len(sequences), spec))
 
@@ -54,7 +54,7 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     """
     if not 0 <= process < processes:
         raise ValueError(f"process {process} must lie in 0..{processes - 1}")
-    recipe, sequences, spec, read = _contents(recipe)
+    recipe, sequences, spec, cfg, target, read_weights = _contents(recipe)
     if (out / MANIFEST).exists():
         found = CacheReader(out)
         found.require(spec)
@@ -66,6 +66,8 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     elif not is_complete(out, process, processes):
         first, end = (len(sequences) * i // processes for i in (process, process + 1))
         plans = data.bucket_batches(sequences, range(first, end), recipe)
+        params = read_weights(jnp.dtype(recipe.dtype), None)
+        read = target_reader(params, target.cfg, cfg)
         with CacheWriter(out, spec, process, processes) as writer:
             store(writer, sequences, plans, {i: i for i in range(first, end)}, recipe, read)
     return finish(out, spec, processes)
@@ -73,16 +75,16 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
 
 def _contents(
     recipe: TrainConfig,
-) -> tuple[TrainConfig, list[data.TokenSequence], CacheSpec, ReadTarget]:
+) -> tuple[TrainConfig, list[data.TokenSequence], CacheSpec, DrafterConfig, Target, ReadWeights]:
     """The recipe with its buckets and without a cache, all sequences of its data, what a cache of
-    them says of itself, and the target."""
+    them says of itself, the drafter's sizes, and the target without its weights."""
     recipe = dataclasses.replace(recipe, cache="", cache_gb=0.0)
     source = open_source(recipe)
-    target = load_target(recipe.target, jnp.dtype(recipe.dtype))
+    target, read_weights = open_target(recipe.target)
     cfg = drafter_config(recipe, target)
     train_set, held_out = load_sequences(source, target, cfg, recipe)
     recipe = data.with_buckets(recipe, train_set)  # those of the training
     spec = cache_spec(recipe, cfg)
     notes = {**spec.notes, "data_sha256": sha256(Path(recipe.data))}
-    read = target_reader(target.params, target.cfg, cfg)
-    return recipe, [*train_set, *held_out], dataclasses.replace(spec, notes=notes), read
+    spec = dataclasses.replace(spec, notes=notes)
+    return recipe, [*train_set, *held_out], spec, cfg, target, read_weights
