@@ -3,8 +3,11 @@
 Command: dspark train configs/smollm2_135m_dflash.py --set data=responses.jsonl
 Data: as for configs/smollm2_135m_dspark.py, with which it is to be compared: the target's own
     answers, the same number of blocks.
-Hardware and time: not run yet.
-Result: not run yet.
+Hardware and time: as part of the comparison in configs/smollm2_135m_heads.py (bfloat16, 24 updates
+    a batch, 117,548 blocks), 2026-11-25. Not run with as many blocks as the default drafter.
+Result: of that comparison, accepted length at temperature 0 on GSM8K 1.62, MBPP 1.47 and MT-Bench
+    1.22, mean 1.44, where the vanilla head that starts from bigrams has 1.60; at temperature 1 it
+    is 1.32 against 1.43. On held-out answers 1.36 against 1.52.
 
 DFlash is trained with the cross-entropy alone.
 """

@@ -9,7 +9,8 @@ import pytest
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-HEADS = ["vanilla", "gated", "rnn", "dflash"]
+RECORDED = NOTEBOOKS / "results" / "heads.json"
+HEADS = ["vanilla", "gated", "rnn", "bigrams", "dflash"]
 TINY_RECIPE = """
 from dspark_jax.config import TrainConfig
 
@@ -109,10 +110,17 @@ def assert_comparison_is_shown(names, out, sets):
     panels = names["positions"].axes
     assert len(panels) == len(sets) * len(names["temperatures"])
     for axes in panels:
-        assert [line.get_label() for line in axes.lines] == HEADS
+        assert axes.get_legend_handles_labels()[1] == HEADS
     for axes in names["curves"].axes:
-        drawn = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
-        assert drawn == HEADS
+        assert axes.get_legend_handles_labels()[1] == HEADS
+
+
+@pytest.mark.usefixtures("pyplot")
+def test_comparison_of_the_recorded_results(capsys):
+    names = run("comparison.ipynb", {"RECORDED": str(RECORDED)})
+    sets = ["gsm8k", "mbpp", "mt-bench"]
+    assert (names["sets"], names["temperatures"]) == (sets, [0, 1])
+    assert_comparison_is_shown(names, capsys.readouterr().out, sets)
 
 
 @pytest.mark.full
@@ -151,3 +159,5 @@ def test_comparison_of_drafters_trained_on_the_spot(tmp_path, capsys):
     assert names["results"]["prompts"] == 2
     assert_comparison_is_shown(names, capsys.readouterr().out, ["one", "two"])
     assert json.loads(json.dumps(names["results"])) == names["results"]
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    assert set(recorded) == set(names["results"])
