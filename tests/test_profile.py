@@ -210,21 +210,27 @@ def test_an_engine_gets_the_sizes_that_it_has():
     assert set(part.draft_s) == {SMALL}
 
 
-@pytest.mark.parametrize("policy", ["delayed", pytest.param("causal", marks=pytest.mark.full)])
-def test_every_round_of_the_engine_is_measured(policy):
-    profile = (
-        measured()
-        if policy == "delayed"
-        else measure_profile(decoder(), dataclasses.replace(CONFIG, policy=policy), replays=1)
-    )
-    expected = [Shape(SMALL, 0, 2, chunks) for chunks in (0, 1)]
-    expected += [Shape(SMALL, BLOCK, 8, chunks) for chunks in (0, 1)]
-    assert set(profile.round_s) == set(expected)
-    assert profile.costs(SMALL).buckets == (8,)
-    assert profile.setting == setting_of(decoder(), CONFIG.chunk_rows)
+UNDRAFTED = {Shape(SMALL, 0, 2, chunks) for chunks in (0, 1)}
+DRAFTED = {Shape(SMALL, BLOCK, 8, chunks) for chunks in (0, 1)}
 
 
-def test_an_engine_works_with_a_profile_and_without(caplog):
+def test_every_round_of_the_engine_is_measured():
+    assert set(measured().round_s) == UNDRAFTED | DRAFTED
+    assert measured().costs(SMALL).buckets == (8,)
+    assert measured().setting == setting_of(decoder(), CONFIG.chunk_rows)
+
+
+@pytest.mark.parametrize(
+    ("policy", "drafted"),
+    [("none", set()), pytest.param("causal", DRAFTED, marks=pytest.mark.full)],
+)
+def test_other_policies_are_measured_by_their_own_programs(policy, drafted):
+    found = measure_profile(decoder(), dataclasses.replace(CONFIG, policy=policy), replays=1)
+    assert set(found.round_s) == UNDRAFTED | drafted
+    assert set(found.draft_s) == {shape.sizes for shape in drafted}
+
+
+def test_an_engine_works_with_a_profile_and_without():
     requests = [Request([1, 2, 3 + n], max_new_tokens=20) for n in range(3)]
     texts = []
     for profile in (None, measured()):

@@ -81,7 +81,8 @@ def _measure(programs: Programs, weights: Weights, replays: int) -> Profile:
     for sizes in tqdm(programs.sizes(), desc="profile", unit="size", disable=None):
         shapes = programs.shapes(sizes)
         steps = [_round_step(programs, weights, shape) for shape in shapes]
-        steps += [_draft_step(programs, weights, sizes)] * drafts
+        if drafts:
+            steps.append(_draft_step(programs, weights, sizes))
         seconds = _replay(programs, sizes, steps, replays)
         if drafts:
             draft_s[sizes] = seconds.pop()
