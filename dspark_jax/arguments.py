@@ -263,7 +263,11 @@ def _add_train(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    add("--distributed", action="store_true", help="one of several processes, as Slurm starts them")
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as Slurm or Kubernetes starts them",
+    )
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
     add("--processes", type=_count, metavar="N", help="how many there are, with --coordinator")
     add("--process", type=int, metavar="I", help="which one this is, from 0, with --coordinator")

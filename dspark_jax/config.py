@@ -340,8 +340,8 @@ class TrainConfig:
     def _check_integers(self, least: int, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{field} {value!r} must be an integer of at least {least}")
+            if type(value) is not int or not least <= value < 2**63:
+                raise ValueError(f"{field} {value!r} must be an integer in {least}..2^63-1")
 
 
 def _convert(field: str, text: str, annotation: object) -> object:

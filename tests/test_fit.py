@@ -351,6 +351,8 @@ def test_nothing_is_loaded_or_written_before_the_data_is_read(recipe, tmp_path, 
         fit.fit(missing)
     with pytest.raises(ValueError, match="not readable"):
         fit.fit(dataclasses.replace(missing, data=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"out .*data\.jsonl is a file: name a directory"):
+        fit.fit(elsewhere(recipe, recipe.data))
     assert not (tmp_path / "out").exists()
 
 
@@ -380,6 +382,7 @@ def test_data_that_does_not_suffice_leaves_no_recipe_behind(recipe, tmp_path, ch
         ({"num_layers": 0}, "num_layers 0"),
         ({"steps": 1.5}, "steps 1.5"),
         ({"seed": -1}, "seed -1"),
+        ({"seed": 2**63}, "seed 9223372036854775808 must be an integer"),
         ({"eval_sequences": -1}, "eval_sequences -1"),
         ({"min_loss_tokens": 1}, "min_loss_tokens 1"),
         ({"mask_token_id": -2}, "mask_token_id -2"),

@@ -225,10 +225,9 @@ def extend(
         h_TD = rms_norm(x_TD, layer.input_norm_D, cfg.rms_norm_eps)
         q_TNH, k_TKH, v_TKH = project_qkv(layer, h_TD, table, cfg)
         cache = kv.write(cache, index, rows.slot_T, rows.position_T, k_TKH, v_TKH)
-        k_BSKH, v_BSKH = kv.read(cache, index)
-        out_TNH = attend_rows(q_TNH[:num_rows], k_BSKH, v_BSKH)
+        out_TNH = attend_rows(q_TNH[:num_rows], cache, index)
         if chunks is not None:
-            out_chunks_TNH = attend_chunks(q_TNH[num_rows:], k_BSKH, v_BSKH)
+            out_chunks_TNH = attend_chunks(q_TNH[num_rows:], cache, index)
             out_TNH = jnp.concatenate([out_TNH, out_chunks_TNH])
         x_TD = finish_layer(layer, x_TD, out_TNH, cfg)
         return x_TD, _keep_feature(feature_FTD, x_TD, index, feature_layers), cache
@@ -239,11 +238,11 @@ def extend(
     return hidden_TD, jnp.moveaxis(feature_FTD, 0, 1), cache
 
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attention = Callable[[jax.Array, kv.KVCache, Any], jax.Array]
 
 
 def _ragged_attention(rows: Rows, cache: kv.KVCache, rows_per_slot: int) -> Attention:
-    """(q_TNH, k_BSKH, v_BSKH) -> out_TNH, through a table of the slots' rows."""
+    """(q_TNH, cache, layer) -> out_TNH, through a table of the slots' rows."""
     num_slots, num_positions = kv.num_slots(cache), kv.num_positions(cache)
     slot_T, position_T = rows.slot_T, rows.position_T
     # A slot without rows gets a harmless first position instead of the minimum of nothing.
@@ -252,23 +251,22 @@ def _ragged_attention(rows: Rows, cache: kv.KVCache, rows_per_slot: int) -> Atte
     position_BC = first_B[:num_slots, None] + jnp.arange(rows_per_slot, dtype=jnp.int32)
     mask_BCS = jnp.arange(num_positions, dtype=jnp.int32) <= position_BC[..., None]
 
-    def attention(q_TNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    def attention(q_TNH: jax.Array, cache: kv.KVCache, layer: Any) -> jax.Array:
         q_BCNH = jnp.zeros((num_slots, rows_per_slot, *q_TNH.shape[1:]), q_TNH.dtype)
         q_BCNH = q_BCNH.at[slot_T, column_T].set(q_TNH, mode="drop")
-        out_BCNH = attend(q_BCNH, k_BSKH, v_BSKH, mask_BCS)
+        out_BCNH = attend(q_BCNH, *kv.read(cache, layer), mask_BCS)
         return out_BCNH.at[slot_T, column_T].get(mode="clip")
 
     return attention
 
 
 def _chunk_attention(chunks: Rows, cache: kv.KVCache) -> Attention:
-    """(q_TNH, k_BSKH, v_BSKH) -> out_TNH: each chunk against the cache of its slot."""
+    """(q_TNH, cache, layer) -> out_TNH: each chunk against the cache of its slot."""
     slot_P, position_PW = chunks.slot_T[:, 0], chunks.position_T
     mask_PWS = jnp.arange(kv.num_positions(cache), dtype=jnp.int32) <= position_PW[..., None]
 
-    def attention(q_TNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    def attention(q_TNH: jax.Array, cache: kv.KVCache, layer: Any) -> jax.Array:
         q_PWNH = q_TNH.reshape(*position_PW.shape, *q_TNH.shape[1:])
-        k_PSKH, v_PSKH = (x.at[slot_P].get(mode="clip") for x in (k_BSKH, v_BSKH))
-        return attend(q_PWNH, k_PSKH, v_PSKH, mask_PWS).reshape(q_TNH.shape)
+        return attend(q_PWNH, *kv.read(cache, layer, slot_P), mask_PWS).reshape(q_TNH.shape)
 
     return attention

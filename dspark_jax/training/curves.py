@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from dspark_jax.checkpoint import write_atomically
 from dspark_jax.training.records import read_metrics
 
 PANELS = (
@@ -19,7 +20,7 @@ PANELS = (
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Losses and acceptance over training blocks, training and held-out; written atomically.
+    """Losses and acceptance over the steps, training and held-out; written atomically.
 
     Args:
         metrics: the log of a run.
@@ -37,9 +38,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    part = picture.with_name(f".{picture.name}.{os.getpid()}.part")
-    figure.savefig(part, format="png", dpi=110)
-    part.replace(picture)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    write_atomically(picture, png.getvalue())
 
 
 def _lines(rows: list[dict[str, Any]], key: str) -> list[tuple[str, list[float]]]:

@@ -161,6 +161,8 @@ def fit(recipe: TrainConfig) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
     """
     out = Path(recipe.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file: name a directory")
     source = open_source(recipe)
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)

@@ -30,5 +30,6 @@ def join_processes(
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"this process could not join the others ({reason}): start it where Slurm, Open MPI or "
-            "Kubernetes say who is who, or give --coordinator, --processes and --process"
+            "Kubernetes (with jax[k8s]) say who is who, or give --coordinator, --processes and "
+            "--process"
         ) from None
