@@ -1,6 +1,7 @@
 """dspark calibrate: from prompts to tables beside the drafter, and their use in the engine."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,7 +17,7 @@ from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
-from dspark_jax.evaluation import confidence, pictures
+from dspark_jax.evaluation import confidence, pictures, rounds
 from dspark_jax.evaluation.rounds import RecordedRequest, read_record, recorded_request
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
@@ -26,6 +27,9 @@ from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafte
 
 def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    # Compilation takes nearly all of the time: as few programs as will do.
+    few = {"slot_buckets": (6,), "row_buckets": (4,), "chunk_buckets": (1,), "chunk_rows": 16}
+    monkeypatch.setattr(rounds, "EngineConfig", functools.partial(EngineConfig, **few))
     target, drafter = write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter")
     models = ["--target", str(target), "--drafter", str(drafter)]
     prompts, record = tmp_path / "prompts.jsonl", tmp_path / "rounds.jsonl"
@@ -44,9 +48,9 @@ def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatc
     assert len(requests) == 12
     for number, (table, shown) in enumerate(zip(found.tables, report["tables"], strict=True)):
         assert shown["confidence_temperatures"] == list(table.confidence_temperatures)
-        rounds = [len(r.accepted_N) for r in requests if r.temperature == number]
-        assert shown["rounds_held_out"] == sum(rounds[1::2])
-        assert 0 < shown["rounds_fitted"] <= sum(rounds[::2])
+        sizes = [len(r.accepted_N) for r in requests if r.temperature == number]
+        assert shown["rounds_held_out"] == sum(sizes[1::2])
+        assert 0 < shown["rounds_fitted"] <= sum(sizes[::2])
         for when in ("before", "after"):
             assert [row["position"] for row in shown[when]["positions"]] == [1, 2, 3]
             low, high = shown[when]["ece_mean_low"], shown[when]["ece_mean_high"]

@@ -123,6 +123,24 @@ def test_comparison_of_the_recorded_results(capsys):
     assert_comparison_is_shown(names, capsys.readouterr().out, sets)
 
 
+@pytest.mark.usefixtures("pyplot")
+def test_scheduler(capsys):
+    loads = [1, 8]
+    names = run("scheduler.ipynb", {"RECORD": "", "CONCURRENCY": loads, "REQUESTS": 8, "BLOCK": 3})
+    out = capsys.readouterr().out
+    assert out.startswith("8 requests, ")
+    shown = [line.split() for line in out.splitlines() if "not lossless" in line]
+    assert [words[1] for words in shown] == ["oracle", "delayed:0", "argmax"]
+    for axes, rows in zip(names["figure"].axes, names["rows"].values(), strict=True):
+        assert len(axes.lines) == 6
+        for line in axes.lines:
+            own = [row["regret"] for row in rows if row["policy"] == line.get_label()]
+            assert line.get_xydata().tolist() == [
+                list(pair) for pair in zip(loads, own, strict=True)
+            ]
+    assert [line.get_label() for line in names["hills"].axes[0].lines] == ["smooth", "staircase"]
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("pyplot")
 def test_comparison_of_drafters_trained_on_the_spot(tmp_path, capsys):
