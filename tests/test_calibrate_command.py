@@ -159,6 +159,7 @@ def calibrated_decoder():
     return make_decoder((TARGET, target), bound, calibration=TABLES)
 
 
+@pytest.mark.full
 def test_every_request_has_the_temperatures_of_its_way_of_sampling():
     decoder = calibrated_decoder()
     requests = [Request((1, 2, 3), 24, temperature=t) for t in (0.1, 1.0)]

@@ -52,7 +52,7 @@ def drafter(request, target):
     return request.param, cfg, params, deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
 
 
-@pytest.mark.parametrize("drafter", some("dspark", "dspark_rnn"), indirect=True)
+@pytest.mark.parametrize("drafter", some("dspark"), indirect=True)
 def test_runs(target, drafter):
     name, *parts = drafter
     decoder = make_decoder(target, tuple(parts))

@@ -6,6 +6,7 @@ import pytest
 
 from dspark_jax import cli
 from dspark_jax.engine import generate as engine
+from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.inputs import RoundConfig
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
@@ -131,7 +132,7 @@ def test_a_prompt_that_does_not_fit_is_named(models):
     from dspark_jax.models.load import load_target
 
     target = load_target(models[1])
-    decoder = engine.make_decoder((target.cfg, target.params), None, target.tokenizer)
+    decoder = make_decoder((target.cfg, target.params), None, target.tokenizer)
     prompts = [Prompt("short", "p.jsonl:1"), Prompt("x" * 600, "p.jsonl:2")]
     with pytest.raises(ValueError, match=r"p\.jsonl:2: the prompt has 603 tokens"):
         speed.make_requests(prompts, decoder, Request((0,)), 0)
