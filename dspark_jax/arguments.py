@@ -10,7 +10,7 @@ import contextlib
 from typing import Any, NoReturn
 
 # What the packaged drafter does best with; other drafters verify the whole block.
-DEFAULT_POLICY = "threshold:0.25"
+DEFAULT_POLICY = "gate:0.25"
 LOADS = "1,2,4,8,16,32,64"
 LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
@@ -52,6 +52,8 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
+    _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
+    _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
@@ -191,6 +193,46 @@ def _add_profile(commands: Any, summary: str) -> None:
     add("--positions", type=_count, default=1024, metavar="N", help="default %(default)s")
     add("--replays", type=_count, default=20, metavar="N", help="default %(default)s")
     _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_calibrate(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "calibrate", summary)
+    command.set_defaults(command="calibrate")
+    add = command.add_argument
+    rounds = command.add_mutually_exclusive_group(required=True)
+    rounds.add_argument("--prompts", action="append", metavar="FILE.jsonl", help="to decode, as "
+        "for generate; may be repeated")  # fmt: skip
+    rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
+        help="rounds that were recorded before; may be repeated")  # fmt: skip
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    add("--temperature", type=float, action="append", metavar="F", help="may be repeated, a table "
+        "each (default: 0 and 1)")  # fmt: skip
+    add("--acceptance", choices=("rejection", "coupled"), action="append",
+        help="may be repeated, tables each (default: rejection)")  # fmt: skip
+    add("--max-new-tokens", type=_count, default=128, metavar="N", help="default %(default)s")
+    add("--batch", type=_count, default=16, metavar="N", help="decoded together; default 16")
+    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
+        "directory, where the engine looks for it)")  # fmt: skip
+    add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and for --from")
+    add("--plot", metavar="FILE.png", help="accepted against predicted, by position")
+    _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_replay(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "replay", summary)
+    command.set_defaults(command="replay")
+    add = command.add_argument
+    add("record", metavar="RECORD", help="of dspark calibrate --record")
+    add("--concurrency", type=_counts, default="1,4,16,64", metavar="N,N,...", help="requests "
+        "decoded together (default %(default)s)")  # fmt: skip
+    costs = command.add_mutually_exclusive_group()
+    costs.add_argument("--profile", metavar="FILE.json", help="costs of dspark profile")
+    costs.add_argument("--costs", choices=("staircase", "smooth"), default="staircase",
+        help="of an imagined device (default %(default)s)")  # fmt: skip
+    add("--calibration", metavar="FILE.json", help="of dspark calibrate")
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 

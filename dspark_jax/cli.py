@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench load": bench_load,
         "profile": profile,
         "doctor": doctor,
+        "calibrate": calibrate,
+        "replay": replay,
         "bench acceptance": bench_acceptance,
         "prepare": prepare,
         "train": training_cli.train,
@@ -99,6 +101,7 @@ def generate(args: argparse.Namespace) -> int:
     limits = _limits(args)
     decoder, stop_ids, _ = _load(args)
     from dspark_jax.engine import generate as engine
+    from dspark_jax.evaluation.results import result_row, summary
     from dspark_jax.evaluation.speed import Decode, make_requests, warm_up
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
@@ -118,12 +121,12 @@ def generate(args: argparse.Namespace) -> int:
         for result in results:
             done.append(result)
             if args.json:
-                print(json.dumps(_row(result, seconds)), flush=True)
+                print(json.dumps(result_row(result, seconds)), flush=True)
             else:
                 last = len(done) == len(requests)
                 print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
     if not args.json:
-        print(_summary(done, total_s), file=sys.stderr)
+        print(summary(done, total_s), file=sys.stderr)
     if any(result.finish_reason == "error" for result in done):
         raise FloatingPointError("the target's logits are not finite: a text ends too early")
     return 0
@@ -131,30 +134,6 @@ def generate(args: argparse.Namespace) -> int:
 
 def _show(_: int, text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _row(result: Generation, seconds: float) -> dict[str, Any]:
-    """One result as JSON; ``seconds`` are those of its whole batch."""
-    return {
-        "text": result.text,
-        "prompt_tokens": result.prompt_tokens,
-        "new_tokens": len(result.token_ids),
-        "rounds": result.rounds,
-        "accepted_length": round(result.accepted_length, 4),
-        "seconds": round(seconds, 4),
-        "tokens_per_s": round(len(result.token_ids) / seconds, 2),
-        "finish_reason": result.finish_reason,
-    }
-
-
-def _summary(results: Sequence[Generation], seconds: float) -> str:
-    tokens = sum(len(result.token_ids) for result in results)
-    lengths = [length for result in results for length in result.accepted_lengths]
-    mean = sum(lengths) / max(len(lengths), 1)
-    return (
-        f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, accepted length {mean:.2f}, "
-        f"{len(lengths)} rounds"
-    )
 
 
 def bench_speed(args: argparse.Namespace) -> int:
@@ -235,6 +214,58 @@ def doctor(args: argparse.Namespace) -> int:
 
     report = diagnose(decoder, args.concurrency, args.max_new_tokens) | names
     print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Fit the temperatures of a drafter's confidences."""
+    from dspark_jax.engine.calibration import path_beside, write_calibration
+    from dspark_jax.evaluation import confidence, pictures, rounds
+
+    out = path_beside(_drafter(args)) if args.out is None else Path(args.out)
+    requests = [request for path in args.records for request in rounds.read_record(path)]
+    if not args.records:
+        sets = read_prompt_sets(args.prompts, args.limit)
+        temperatures = tuple(args.temperature or (0.0, 1.0))
+        limits = [_limits(args, temperature=temperature) for temperature in temperatures]
+        decoder, stop_ids, _ = _load(args)
+        requests = rounds.record_rounds(
+            decoder,
+            sets,
+            dataclasses.replace(limits[0], stop_ids=stop_ids),
+            args.acceptance or ("rejection",),
+            temperatures,
+            seed=args.seed,
+            slots=args.batch,
+        )
+    if args.record is not None:
+        rounds.write_record(Path(args.record), requests)
+    tables, report = confidence.fit_calibration(requests)
+    write_calibration(out, tables)
+    report["out"] = str(out)
+    if args.plot is not None:
+        pictures.write_picture(pictures.draw_reliability(report), Path(args.plot))
+    print(json.dumps(report) if args.json else confidence.format_calibration(report))
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Compare policies on recorded rounds."""
+    from dspark_jax.engine.calibration import read_calibration
+    from dspark_jax.engine.profile import read_profile
+    from dspark_jax.evaluation import costs as tables
+    from dspark_jax.evaluation import replay as policies
+    from dspark_jax.evaluation.rounds import read_record
+
+    requests = read_record(args.record)
+    costs = partial(tables.imagined_costs, tables.TILES[args.costs])
+    if args.profile is not None:
+        costs = partial(tables.profile_costs, read_profile(Path(args.profile)))
+    calibration, block_size = None, requests[0].logit_NG.shape[1]
+    if args.calibration is not None:
+        calibration = read_calibration(Path(args.calibration), block_size)
+    rows = policies.replay_record(requests, args.concurrency, costs, calibration)
+    print(json.dumps({"rows": rows}) if args.json else policies.format_replay(rows))
     return 0
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import itertools
 import queue
 import threading
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from dspark_jax.axes import make_mesh
 from dspark_jax.engine.config import EngineConfig
@@ -25,6 +27,7 @@ from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import declare_target, encode, unembed
 from pallas_kernels import random
+from tests import test_generate
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
 CONFIG = EngineConfig(
@@ -150,7 +153,7 @@ def test_greedy_text_under_rejection_is_that_of_offline_generation():
     assert drafted > 0
 
 
-def test_rounds_move_nothing_but_what_they_say_and_compile_nothing():
+def test_rounds_move_nothing_but_what_they_say_and_compile_nothing(caplog):
     """Reports, plans and new requests go between host and device explicitly; a mixed load finds
     every program ready."""
     served = engine()
@@ -164,6 +167,7 @@ def test_rounds_move_nothing_but_what_they_say_and_compile_nothing():
         served.run()
     assert all(stream.finished for stream in streams)
     assert served.compile() == ready
+    assert not [record for record in caplog.records if "ompil" in record.getMessage()]
 
 
 def test_states_grow_and_shrink_with_the_load():
@@ -361,7 +365,7 @@ def test_memory_is_planned_before_anything_is_allocated():
     [
         ({"policy": "fixed:9"}, r"must lie in 1..3"),
         ({"policy": "clever"}, "choose none, block"),
-        ({"positions": 600}, "the target's context ends at 512"),
+        ({"positions": 600, "position_buckets": ()}, "the target's context ends at 512"),
         ({"slots": 0}, "slots is 0"),
         ({"slot_buckets": (1, 2)}, "the last must be 4"),
         ({"position_buckets": (32,)}, "the last must hold positions and a block, 64"),
@@ -396,6 +400,56 @@ def test_eight_devices_give_the_text_of_one(sizes, policy, acceptance, emulated_
     streams = [served.submit(request) for request in requests(**fields)]
     served.run()
     assert texts(stream.result for stream in streams) == expected(acceptance)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["delayed", "causal"])
+def test_distribution_of_the_text_where_drafts_compete(policy):
+    """The joint law of three tokens, enumerated; 64 requests have rows for half of their drafts."""
+    size, length, slots = 5, 3, 64
+    cfg = dataclasses.replace(test_generate.TARGET, vocab_size=size)
+    target = test_generate.target_of(cfg, seed=4, scale=30.0)
+    drafter = test_generate.drafter_of(
+        target, seed=2, vocab_size=size, mask_token_id=4, block_size=2
+    )
+    words = np.array(list(itertools.product(range(size), repeat=length)))
+    tokens = jnp.concatenate([jnp.full((len(words), 2), 1), jnp.array(words)], axis=1)
+    hidden, _ = encode(target[1], tokens, cfg)
+    law = jax.nn.log_softmax(unembed(target[1].vocab, hidden)[:, 1:-1] / 0.9, axis=-1)
+    exact = np.exp(np.take_along_axis(law, words[..., None], axis=-1)[..., 0].sum(-1), dtype=float)
+
+    config = EngineConfig(
+        slots=slots,
+        positions=32,
+        queue=4096,
+        policy=policy,
+        chunk_rows=1,
+        chunk_buckets=(slots,),
+        slot_buckets=(slots,),
+        row_buckets=(2,),
+    )
+    served = make_decoder(target, drafter)
+    sizes = Sizes(slots, 64)
+    seconds = {  # a staircase: half of the drafts cost nothing, the rest more than they bring
+        Shape(sizes, num_draft, slots * rows, chunks): 1 + (rows > 2)
+        for chunks in (0, slots)
+        for num_draft, rows in ((0, 1), (2, 2), (2, 3))
+    }
+    profile = make_profile(setting_of(served, config.chunk_rows), seconds, {sizes: 0.1})
+    engine = Engine(served, config, profile)
+    count = 4000
+    keys = np.asarray(random.fold_in(random.seed_key(9), jnp.arange(count)))
+    limits = Request([1, 1], length + 3, temperature=0.9)  # later tokens keep the rounds full
+    streams = [engine.submit(dataclasses.replace(limits, key=key)) for key in keys]
+    engine.run()
+    texts = np.array([stream.result.token_ids[:length] for stream in streams])
+    seen = np.bincount(np.ravel_multi_index(texts.T, (size,) * length), minlength=len(words))
+    often = exact * count >= 5
+    observed = np.array([*seen[often], seen[~often].sum()])
+    wanted = np.array([*exact[often], exact[~often].sum()])
+    assert stats.chisquare(observed, wanted / wanted.sum() * count).pvalue > 1e-4
+    lengths = [n for stream in streams for n in stream.result.verified_lengths]
+    assert set(lengths) == {0, 1, 2}
 
 
 @pytest.mark.full

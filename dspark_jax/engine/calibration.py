@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.checkpoint import read_json, write_atomically
+from dspark_jax.models.default import default_drafter_path
 
 FILE_NAME = "calibration.json"
 FORMAT = 1
@@ -71,6 +73,24 @@ def confidence_temperatures(
         return np.ones(block_size, np.float32)
     table = calibration.nearest(acceptance, sampling_temperature)
     return np.array(table.confidence_temperatures, np.float32)
+
+
+def path_beside(drafter: str) -> Path:
+    """The file beside a drafter.
+
+    Args:
+        drafter: ``"default"``, or a directory.
+
+    Raises:
+        ValueError: it is no directory, or one that cannot be written.
+    """
+    directory = default_drafter_path() if drafter == "default" else Path(drafter)
+    if directory is None or not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise ValueError(
+            f"drafter {drafter} is no directory that can be written: say where the tables go, with "
+            "--out FILE.json"
+        )
+    return directory / FILE_NAME
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

@@ -44,3 +44,35 @@ def draw_load(report: Mapping[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
+
+
+def draw_reliability(report: Mapping[str, Any]) -> Figure:
+    """Accepted share against predicted survival, before and after calibration.
+
+    One row a way of sampling, one panel a position.
+
+    Args:
+        report: of ``confidence.fit_calibration``.
+    """
+    tables = report["tables"]
+    num_slots = len(tables[0]["confidence_temperatures"])
+    size = (2.6 * num_slots, 2.8 * len(tables))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(tables), num_slots, squeeze=False, sharex=True, sharey=True)
+    for row, table in zip(panels, tables, strict=True):
+        key = f"{table['acceptance']}, {table['sampling_temperature']:g}"
+        for slot, axes in enumerate(row):
+            axes.plot([0, 1], [0, 1], color="grey", lw=0.8)
+            for when, style in (("before", "o--"), ("after", "o-")):
+                bins = table[when]["positions"][slot]["reliability"]
+                predicted, accepted = (
+                    [filled[name] for filled in bins] for name in ("predicted", "accepted")
+                )
+                axes.plot(predicted, accepted, style, ms=3, label=when)
+            axes.set(title=f"{key}: position {slot + 1}", xlim=(0, 1), ylim=(0, 1))
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("accepted")
+        row[0].legend(fontsize="small")
+    for axes in panels[-1]:
+        axes.set_xlabel("predicted")
+    return figure

@@ -6,11 +6,13 @@ is a file of JSON lines, one a request; what they are for does not depend on who
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -60,18 +62,20 @@ def record_rounds(
     decoder: Decoder,
     sets: Mapping[str, Sequence[Prompt]],
     limits: Request,
-    acceptance: Literal["rejection", "coupled"],
+    acceptances: Sequence[str],
+    temperatures: Sequence[float],
     *,
     seed: int = 0,
     slots: int = 16,
 ) -> list[RecordedRequest]:
-    """Continue prompts with whole blocks verified, many at once.
+    """Continue prompts with whole blocks verified, many at once, in several ways of sampling.
 
     Args:
         decoder: models with a drafter that has a confidence head.
         sets: the prompts of each file.
-        limits: all of a request but prompt and key.
-        acceptance: of the engine.
+        limits: all of a request but prompt, key and temperature.
+        acceptances, temperatures: every combination is a way; at temperature 0 all rules are the
+            same, and the first stands for them.
         seed: root of the keys; each set counts its prompts from 0.
         slots: requests decoded together.
 
@@ -79,36 +83,41 @@ def record_rounds(
         The requests that had a round.
 
     Raises:
-        ValueError: there is no confidence head, or a prompt cannot be used.
+        ValueError: there is no confidence head, or a prompt or a way cannot be used.
         FloatingPointError: the target's logits are not finite.
     """
     if decoder.drafter is None or not decoder.drafter.confidence:
         raise ValueError("the drafter has no confidence head: there is nothing to record")
-    requests = [
-        (prompt.origin, request)
-        for prompts in sets.values()
-        for prompt, request in zip(
-            prompts, make_requests(prompts, decoder, limits, seed), strict=True
-        )
-    ]
-    longest = max(len(request.prompt_ids) for _, request in requests) + limits.max_new_tokens
-    config = EngineConfig(
-        slots=min(slots, len(requests)),
-        positions=longest,
-        queue=len(requests),
-        policy="block",
-        acceptance=acceptance,
-        stop_ids=max(1, len(limits.stop_ids)),
-    )
+    ways = dict.fromkeys((a if t else acceptances[0], t) for a in acceptances for t in temperatures)
     recorded = []
-    with Engine(decoder, config) as engine:
-        streams = [(origin, engine.submit(request)) for origin, request in requests]
-        for origin, stream in tqdm(streams, desc="record", unit="request", disable=None):
-            result = stream.wait()
-            if result.finish_reason == "error":
-                raise FloatingPointError("the target's logits are not finite")
-            recorded.append(recorded_request(origin, acceptance, limits.temperature, result))
+    for acceptance, temperature in ways:
+        own = dataclasses.replace(limits, temperature=temperature)
+        groups = [make_requests(prompts, decoder, own, seed) for prompts in sets.values()]
+        requests = list(itertools.chain(*groups))
+        longest = max(len(request.prompt_ids) for request in requests) + limits.max_new_tokens
+        config = EngineConfig(
+            slots=min(slots, len(requests)),
+            positions=longest,
+            queue=len(requests),
+            policy="block",
+            acceptance=acceptance,  # type: ignore[arg-type]
+            stop_ids=max(1, len(limits.stop_ids)),
+        )
+        with Engine(decoder, config) as engine:
+            results = _serve(engine, requests, f"{acceptance}, temperature {temperature:g}")
+        origins = [prompt.origin for prompts in sets.values() for prompt in prompts]
+        for origin, result in zip(origins, results, strict=True):
+            recorded.append(recorded_request(origin, acceptance, temperature, result))
     return [request for request in recorded if len(request.accepted_N)]
+
+
+def _serve(engine: Engine, requests: Sequence[Request], label: str) -> list[Generation]:
+    """The results of all requests, with a progress bar."""
+    streams = [engine.submit(request) for request in requests]
+    results = [stream.wait() for stream in tqdm(streams, desc=label, unit="request", disable=None)]
+    if any(result.finish_reason == "error" for result in results):
+        raise FloatingPointError("the target's logits are not finite")
+    return results
 
 
 def recorded_request(
@@ -130,12 +139,12 @@ def recorded_request(
             elif accepted < verified:  # behind a rejection no prefix is accepted
                 verified = len(logit_G)
             kept.append((logit_G, verified, accepted))
-    logit_N, verified_N, accepted_N = zip(*kept, strict=True) if kept else ((), (), ())
+    logit_NG, verified_N, accepted_N = zip(*kept, strict=True) if kept else ((), (), ())
     return RecordedRequest(
         prompt,
         acceptance,
         temperature,
-        np.array(logit_N, np.float64),
+        np.array(logit_NG, np.float64),
         np.array(verified_N, np.int64),
         np.array(accepted_N, np.int64),
     )
