@@ -10,13 +10,15 @@ from dspark_jax import cli
 from dspark_jax.decoding.budget import RoundCosts
 from dspark_jax.engine.reader import Generation
 from dspark_jax.evaluation import doctor
-from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, Sample, predict_speedups
+from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, predict_speedups
+from dspark_jax.evaluation.rounds import RecordedRequest
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 
 def sample(accepted_N, confidence):
-    survival_NG = np.cumprod(np.full((len(accepted_N), BLOCK), confidence), axis=1)
-    return Sample(survival_NG, np.array(accepted_N))
+    logit_NG = np.full((len(accepted_N), BLOCK), np.log(confidence / (1 - confidence)))
+    verified_N = np.full(len(accepted_N), BLOCK)
+    return RecordedRequest("p", "rejection", 0.0, logit_NG, verified_N, np.array(accepted_N))
 
 
 def costs(draft_s, row_s, requests=2):
@@ -28,7 +30,7 @@ def costs(draft_s, row_s, requests=2):
 
 def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
     samples = [sample([0, 1, 2, 3], 0.5), sample([3, 3], 0.9)]
-    found = predict_speedups(samples, costs(0.25, 0.125), plain_s=0.9)
+    found = predict_speedups(samples, costs(0.25, 0.125), plain_s=0.9, calibration=None)
     for length, drafts in ((1, 0.75 + 1), (2, 1.25 + 2), (3, 1.5 + 3)):
         tokens_per_s = (2 + drafts) / (0.25 + 1 + 0.125 * 2 * length)
         assert found[f"fixed:{length}"] == pytest.approx(tokens_per_s * 0.9 / 2)
@@ -37,7 +39,7 @@ def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
 
 def test_drafts_that_are_good_and_cheap_are_all_verified():
     samples = [sample([BLOCK] * 5, 0.99)] * 2
-    found = predict_speedups(samples, costs(0.1, 0.01), plain_s=1.0)
+    found = predict_speedups(samples, costs(0.1, 0.01), plain_s=1.0, calibration=None)
     assert found["delayed"] == pytest.approx(found["fixed:3"])
     assert found["fixed:3"] > max(3, found["fixed:2"], found["fixed:1"])
 
@@ -45,7 +47,7 @@ def test_drafts_that_are_good_and_cheap_are_all_verified():
 def test_drafts_that_are_bad_or_dear_are_hardly_made():
     samples = [sample([0] * 5, 0.05)] * 2
     for expensive in (costs(0.5, 0.01), costs(0.1, 0.5)):
-        found = predict_speedups(samples, expensive, plain_s=1.0)
+        found = predict_speedups(samples, expensive, plain_s=1.0, calibration=None)
         fixed = max(speedup for policy, speedup in found.items() if policy != "delayed")
         assert fixed < 0.92
         assert 0.9 < found["delayed"] <= 1  # the rest are probes
@@ -54,7 +56,7 @@ def test_drafts_that_are_bad_or_dear_are_hardly_made():
 def test_a_mixture_is_better_than_any_fixed_length():
     """Whose drafts are good gets the rows of whose are not."""
     samples = [sample([BLOCK] * 4, 0.97), sample([0] * 4, 0.03)]
-    found = predict_speedups(samples, costs(0.05, 0.2), plain_s=1.0)
+    found = predict_speedups(samples, costs(0.05, 0.2), plain_s=1.0, calibration=None)
     assert found["delayed"] > 1.1 * max(v for k, v in found.items() if k != "delayed")
 
 
@@ -103,27 +105,6 @@ def test_engines_take_turns_over_the_same_stretches():
     for engine in engines:
         assert engine.settled
         assert all(stream.cancelled for stream in engine.streams)
-
-
-def test_a_sample_has_the_rounds_that_drafted(monkeypatch):
-    def report(counts, accepted, logits):
-        return types.SimpleNamespace(
-            count_B=np.array(counts),
-            accepted_B=np.array(accepted),
-            confidence_logit_BG=None if logits is None else np.array(logits, np.float32),
-        )
-
-    def generate(decoder, requests, on_round):
-        assert [request.max_new_tokens for request in requests] == [7, 7]
-        on_round(report([1, 1], [0, 0], None))
-        on_round(report([3, 1], [2, 0], [[0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]))
-        on_round(report([4, 0], [3, 0], [[0.0, 0.0, np.log(3)], [9.0, 9.0, 9.0]]))
-
-    monkeypatch.setattr(doctor, "generate", generate)
-    first, second = doctor.sample_rounds(None, [doctor.Request((1,))] * 2, 7)
-    assert first.accepted_N.tolist() == [2, 3]
-    np.testing.assert_allclose(first.survival_NG, [[0.5, 0.25, 0.125], [0.5, 0.25, 0.1875]])
-    assert second.accepted_N.tolist() == [0]
 
 
 def row(speedup):
@@ -182,6 +163,8 @@ def test_what_cannot_be_diagnosed_is_refused(models, capsys):
     assert "give --drafter" in capsys.readouterr().err
     assert cli.main(["doctor", *models[0], *models[1], "--max-new-tokens", "200"]) == 2
     assert "smaller max_new_tokens" in capsys.readouterr().err
+    assert cli.main(["doctor", *models[0], *models[1], "--max-new-tokens", "7"]) == 2
+    assert "max_new_tokens is 7: give at least 8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--concurrency", "1,x"])
     assert "'x' is not a whole number" in capsys.readouterr().err

@@ -30,7 +30,6 @@ def generate(
     gate: float = 0.0,
     acceptance: Literal["rejection", "coupled"] = "rejection",
     on_text: Callable[[int, str], None] | None = None,
-    on_round: Callable[[RoundReport], None] | None = None,
 ) -> list[Generation]:
     """Continue a batch of prompts of different lengths, all decoded together.
 
@@ -41,7 +40,6 @@ def generate(
         threshold, gate: see ``RoundConfig``; 0 and 0 verify ``num_draft`` always.
         acceptance: see ``RoundConfig``.
         on_text: called with (request, new text) as text is verified.
-        on_round: called with the report of every round, in numpy.
 
     Returns:
         One result a request, in their order.
@@ -71,8 +69,6 @@ def generate(
 
     def read(report: RoundReport, first: bool) -> None:
         report = jax.device_get(report)
-        if on_round is not None:
-            on_round(report)
         for slot, reader in enumerate(readers):
             text = reader.read(report, slot, first)
             if text and on_text is not None:

@@ -14,27 +14,25 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from dspark_jax.decoding import schedule
-from dspark_jax.decoding.budget import MARGIN, DraftSwitch, RoundCosts, bucket_for, choose_bucket
-from dspark_jax.decoding.calibrate import predicted_survival
+from dspark_jax.decoding.budget import MARGIN, RoundCosts
+from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.generate import generate
-from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Shape, Sizes
 from dspark_jax.engine.profile import device_name
-from dspark_jax.engine.replays import measure_profile
+from dspark_jax.engine.replays import measure_profiles
 from dspark_jax.engine.scheduler import DELAY
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.replay import replay_record
+from dspark_jax.evaluation.rounds import RecordedRequest, record_rounds
 from dspark_jax.evaluation.speed import make_requests
 from dspark_jax.evaluation.steps import plain_decoder
 
@@ -55,22 +53,10 @@ PROMPTS = (
     "Write a Python function that checks whether a word reads the same backwards.",
     "Write a short letter that thanks a neighbour for watering the plants.",
 )
-REPLAYS = 3  # of the profile
+REPLAYS = 5  # of the profile
 PAIRS = 6  # stretches of text that both engines decode in turns, at each concurrency
 ROUNDS = 512  # of a replayed policy
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rounds of one request whose whole blocks were verified.
-
-    Attributes:
-        survival_NG: float64, as the confidence head sees it.
-        accepted_N: drafts accepted.
-    """
-
-    survival_NG: np.ndarray
-    accepted_N: np.ndarray
+LEAST = 8  # tokens of a text that say anything
 
 
 def diagnose(
@@ -91,25 +77,28 @@ def diagnose(
     """
     if decoder.drafter is None:
         raise ValueError("doctor compares decoding with and without drafts: give --drafter")
+    if max_new_tokens < LEAST:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least {LEAST}")
     concurrencies = sorted(set(concurrencies))
-    prompts = [Prompt(text, "built-in prompt") for text in PROMPTS]
-    limits = Request((0,), max_new_tokens=3 * max_new_tokens)  # whoever is ahead does not end
-    requests = make_requests(prompts, decoder, limits, seed=0)
+    prompts = [Prompt(text, f"built-in prompt {i}") for i, text in enumerate(PROMPTS, 1)]
+    limits = Request((0,), max_new_tokens=max_new_tokens)
+    longer = dataclasses.replace(limits, max_new_tokens=3 * max_new_tokens)  # nobody ends early
+    requests = make_requests(prompts, decoder, longer, seed=0)
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
-    profile = measure_profile(decoder, config, REPLAYS)
-    plain = measure_profile(plain_decoder(decoder), plain_config, REPLAYS)
-    samples = sample_rounds(decoder, requests, max_new_tokens)
+    profile, plain = measure_profiles(
+        [(decoder, config), (plain_decoder(decoder), plain_config)], REPLAYS
+    )
+    sets = {"built-in": prompts}
+    sample = record_rounds(decoder, sets, limits, ("rejection",), (0.0,), slots=len(prompts))
     rows = []
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
         for concurrency in concurrencies:
             groups = _groups(len(requests), concurrency)
             sizes = Sizes(concurrency, config.position_buckets[-1])
             plain_s = plain.round_s[Shape(sizes, 0, concurrency, 0)]
-            predicted = [
-                predict_speedups([samples[i] for i in group], profile.costs(sizes), plain_s)
-                for group in groups
-            ]
+            weighed = profile.costs(sizes), plain_s, decoder.calibration
+            predicted = [predict_speedups([sample[i] for i in group], *weighed) for group in groups]
             pairs = [
                 pair
                 for group in groups
@@ -121,7 +110,7 @@ def diagnose(
                 )
             ]
             rows.append(_row(concurrency, predicted, pairs))
-    drafts = np.concatenate([sample.accepted_N for sample in samples])
+    drafts = np.concatenate([request.accepted_N for request in sample])
     return {
         "verdict": "use" if any(row["verdict"] == "use" for row in rows) else "do not use",
         "rows": rows,
@@ -162,82 +151,38 @@ def _groups(num_requests: int, concurrency: int) -> list[list[int]]:
     ]
 
 
-def sample_rounds(
-    decoder: Decoder, requests: Sequence[Request], max_new_tokens: int
-) -> list[Sample]:
-    """Decode the requests with whole blocks, and keep what each round said and accepted."""
-    reports: list[RoundReport] = []
-    short = [dataclasses.replace(request, max_new_tokens=max_new_tokens) for request in requests]
-    generate(decoder, short, on_round=reports.append)
-    samples = []
-    for slot in range(len(requests)):
-        rounds = [
-            (report.confidence_logit_BG[slot], int(report.accepted_B[slot]))
-            for report in reports
-            if report.confidence_logit_BG is not None and report.count_B[slot]
-        ]
-        logit_NG = np.array([logit_G for logit_G, _ in rounds])
-        accepted_N = np.array([accepted for _, accepted in rounds])
-        samples.append(Sample(predicted_survival(logit_NG), accepted_N))
-    return samples
-
-
 def predict_speedups(
-    samples: Sequence[Sample], costs: RoundCosts, plain_s: float
+    requests: Sequence[RecordedRequest],
+    costs: RoundCosts,
+    plain_s: float,
+    calibration: Calibration | None,
 ) -> dict[str, float]:
-    """Tokens a second of every policy over those without a drafter.
+    """Tokens a second of policies over those without a drafter.
 
     Args:
-        samples: one for each request that is decoded at once.
+        requests: decoded together; their rounds are gone through again and again.
         costs: of rounds with the drafter, in a state with as many slots.
         plain_s: seconds of a round without the drafter.
+        calibration: of the confidences.
     """
-    plain_per_s = len(samples) / plain_s
-    lengths = [rows // len(samples) - 1 for rows in costs.buckets]
-    replays: dict[str, float] = {f"fixed:{k}": _fixed_per_s(samples, costs, k) for k in lengths}
-    replays["delayed"] = _delayed_per_s(samples, costs)
-    return {policy: tokens_per_s / plain_per_s for policy, tokens_per_s in replays.items()}
-
-
-def _fixed_per_s(samples: Sequence[Sample], costs: RoundCosts, length: int) -> float:
-    """Tokens a second where every request verifies so many drafts."""
-    tokens = sum(1 + np.minimum(sample.accepted_N, length).mean() for sample in samples)
-    bucket = bucket_for(len(samples) * (length + 1), costs.buckets)
-    verify_s = costs.verify_s_K[costs.buckets.index(int(bucket))]
-    return float(tokens / (costs.draft_s + verify_s))
-
-
-def _delayed_per_s(samples: Sequence[Sample], costs: RoundCosts) -> float:
-    """Tokens a second of the delayed policy, which walks through the rounds of all samples."""
-    num_requests, active_B = len(samples), np.ones(len(samples), bool)
-    switch, known_B = DraftSwitch(), np.zeros(num_requests, bool)
-    seen_BG = np.ones((num_requests, samples[0].survival_NG.shape[1]))
-    drafts: list[np.ndarray | None] = []
-    tokens, seconds = 0.0, 0.0
-    for number in range(ROUNDS):
-        at_B = [number % len(sample.accepted_N) for sample in samples]
-        old_BG = drafts[number - DELAY] if number >= DELAY else None
-        if old_BG is not None:
-            seen_BG, known_B = old_BG, active_B
-        switch, choice = choose_bucket(
-            switch, seen_BG, known_B, old_BG is not None, active_B, costs
+    block_size = requests[0].logit_NG.shape[1]
+    endless = [
+        dataclasses.replace(
+            request,
+            logit_NG=np.resize(request.logit_NG, (ROUNDS, block_size)),
+            verified_N=np.resize(request.verified_N, ROUNDS),
+            accepted_N=np.resize(request.accepted_N, ROUNDS),
         )
-        tokens += num_requests
-        if not choice:
-            seconds += costs.undrafted_s
-            drafts.append(None)
-            continue
-        survival_BG = np.array([s.survival_NG[at] for s, at in zip(samples, at_B, strict=True)])
-        accepted_B = np.array([s.accepted_N[at] for s, at in zip(samples, at_B, strict=True)])
-        budget = costs.buckets[choice - 1] - num_requests
-        length_B = _select(survival_BG.astype(np.float32), budget, active_B)
-        tokens += np.minimum(accepted_B, length_B).sum()
-        seconds += costs.draft_s + costs.verify_s_K[choice - 1]
-        drafts.append(survival_BG)
-    return float(tokens / seconds)
-
-
-_select = jax.jit(schedule.select_prefixes)
+        for request in requests
+    ]
+    chosen = {f"fixed:{k}": f"fixed:{k}" for k in (r // len(requests) - 1 for r in costs.buckets)}
+    chosen[f"delayed:{DELAY}"] = "delayed"
+    plain_per_s = len(requests) / plain_s
+    return {
+        chosen[row["policy"]]: row["tokens_per_s"] / plain_per_s
+        for row in replay_record(endless, [len(requests)], lambda *_: costs, calibration)
+        if row["policy"] in chosen
+    }
 
 
 def _decode_in_turns(
