@@ -10,7 +10,7 @@ import contextlib
 from typing import Any, NoReturn
 
 # What the packaged drafter does best with; other drafters verify the whole block.
-DEFAULT_POLICY = "threshold:0.25"
+DEFAULT_POLICY = "gate:0.25"
 LOADS = "1,2,4,8,16,32,64"
 LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """

@@ -153,7 +153,7 @@ def test_greedy_text_under_rejection_is_that_of_offline_generation():
     assert drafted > 0
 
 
-def test_rounds_move_nothing_but_what_they_say_and_compile_nothing():
+def test_rounds_move_nothing_but_what_they_say_and_compile_nothing(caplog):
     """Reports, plans and new requests go between host and device explicitly; a mixed load finds
     every program ready."""
     served = engine()
@@ -167,6 +167,7 @@ def test_rounds_move_nothing_but_what_they_say_and_compile_nothing():
         served.run()
     assert all(stream.finished for stream in streams)
     assert served.compile() == ready
+    assert not [record for record in caplog.records if "ompil" in record.getMessage()]
 
 
 def test_states_grow_and_shrink_with_the_load():

@@ -1,16 +1,16 @@
 """Seconds of rounds by replaying an engine's own programs at forced lengths.
 
-The programs of one size of the state take turns, so that a machine that slows down slows all of
-them, and the median of each counts. As in the engine, a round is launched before the one before it
-is read: its time is that between the ends of the two.
+The programs of one size of the state take turns, those of several engines too, so that a machine
+that slows down slows all of them; the median of each counts. As in the engine, a round is launched
+before the one before it is read: its time is that between the ends of the two.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,7 @@ def profile_for(programs: Programs, weights: Weights, given: Profile | None) -> 
         ValueError: the given one belongs to something else.
     """
     if given is None:
-        return _measure(programs, weights, START_REPLAYS)
+        return _measure([(programs, weights)], START_REPLAYS)[0]
     shapes = [shape for sizes in programs.sizes() for shape in programs.shapes(sizes)]
     return given.part(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
 
@@ -67,29 +67,57 @@ def measure_profile(
     Raises:
         ValueError: the sizes do not fit the models, the mesh or the memory.
     """
-    policy = make_policy(config.policy, decoder.drafter)
-    ladder = make_ladder(config, policy, num_shards(decoder.mesh))
-    check_sizes(decoder, config, ladder)
-    found = _measure(Programs(decoder, config, policy, ladder), decoder.weights, replays)
+    (found,) = measure_profiles([(decoder, config)], replays)
     return replace(found, setting={**(names or {}), **found.setting})
 
 
-def _measure(programs: Programs, weights: Weights, replays: int) -> Profile:
+def measure_profiles(
+    engines: Sequence[tuple[Decoder, EngineConfig]], replays: int = REPLAYS
+) -> list[Profile]:
+    """Profiles that can be compared: the engines take turns. Arguments, and what they raise, are
+    those of :func:`measure_profile`; all engines have the same numbers of slots and positions."""
+    measured = []
+    for decoder, config in engines:
+        policy = make_policy(config.policy, decoder.drafter)
+        ladder = make_ladder(config, policy, num_shards(decoder.mesh))
+        check_sizes(decoder, config, ladder)
+        measured.append((Programs(decoder, config, policy, ladder), decoder.weights))
+    return _measure(measured, replays)
+
+
+def _measure(engines: Sequence[tuple[Programs, Weights]], replays: int) -> list[Profile]:
+    medians: list[dict[Sizes, list[float]]] = [{} for _ in engines]
+    for sizes in tqdm(engines[0][0].sizes(), desc="profile", unit="size", disable=None):
+        lanes = [_passes(programs, weights, sizes) for programs, weights in engines]
+        turns = [[next(lane) for lane in lanes] for _ in range(WARM_REPLAYS + replays)]
+        for found, passes in zip(medians, zip(*turns[WARM_REPLAYS:], strict=True), strict=True):
+            found[sizes] = [statistics.median(times) for times in zip(*passes, strict=True)]
+    return [
+        _profile(programs, found) for (programs, _), found in zip(engines, medians, strict=True)
+    ]
+
+
+def _profile(programs: Programs, seconds: Mapping[Sizes, list[float]]) -> Profile:
+    """The profile of an engine from the seconds of its steps."""
     round_s: dict[Shape, float] = {}
     draft_s: dict[Sizes, float] = {}
-    drafts, ahead = programs.policy.num_draft > 0, programs.policy.kind == "causal"
-    for sizes in tqdm(programs.sizes(), desc="profile", unit="size", disable=None):
-        shapes = programs.shapes(sizes)
-        steps = [_round_step(programs, weights, shape) for shape in shapes]
-        if drafts:
-            steps.append(_draft_step(programs, weights, sizes))
-        seconds = _replay(programs, sizes, steps, replays)
-        if drafts:
-            draft_s[sizes] = seconds.pop()
-        for shape, value in zip(shapes, seconds, strict=True):
-            made_ahead = ahead and shape.num_draft  # so that the program of the round has no draft
-            round_s[shape] = value + (draft_s[sizes] if made_ahead else 0.0)
+    for sizes, values in seconds.items():
+        shapes, ahead_s = programs.shapes(sizes), 0.0
+        if programs.policy.num_draft:
+            draft_s[sizes] = values[-1]
+        if programs.policy.kind == "causal":  # the programs of its rounds have no draft
+            ahead_s = draft_s[sizes]
+        for shape, value in zip(shapes, values, strict=False):
+            round_s[shape] = value + (ahead_s if shape.num_draft else 0.0)
     return make_profile(setting_of(programs.decoder, programs.config.chunk_rows), round_s, draft_s)
+
+
+def _steps(programs: Programs, weights: Weights, sizes: Sizes) -> list[Step]:
+    """The rounds of a state, and behind them the draft by itself, if there are any."""
+    steps = [_round_step(programs, weights, shape) for shape in programs.shapes(sizes)]
+    if programs.policy.num_draft:
+        steps.append(_draft_step(programs, weights, sizes))
+    return steps
 
 
 def _round_step(programs: Programs, weights: Weights, shape: Shape) -> Step:
@@ -117,8 +145,8 @@ def _busy_input(programs: Programs, shape: Shape) -> RoundInput:
     return programs.round_input(plan, temperature_BG).replace(block=idle.block)  # type: ignore[attr-defined]
 
 
-def _replay(programs: Programs, sizes: Sizes, steps: Sequence[Step], replays: int) -> list[float]:
-    """Median seconds of each step, with a request in every slot that stays where it is."""
+def _passes(programs: Programs, weights: Weights, sizes: Sizes) -> Iterator[list[float]]:
+    """Seconds of each step, again and again; every slot has a request that stays where it is."""
     num_slots = sizes.slots * num_shards(programs.decoder.mesh)
     length = min(3 * sizes.positions // 4, sizes.positions - programs.policy.num_draft - 1)
     fixed = {
@@ -126,18 +154,16 @@ def _replay(programs: Programs, sizes: Sizes, steps: Sequence[Step], replays: in
         "stop_at_B": np.full(num_slots, sizes.positions, np.int32),
         "active_B": np.ones(num_slots, bool),
     }
-    state = programs.new_state(sizes)
-    seconds: list[list[float]] = [[] for _ in steps]
-    in_flight: deque[tuple[int, Any]] = deque()
-    ended = time.perf_counter()
-    for turn in [*list(range(len(steps))) * (WARM_REPLAYS + replays), None]:
-        if turn is not None:
-            state = state.replace(**programs.put(fixed, BY_SLOT))  # type: ignore[attr-defined]
-            state, out = steps[turn](state)
-            in_flight.append((turn, out))
-        if len(in_flight) == 2 or turn is None:
-            done, out = in_flight.popleft()
-            jax.block_until_ready(out)
-            began, ended = ended, time.perf_counter()
-            seconds[done].append(ended - began)
-    return [statistics.median(values[WARM_REPLAYS:]) for values in seconds]
+    steps, state = _steps(programs, weights, sizes), programs.new_state(sizes)
+    while True:
+        ends, in_flight = [], None
+        for step in (steps[0], *steps, None):  # the first is there to be followed
+            launched = None
+            if step is not None:
+                state = state.replace(**programs.put(fixed, BY_SLOT))  # type: ignore[attr-defined]
+                state, launched = step(state)
+            if in_flight is not None:
+                jax.block_until_ready(in_flight)
+                ends.append(time.perf_counter())
+            in_flight = launched
+        yield [ended - began for began, ended in itertools.pairwise(ends)]

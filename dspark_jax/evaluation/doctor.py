@@ -30,7 +30,7 @@ from dspark_jax.engine.generate import generate
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Shape, Sizes
 from dspark_jax.engine.profile import device_name
-from dspark_jax.engine.replays import measure_profile
+from dspark_jax.engine.replays import measure_profiles
 from dspark_jax.engine.scheduler import DELAY
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
@@ -55,7 +55,7 @@ PROMPTS = (
     "Write a Python function that checks whether a word reads the same backwards.",
     "Write a short letter that thanks a neighbour for watering the plants.",
 )
-REPLAYS = 3  # of the profile
+REPLAYS = 5  # of the profile
 PAIRS = 6  # stretches of text that both engines decode in turns, at each concurrency
 ROUNDS = 512  # of a replayed policy
 
@@ -97,8 +97,9 @@ def diagnose(
     requests = make_requests(prompts, decoder, limits, seed=0)
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
-    profile = measure_profile(decoder, config, REPLAYS)
-    plain = measure_profile(plain_decoder(decoder), plain_config, REPLAYS)
+    profile, plain = measure_profiles(
+        [(decoder, config), (plain_decoder(decoder), plain_config)], REPLAYS
+    )
     samples = sample_rounds(decoder, requests, max_new_tokens)
     rows = []
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
