@@ -20,8 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dspark_jax.decoding import schedule
-from dspark_jax.decoding.budget import MARGIN, DraftSwitch, RoundCosts, bucket_for, choose_bucket
+from dspark_jax.decoding.budget import MARGIN, RoundCosts
 from dspark_jax.decoding.calibrate import predicted_survival
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
@@ -35,6 +34,7 @@ from dspark_jax.engine.scheduler import DELAY
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.replay import Batch, replay
 from dspark_jax.evaluation.speed import make_requests
 from dspark_jax.evaluation.steps import plain_decoder
 
@@ -193,52 +193,24 @@ def predict_speedups(
         costs: of rounds with the drafter, in a state with as many slots.
         plain_s: seconds of a round without the drafter.
     """
-    plain_per_s = len(samples) / plain_s
     lengths = [rows // len(samples) - 1 for rows in costs.buckets]
-    replays: dict[str, float] = {f"fixed:{k}": _fixed_per_s(samples, costs, k) for k in lengths}
-    replays["delayed"] = _delayed_per_s(samples, costs)
-    return {policy: tokens_per_s / plain_per_s for policy, tokens_per_s in replays.items()}
+    names = {f"fixed:{k}": f"fixed:{k}" for k in lengths} | {"delayed": f"delayed:{DELAY}"}
+    found = {row.policy: row.tokens_per_s for row in replay(_batch(samples), costs)}
+    plain_per_s = len(samples) / plain_s
+    return {policy: found[name] / plain_per_s for policy, name in names.items()}
 
 
-def _fixed_per_s(samples: Sequence[Sample], costs: RoundCosts, length: int) -> float:
-    """Tokens a second where every request verifies so many drafts."""
-    tokens = sum(1 + np.minimum(sample.accepted_N, length).mean() for sample in samples)
-    bucket = bucket_for(len(samples) * (length + 1), costs.buckets)
-    verify_s = costs.verify_s_K[costs.buckets.index(int(bucket))]
-    return float(tokens / (costs.draft_s + verify_s))
+def _batch(samples: Sequence[Sample]) -> Batch:
+    """Each request goes through the rounds of its own sample, over and over."""
 
+    def over_and_over(columns: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([column_N[np.arange(ROUNDS) % len(column_N)] for column_N in columns], 1)
 
-def _delayed_per_s(samples: Sequence[Sample], costs: RoundCosts) -> float:
-    """Tokens a second of the delayed policy, which walks through the rounds of all samples."""
-    num_requests, active_B = len(samples), np.ones(len(samples), bool)
-    switch, known_B = DraftSwitch(), np.zeros(num_requests, bool)
-    seen_BG = np.ones((num_requests, samples[0].survival_NG.shape[1]))
-    drafts: list[np.ndarray | None] = []
-    tokens, seconds = 0.0, 0.0
-    for number in range(ROUNDS):
-        at_B = [number % len(sample.accepted_N) for sample in samples]
-        old_BG = drafts[number - DELAY] if number >= DELAY else None
-        if old_BG is not None:
-            seen_BG, known_B = old_BG, active_B
-        switch, choice = choose_bucket(
-            switch, seen_BG, known_B, old_BG is not None, active_B, costs
-        )
-        tokens += num_requests
-        if not choice:
-            seconds += costs.undrafted_s
-            drafts.append(None)
-            continue
-        survival_BG = np.array([s.survival_NG[at] for s, at in zip(samples, at_B, strict=True)])
-        accepted_B = np.array([s.accepted_N[at] for s, at in zip(samples, at_B, strict=True)])
-        budget = costs.buckets[choice - 1] - num_requests
-        length_B = _select(survival_BG.astype(np.float32), budget, active_B)
-        tokens += np.minimum(accepted_B, length_B).sum()
-        seconds += costs.draft_s + costs.verify_s_K[choice - 1]
-        drafts.append(survival_BG)
-    return float(tokens / seconds)
-
-
-_select = jax.jit(schedule.select_prefixes)
+    return Batch(
+        over_and_over([sample.survival_NG.astype(np.float32) for sample in samples]),
+        over_and_over([sample.accepted_N for sample in samples]),
+        over_and_over([np.full(1, request) for request in range(len(samples))]),
+    )
 
 
 def _decode_in_turns(
