@@ -296,7 +296,7 @@ def format_load(report: Mapping[str, Any]) -> str:
         f"{report['prompts']} prompts, {report['max_new_tokens']} new tokens, temperature "
         f"{report['temperature']:g}, {report['repeats']} repeats",
         "",
-        f"{'clients':>7}  {'policy':<14}{'tokens/s':>9}{'95 %':>16}{'a user':>8}{'length':>8}"
+        f"{'clients':>7}  {'policy':<14}{'tokens/s':>9}{'95 %':>22}{'a user':>8}{'length':>8}"
         f"{'verified':>9}{'undrafted':>10}{'/ none':>8}{'/ best':>8}",
     ]
     for row in report["rows"]:
@@ -304,7 +304,7 @@ def format_load(report: Mapping[str, Any]) -> str:
         interval = f"{row['tokens_per_s_low']:.1f} .. {row['tokens_per_s_high']:.1f}"
         lines.append(
             f"{row['concurrency']:>7}  {row['policy']:<14}{row['tokens_per_s']:>9.1f}"
-            f"{interval:>16}{row['tokens_per_s_user']:>8.1f}{row['accepted_length']:>8.2f}"
+            f"{interval:>22}{row['tokens_per_s_user']:>8.1f}{row['accepted_length']:>8.2f}"
             f"{row['verification_length']:>9.2f}{row['undrafted_share']:>10.0%}"
             f"{ratios.get(('to_none', *key), '-'):>8}{ratios.get(('to_best', *key), '-'):>8}"
         )
