@@ -15,8 +15,9 @@ Hardware and time: 2 CPU cores (AVX-512 with bfloat16 products), shared with oth
 Result: expected accepted length on 24 held-out answers (mixed temperatures), by training blocks:
     1.50 after 61 k, 1.49 after 111 k, 1.56 after 156 k, 1.59 after 196 k (end of the first part);
     1.58 after 298 k, 1.71 after 400 k, 1.82 after 496 k, 1.87 after 601 k, 1.93 after 684 k and at
-    the end (754 k), where 48, 44, 41 and 38 % of the drafts at each position are accepted. Greedy,
-    8 prompts of 128 tokens each, whole blocks verified: GSM8K 2.14, MBPP 2.10, MT-Bench 1.41.
+    the end (754 k), where 48, 44, 41 and 38 % of the drafts at each position are accepted. 16
+    prompts of 128 tokens each, whole blocks verified, at temperature 0 and 1: GSM8K 2.23 and 1.76,
+    MBPP 2.01 and 1.68, MT-Bench 1.49 and 1.41.
 
 The draft vocabulary covers 97.6 % (math), 95.3 % (code) and 92.9 % (chat) of held-out answer
 tokens; 8,192 ids would cover 97.0, 94.3 and 90.9.
