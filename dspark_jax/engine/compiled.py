@@ -221,6 +221,15 @@ def _compile(program: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
     return executable
 
 
+def forget_programs() -> None:
+    """Let go of the executables that no engine holds.
+
+    On a CPU a program of 30 unrolled layers takes 600 to 900 memory mappings, and Linux gives a
+    process 65,530 of them unless ``vm.max_map_count`` says otherwise.
+    """
+    _compile.cache_clear()
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     on_mesh = sharding if isinstance(sharding, NamedSharding) else None
