@@ -228,6 +228,7 @@ def forget_programs() -> None:
     process 65,530 of them unless ``vm.max_map_count`` says otherwise.
     """
     _compile.cache_clear()
+    jax.clear_caches()  # jax holds an executable as long as it knows what it was lowered from
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
