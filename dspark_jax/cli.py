@@ -181,13 +181,14 @@ def bench_load(args: argparse.Namespace) -> int:
     sets, limits = read_prompt_sets(args.prompts, args.limit), _limits(args)
     decoder, stop_ids, names = _load(args)
     from dspark_jax.evaluation import load, pictures
+    from dspark_jax.training.curves import write_picture
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
     given = ("concurrency", "policies", "seed", "repeats", "requests_per_client", "acceptance")
     options = {name: getattr(args, name) for name in given}
     report = load.bench_load(decoder, sets, limits, **options) | names
     if args.plot is not None:
-        pictures.write_picture(pictures.draw_load(report), Path(args.plot))
+        write_picture(pictures.draw_load(report), Path(args.plot))
     print(json.dumps(report) if args.json else load.format_load(report))
     return 0
 
@@ -221,6 +222,7 @@ def calibrate(args: argparse.Namespace) -> int:
     """Fit the temperatures of a drafter's confidences."""
     from dspark_jax.engine.calibration import path_beside, write_calibration
     from dspark_jax.evaluation import confidence, pictures, rounds
+    from dspark_jax.training.curves import write_picture
 
     out = path_beside(_drafter(args)) if args.out is None else Path(args.out)
     requests = [request for path in args.records for request in rounds.read_record(path)]
@@ -244,7 +246,7 @@ def calibrate(args: argparse.Namespace) -> int:
     write_calibration(out, tables)
     report["out"] = str(out)
     if args.plot is not None:
-        pictures.write_picture(pictures.draw_reliability(report), Path(args.plot))
+        write_picture(pictures.draw_reliability(report), Path(args.plot))
     print(json.dumps(report) if args.json else confidence.format_calibration(report))
     return 0
 

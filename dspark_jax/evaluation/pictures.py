@@ -1,22 +1,11 @@
-"""Pictures of measurements, as PNG files."""
+"""Pictures of measurements."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-
-from dspark_jax.checkpoint import write_atomically
-
-
-def write_picture(figure: Figure, path: Path) -> None:
-    """A figure as a PNG file, written atomically."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    write_atomically(path, content.getvalue())
 
 
 def draw_load(report: Mapping[str, Any]) -> Figure:

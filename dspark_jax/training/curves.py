@@ -38,9 +38,14 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    write_atomically(picture, png.getvalue())
+    write_picture(figure, picture)
+
+
+def write_picture(figure: Figure, path: Path) -> None:
+    """A figure as a PNG file, written atomically."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_atomically(path, content.getvalue())
 
 
 def _lines(rows: list[dict[str, Any]], key: str) -> list[tuple[str, list[float]]]:
