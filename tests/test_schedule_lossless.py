@@ -205,7 +205,7 @@ def delayed(costs, survival=survival_of, switch=None):
         known_B = np.full(2, known)
         if switch is None:
             return None, budget.best_bucket(survival_BG, known_B, active_B, costs)
-        return budget.choose_bucket(switch, survival_BG, known_B, known, active_B, costs)
+        return budget.choose_bucket(switch, survival_BG, known_B, active_B, costs)
 
     def lengths(memory, confidence, draft, active):
         if memory[0] == 0:
@@ -335,10 +335,12 @@ def test_a_causal_budget_rounded_up_keeps_the_joint_law():
 
 
 @each_cost
-def test_switching_drafts_on_and_off_keeps_the_joint_law(costs):
-    """Every round is a verdict, and a pause lasts one round."""
-    judged = DraftSwitch(evidence=budget.EVIDENCE - 1, gain=1.0, pause=1)
-    assert distance(delayed(costs, switch=judged), WORLDS, NUM_TOKENS) < SOUND
+def test_switching_drafts_on_and_off_keeps_the_joint_law(costs, monkeypatch):
+    """Every round is a verdict on what was drafted two rounds ago, and a pause lasts one round."""
+    constants = {"EVIDENCE": 1, "WINDOW": 2, "SHORTEST_PAUSE": 1, "PROBE_SHARE": 1e9, "MARGIN": 0}
+    for name, value in constants.items():
+        monkeypatch.setattr(budget, name, value)
+    assert distance(delayed(costs, switch=DraftSwitch()), WORLDS, NUM_TOKENS) < SOUND
 
 
 def test_a_non_finite_confidence_keeps_the_joint_law():

@@ -5,24 +5,25 @@ buckets can be optimal, and a search that stops early is trapped between them. T
 therefore searched for among all of them, from the survival of earlier rounds, which the host has
 read while the device was busy:
 
-    budget(bucket)  = bucket - anchors - prefill rows
+    budget(bucket)  = bucket - anchors
     tokens(bucket)  = requests + sum of the `budget` best survivals
     tokens(bucket) / (seconds of drafting + seconds of verifying with bucket)  ->  max
 
 Not drafting at all, requests / seconds of an undrafted round, is one of the choices. Survival is
-seen only where something was drafted, so a pause is ended by a probe (:class:`DraftSwitch`).
+seen only where something was drafted, so pauses are interrupted by probes (:class:`DraftSwitch`).
 
 Losslessness (spec section 7), condition (e): whatever is decided here for round t may use what
 rounds up to t - 2 drafted, by their number and not by when they arrived, and nothing newer. A
 budget that does know the current round's confidences (`schedule.causal_budget`) is rounded up.
 
 Axes: B requests, G slots of a block, K buckets of rows, 1 + K the same after not drafting,
-N slots of all active requests, T rows of a round.
+N slots of all active requests (request-rounds in what was seen), T rows of a round, X batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,9 @@ import numpy as np
 
 MARGIN = 0.03  # drafting that starts anew must promise this much more tokens a second
 EVIDENCE = 16  # request-rounds behind a verdict on drafting
-WINDOW = 64  # request-rounds that the mean gain remembers
-FIRST_PAUSE, LAST_PAUSE = 64, 1024  # rounds without drafting before the next probe
-ANOTHER_LOAD = 4  # times more or fewer requests: what was learnt no longer holds
+WINDOW = 128  # request-rounds that the verdict remembers
+PROBE_SHARE = 0.005  # of the time, that probes may cost while drafting does not pay
+SHORTEST_PAUSE = 16  # rounds without drafting before a probe
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,6 @@ def best_bucket(
     known_B: np.ndarray,
     active_B: np.ndarray,
     costs: RoundCosts,
-    prefill_rows: int = 0,
     min_tokens_per_s_user: float = 0.0,
 ) -> int:
     """The most productive number of rows: 0 for not drafting, k for ``costs.buckets[k - 1]``.
@@ -105,43 +105,37 @@ def best_bucket(
         known_B: bool, rows of it that belong to the request now in the slot; others count as 1.
         active_B: bool, requests that the round decodes.
         costs: seconds of every choice.
-        prefill_rows: rows of the round that are neither anchors nor drafts.
         min_tokens_per_s_user: a floor under the expected tokens a second of every single request.
             The best total throughput above it is chosen; where nothing reaches it, what comes
             closest.
     """
     survival_BG = np.where(known_B[:, None], survival_BG, 1.0)
-    return int(
-        np.argmax(_scores(survival_BG[active_B], costs, prefill_rows, min_tokens_per_s_user))
-    )
+    return int(np.argmax(_scores(survival_BG[active_B][None], costs, min_tokens_per_s_user)))
 
 
-def _scores(
-    survival_BG: np.ndarray, costs: RoundCosts, prefill_rows: int, floor: float
-) -> np.ndarray:
+def _scores(survival_XBG: np.ndarray, costs: RoundCosts, floor: float) -> np.ndarray:
     """float64 [1 + K]: expected tokens a second of active requests; 0 for what cannot be chosen.
 
-    Where the floor is out of reach it is the tokens a second of the slowest request instead.
+    The mean over X batches, any of which may be the next one. Where the floor is out of reach it
+    is the tokens a second of the slowest request instead.
     """
-    num_requests = survival_BG.shape[0]
-    budget_K = np.asarray(costs.buckets) - num_requests - prefill_rows
-    admitted_K1 = np.clip(np.array([0, *budget_K]), 0, survival_BG.size)
+    num_batches, num_requests, _ = survival_XBG.shape
+    survival_XN = survival_XBG.astype(np.float64).reshape(num_batches, -1)
+    budget_K = np.asarray(costs.buckets) - num_requests
+    admitted_K1 = np.clip(np.array([0, *budget_K]), 0, survival_XN.shape[1])
     seconds_K1 = np.array([costs.undrafted_s, *(costs.draft_s + np.asarray(costs.verify_s_K))])
     possible_K1 = np.array([True, *(budget_K > 0)]) & (num_requests > 0)
 
-    survival_N = survival_BG.astype(np.float64).reshape(-1)
-    order_N = np.argsort(-survival_N)
-    tokens_N1 = num_requests + np.concatenate([[0.0], np.cumsum(survival_N[order_N])])
+    order_XN = np.argsort(-survival_XN, axis=1)
+    best_N = np.take_along_axis(survival_XN, order_XN, axis=1).mean(axis=0)
+    tokens_N1 = num_requests + np.concatenate([[0.0], np.cumsum(best_N)])
     rate_K1 = np.where(possible_K1, tokens_N1[admitted_K1] / seconds_K1, 0.0)
     if floor <= 0 or num_requests == 0:
         return rate_K1
 
-    owner_N = order_N // survival_BG.shape[1]
+    rank_XBG = np.argsort(order_XN, axis=1).reshape(survival_XBG.shape)
     fewest_K1 = 1 + np.array(
-        [
-            np.bincount(owner_N[:n], survival_N[order_N[:n]], num_requests).min()
-            for n in admitted_K1.tolist()
-        ]
+        [(survival_XBG * (rank_XBG < n)).sum(axis=2).min(axis=1).mean() for n in admitted_K1]
     )
     slowest_K1 = np.where(possible_K1, fewest_K1 / seconds_K1, 0.0)
     reached_K1 = slowest_K1 >= floor
@@ -150,106 +144,97 @@ def _scores(
 
 @dataclass(frozen=True)
 class DraftSwitch:
-    """Whether the batch drafts, and what is known about its worth.
+    """Whether the batch drafts, and what is known about the worth of its drafts.
 
-    Drafting goes on while its mean predicted gain, over at least `EVIDENCE` request-rounds, is at
-    least 1; otherwise it pauses. After a pause it is tried again from scratch, which is the probe:
-    the first verdict then asks for a gain of 1 + `MARGIN`. A failed probe doubles the next pause.
-    When there are `ANOTHER_LOAD` times more or fewer requests than when it began, it ends at once.
+    What is remembered is survival, which belongs to the texts; what it is worth at the present
+    load follows from the present costs. So an engine that fills up stops drafting, and one that
+    empties begins again, without trying. While drafting does not pay, its survival is probed: for
+    as many rounds as bring `EVIDENCE`, after a pause so long that what the probes lose is
+    `PROBE_SHARE` of the time.
 
     Attributes:
-        drafting: in this round.
-        gain: mean ratio of expected tokens a second with drafting and without.
-        evidence: request-rounds behind it.
-        pause: rounds that the next pause will last.
-        left: rounds of the present pause that are left.
-        load: active requests when it began.
+        drafting: not only to probe.
+        seen: survival of the last request-rounds that drafted, oldest first.
+        left: rounds of the present pause that are left; below 0 it is probed.
     """
 
     drafting: bool = True
-    gain: float = 0.0
-    evidence: int = 0
-    pause: int = FIRST_PAUSE
+    seen: tuple[tuple[float, ...], ...] = ()
     left: int = 0
-    load: int = 0
 
-
-def next_switch(
-    switch: DraftSwitch, gain: float, num_observed: int, num_active: int
-) -> DraftSwitch:
-    """The switch of this round from that of the last.
-
-    Args:
-        switch: of the round before.
-        gain: expected tokens a second, drafting over not drafting; read if anything was observed.
-        num_observed: requests whose survival two rounds ago is behind the gain; 0 where nothing
-            was drafted then.
-        num_active: requests that this round decodes.
-    """
-    if not switch.drafting:
-        if not switch.load / ANOTHER_LOAD < num_active < switch.load * ANOTHER_LOAD:
-            return DraftSwitch()
-        if switch.left > 1:
-            return dataclasses.replace(switch, left=switch.left - 1)
-        return DraftSwitch(pause=switch.pause)
-    if num_observed == 0:
-        return switch
-    evidence = min(switch.evidence + num_observed, WINDOW)
-    mean = switch.gain + (gain - switch.gain) * min(1.0, num_observed / evidence)
-    if evidence < EVIDENCE:
-        return dataclasses.replace(switch, gain=mean, evidence=evidence)
-    if mean >= (1 if switch.evidence >= EVIDENCE else 1 + MARGIN):
-        return DraftSwitch(gain=mean, evidence=evidence)
-    return DraftSwitch(
-        drafting=False,
-        pause=min(2 * switch.pause, LAST_PAUSE),
-        left=switch.pause,
-        load=num_active,
-    )
+    @property
+    def drafts(self) -> bool:
+        """In this round, to probe or because it pays."""
+        return self.drafting or self.left < 0
 
 
 def choose_bucket(
     switch: DraftSwitch,
     survival_BG: np.ndarray,
     known_B: np.ndarray,
-    fresh: bool,
     active_B: np.ndarray,
     costs: RoundCosts,
-    prefill_rows: int = 0,
     min_tokens_per_s_user: float = 0.0,
 ) -> tuple[DraftSwitch, int]:
     """The delayed policy: the switch and the choice of a round, as from `best_bucket`.
 
     Condition (e): of all arguments only what rounds up to two back drafted may have a part in
-    `survival_BG`, `known_B` and `fresh`.
+    `survival_BG` and `known_B`.
 
     Args:
         switch: as returned for the round before; ``DraftSwitch()`` at first.
-        survival_BG: float, the newest of each slot that is at least two rounds old.
-        known_B: bool, rows of it that belong to the request now in the slot. Others count as 1 in
-            the choice of the bucket, and like the mean of the known ones in the worth of drafting:
-            else every arrival would end a pause.
-        fresh: round t - 2 drafted, so that `survival_BG` has its survival.
+        survival_BG: float, that of the round two back.
+        known_B: bool, rows of it that were drafted for the request now in the slot. Others count
+            as what was seen on average, and as 1 where nothing was seen.
         active_B: bool, requests that the round decodes.
         costs: seconds of every choice.
-        prefill_rows: rows of the round that are neither anchors nor drafts.
         min_tokens_per_s_user: as for `best_bucket`.
 
     Returns:
         The switch, and 0 for not drafting or k for ``costs.buckets[k - 1]``.
     """
-    known_B = known_B & active_B
-    num_known, num_active = int(known_B.sum()), int(active_B.sum())
-    asked = costs, prefill_rows, min_tokens_per_s_user
-    scores_K1 = _scores(np.where(known_B[:, None], survival_BG, 1.0)[active_B], *asked)
-    gain, num_observed = 1.0, num_known if fresh else 0
-    if num_observed:
-        typical_G = survival_BG[known_B].mean(axis=0)
-        likely_BG = np.where(known_B[:, None], survival_BG, typical_G)[active_B]
-        likely_K1 = scores_K1 if num_known == num_active else _scores(likely_BG, *asked)
-        best, undrafted = likely_K1[1:].max(), likely_K1[0]
-        most = 1.0 + survival_BG.shape[1]  # also where not drafting misses the floor
-        gain = min(best / undrafted, most) if undrafted > 0 else most
-    switch = next_switch(switch, gain, num_observed, num_active)
+    new = tuple(map(tuple, survival_BG[known_B & active_B].tolist()))
+    switch = dataclasses.replace(switch, seen=(*switch.seen, *new)[-WINDOW:])
+    seen_NG = np.array(switch.seen) if switch.seen else np.ones((1, survival_BG.shape[1]))
+    likely_BG = np.where(known_B[:, None], survival_BG, seen_NG.mean(axis=0))[active_B]
+    scores_K1 = _scores(likely_BG[None], costs, min_tokens_per_s_user)
     best = 1 + int(np.argmax(scores_K1[1:]))
-    return switch, best if switch.drafting and scores_K1[best] > 0 else 0
+    if scores_K1[best] <= 0:
+        return switch, 0
+    num_active = len(likely_BG)
+    if len(switch.seen) >= EVIDENCE:
+        expected_K1 = _scores(_batches(seen_NG, num_active), costs, min_tokens_per_s_user)
+        switch = _next_switch(switch, expected_K1, num_active, costs)
+    return switch, best if switch.drafts else 0
+
+
+def _batches(seen_NG: np.ndarray, num_requests: int) -> np.ndarray:
+    """Batches [X, B, G] of what was seen, the newest of it; repeated where it is too little."""
+    count = max(1, len(seen_NG) // num_requests)
+    rows_NG = np.resize(seen_NG[::-1], (count * num_requests, seen_NG.shape[1]))
+    return rows_NG.reshape(count, num_requests, -1)
+
+
+def _next_switch(
+    switch: DraftSwitch, expected_K1: np.ndarray, num_active: int, costs: RoundCosts
+) -> DraftSwitch:
+    """The switch after a verdict.
+
+    Args:
+        switch: of the round before, with what was seen since.
+        expected_K1: tokens a second of every choice, by what was seen.
+        num_active: requests that the round decodes.
+        costs: seconds of every choice.
+    """
+    best = int(np.argmax(expected_K1[1:]))
+    undrafted, drafted = expected_K1[0], expected_K1[1 + best]
+    if drafted > undrafted * (1 if switch.drafting else 1 + MARGIN):
+        return dataclasses.replace(switch, drafting=True, left=0)
+    probes = -(-EVIDENCE // num_active)
+    left = 0 if switch.drafting else switch.left - 1
+    if switch.drafting or left < -probes:
+        drafted_s = costs.draft_s + costs.verify_s_K[best]
+        lost = probes * drafted_s / costs.undrafted_s * (1 - drafted / undrafted)
+        left = max(SHORTEST_PAUSE, math.ceil(lost / PROBE_SHARE))
+    seen = switch.seen[-EVIDENCE:] if left == -1 else switch.seen  # the probe is half the verdict
+    return DraftSwitch(drafting=False, seen=seen, left=left)

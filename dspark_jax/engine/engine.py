@@ -300,10 +300,10 @@ class Engine:
 
     def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
         """What the choice of the rows of a round is made from."""
-        fresh = False
+        fresh: Set[int] = frozenset()
         while self._unseen and self._unseen[0][0] <= number - DELAY:
             seen, logits = self._unseen.popleft()
-            fresh = seen == number - DELAY and bool(logits)
+            fresh = logits.keys() if seen == number - DELAY else frozenset()
             self._logits = {
                 tenant.generation: logits.get(
                     tenant.generation, self._logits.get(tenant.generation)
@@ -316,6 +316,7 @@ class Engine:
                 tenant in drafted,
                 tenant.temperature_G,
                 self._logits.get(tenant.generation),
+                tenant.generation in fresh,
             )
             for tenant in self._tenants
             if tenant.decoding
@@ -325,7 +326,7 @@ class Engine:
             costs = self._profile.costs(self._sizes, num_chunks, self._shards)
         rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
         floor = self.config.min_tokens_per_s_user
-        return Outlook(seats, fresh, rows, self._shards, costs, floor)
+        return Outlook(seats, rows, self._shards, costs, floor)
 
     # Launching.
 

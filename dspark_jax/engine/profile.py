@@ -48,8 +48,9 @@ class Profile:
 
         Args:
             sizes: of the state.
-            num_chunks: pieces of prompts that the round reads, a compiled number of them; the
-                seconds of all choices contain them.
+            num_chunks: pieces of prompts that the round reads, a compiled number of them. What
+                reading them adds to a round without a draft is left out of all choices: it is due
+                in any case, and would make drafts look cheap.
             num_shards: data shards, whose rows count together.
 
         Raises:
@@ -61,11 +62,13 @@ class Profile:
             if shape.sizes == sizes and shape.num_draft and shape.num_chunks == num_chunks
         }
         draft_s = self.draft_s[sizes]
+        undrafted_s = self.round_s[Shape(sizes, 0, sizes.slots, 0)]
+        above_s = draft_s + self.round_s[Shape(sizes, 0, sizes.slots, num_chunks)] - undrafted_s
         return RoundCosts(
             buckets=tuple(num_shards * rows for rows in sorted(drafted)),
-            verify_s_K=tuple(drafted[rows] - draft_s for rows in sorted(drafted)),
+            verify_s_K=tuple(max(undrafted_s, drafted[rows] - above_s) for rows in sorted(drafted)),
             draft_s=draft_s,
-            undrafted_s=self.round_s[Shape(sizes, 0, sizes.slots, num_chunks)],
+            undrafted_s=undrafted_s,
         )
 
     def part(self, setting: Mapping[str, Any], shapes: Iterable[Shape]) -> Profile:

@@ -29,12 +29,14 @@ class Seat:
         temperature_G: float32 of the calibration of its confidences.
         logit_G: float32 confidence logits, the newest that are at least two rounds old; None where
             there are none.
+        fresh: whether they are those of two rounds ago.
     """
 
     shard: int
     drafted: bool
     temperature_G: np.ndarray
     logit_G: np.ndarray | None
+    fresh: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Outlook:
 
     Attributes:
         seats: of the requests that decode.
-        fresh: whether the round two back drafted.
         buckets: numbers of rows of a data shard that the round may have with drafts.
         num_shards: data shards.
         costs: seconds of every choice, over all data shards; None where the policy needs none.
@@ -51,7 +52,6 @@ class Outlook:
     """
 
     seats: Sequence[Seat]
-    fresh: bool
     buckets: tuple[int, ...]
     num_shards: int
     costs: RoundCosts | None
@@ -98,20 +98,14 @@ def _before_low(logit_G: np.ndarray, temperature_G: np.ndarray, threshold: float
 
 def _delayed(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
     assert outlook.costs is not None
-    known_B = np.array([seat.logit_G is not None for seat in outlook.seats])
+    known_B = np.array([seat.fresh for seat in outlook.seats])
     survival_BG = np.ones((len(known_B), policy.num_draft))
     for row, seat in enumerate(outlook.seats):
-        if seat.logit_G is not None:
+        if seat.fresh and seat.logit_G is not None:
             survival_BG[row] = _survival(seat.logit_G, seat.temperature_G)
     active_B = np.ones(len(known_B), bool)
     switch, choice = choose_bucket(
-        switch,
-        survival_BG,
-        known_B,
-        outlook.fresh,
-        active_B,
-        outlook.costs,
-        min_tokens_per_s_user=outlook.floor,
+        switch, survival_BG, known_B, active_B, outlook.costs, outlook.floor
     )
     return switch, outlook.buckets[choice - 1] if choice else 0
 

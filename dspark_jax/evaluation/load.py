@@ -39,6 +39,7 @@ from dspark_jax.evaluation.speed import make_requests
 
 logger = logging.getLogger(__name__)
 
+REPLAYS = 8  # of a profile
 STATIC = ("none", "fixed", "block")  # kinds of policies that verify the same at every load
 
 
@@ -158,7 +159,7 @@ def _engines(
         for name in names:
             own = dataclasses.replace(config, policy=name)
             if profile is None and make_policy(name, decoder.drafter).needs_seconds:
-                profile = measure_profile(decoder, own)
+                profile = measure_profile(decoder, own, REPLAYS)
             engines[name] = stack.enter_context(Engine(decoder, own, profile))
             engines[name].compile()
         yield engines

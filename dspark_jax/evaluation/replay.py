@@ -264,15 +264,14 @@ def _delayed(delay: int) -> Callable[[Batch, RoundCosts], Decisions]:
         num_rounds, num_requests = batch.accepted_RB.shape
         everybody_B = np.ones(num_requests, bool)
         switch, drafted = DraftSwitch(), np.zeros(num_rounds, bool)
-        seen_BG, owner_B = np.ones_like(batch.survival_RBG[0]), np.full(num_requests, -1)
         rows_R = np.zeros(num_rounds, int)
         for t in range(num_rounds):
-            drafted[t] = switch.drafting and delay == 0
-            fresh = t >= delay and bool(drafted[t - delay])
-            if fresh:
-                seen_BG, owner_B = batch.survival_RBG[t - delay], batch.request_RB[t - delay]
-            known_B = owner_B == batch.request_RB[t]
-            switch, choice = choose_bucket(switch, seen_BG, known_B, fresh, everybody_B, costs)
+            drafted[t] = switch.drafts and delay == 0
+            past = t - delay  # before the first round, the last one, which has not drafted yet
+            known_B = drafted[past] & (batch.request_RB[past] == batch.request_RB[t])
+            switch, choice = choose_bucket(
+                switch, batch.survival_RBG[past], known_B, everybody_B, costs
+            )
             rows_R[t] = costs.buckets[choice - 1] if choice else 0
             drafted[t] |= choice > 0
         return _drafted(batch, costs, rows_R, drafted)

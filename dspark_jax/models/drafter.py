@@ -142,9 +142,13 @@ def _attend_block(blocks: _BlockAttention, k_BSKH: jax.Array, v_BSKH: jax.Array)
     to_context = jnp.where(visible_BAS[:, :, None, None, None], to_context, -jnp.inf)
     score = jnp.concatenate([to_context, to_block], axis=-1) * dim**-0.5
     weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
-    out = product("bakrgs,bskh->bagkrh", weight[..., :length], v_BSKH)
-    out = out + product("bakrgw,bawkh->bagkrh", weight[..., length:], blocks.v_BAGKH)
-    out_BAGNH = out.astype(v_BSKH.dtype).reshape(blocks.q_BAGNH.shape)
+    # In the order of the products' own axes: XLA has no bfloat16 product on CPUs in some others.
+    out = product("bakrgs,bskh->bkargh", weight[..., :length], v_BSKH)
+    out = jnp.moveaxis(out, 2, 1) + product(
+        "bakrgw,bawkh->bakrgh", weight[..., length:], blocks.v_BAGKH
+    )
+    out = jnp.moveaxis(out.astype(v_BSKH.dtype), 4, 2)
+    out_BAGNH = out.reshape(blocks.q_BAGNH.shape)
     return jnp.where(blocks.keep_BA[:, :, None, None, None], out_BAGNH, 0)
 
 
