@@ -6,8 +6,9 @@ Imports nothing that takes time: ``--help`` and usage errors answer at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import Any, NoReturn
+
+from dspark_jax.engine.policy import check_name
 
 # What the packaged drafter does best with; other drafters verify the whole block.
 DEFAULT_POLICY = "gate:0.25"
@@ -63,25 +64,12 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     return parser
 
 
-def policy(text: str) -> dict[str, Any]:
-    """A value of ``--policy`` as ``num_draft``, ``threshold`` and ``gate`` of the engine.
-
-    Raises:
-        ArgumentTypeError: it is none of the known forms.
-    """
-    kind, _, value = text.partition(":")
-    with contextlib.suppress(ValueError):
-        if kind == "fixed":
-            return {"num_draft": int(value)}
-        if kind in ("threshold", "gate"):
-            return {kind: float(value)}
-    if text == "none":
-        return {"num_draft": 0}
-    if text == "block":
-        return {}
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is none of block, none, fixed:K (drafts), threshold:P and gate:P (confidence)"
-    )
+def _policy(text: str) -> str:
+    """The name of a policy."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:
@@ -215,7 +203,8 @@ def _add_calibrate(commands: Any, summary: str) -> None:
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
         "directory, where the engine looks for it)")  # fmt: skip
-    add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and for --from")
+    add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and --from, and to go "
+        "on after an interruption")  # fmt: skip
     add("--plot", metavar="FILE.png", help="accepted against predicted, by position")
     _add_models(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -347,7 +336,7 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--policy",
-        type=policy,
+        type=_policy,
         help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
         "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
         f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",

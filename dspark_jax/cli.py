@@ -19,13 +19,13 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 import dspark_jax
 from dspark_jax import training_cli
-from dspark_jax.arguments import DEFAULT_POLICY, make_parser, policy
+from dspark_jax.arguments import DEFAULT_POLICY, make_parser
 from dspark_jax.evaluation.prompts import Prompt, read_prompt_sets, read_prompts
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace) -> int:
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
     requests = make_requests(prompts, decoder, limits, args.seed)
-    options = {"acceptance": args.acceptance, **_policy(args)}
+    options = {"acceptance": args.acceptance, "policy": _policy(args)}
     decode: Decode = partial(engine.generate, decoder, **options)
     streams = args.batch == 1 and not args.json
     done: list[Generation] = []
@@ -146,7 +146,7 @@ def bench_speed(args: argparse.Namespace) -> int:
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
     options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
-    report = speed.bench_speed(decoder, sets, limits, **options, **_policy(args)) | names
+    report = speed.bench_speed(decoder, sets, limits, **options, policy=_policy(args)) | names
     print(json.dumps(report) if args.json else speed.format_report(report))
     return 0
 
@@ -199,8 +199,7 @@ def profile(args: argparse.Namespace) -> int:
     from dspark_jax.engine import config, replays
     from dspark_jax.engine import profile as costs
 
-    policy = "none" if decoder.drafter is None else "block"
-    sizes = config.EngineConfig(slots=args.slots, positions=args.positions, policy=policy)
+    sizes = config.EngineConfig(slots=args.slots, positions=args.positions)
     found = replays.measure_profile(decoder, sizes, args.replays, names)
     if args.out is not None:
         costs.write_profile(Path(args.out), found)
@@ -223,25 +222,35 @@ def calibrate(args: argparse.Namespace) -> int:
     from dspark_jax.engine.calibration import path_beside, write_calibration
     from dspark_jax.evaluation import confidence, pictures, rounds
     from dspark_jax.training.curves import write_picture
+    from dspark_jax.training.records import sha256
 
     out = path_beside(_drafter(args)) if args.out is None else Path(args.out)
     requests = [request for path in args.records for request in rounds.read_record(path)]
     if not args.records:
         sets = read_prompt_sets(args.prompts, args.limit)
         temperatures = tuple(args.temperature or (0.0, 1.0))
+        acceptances = tuple(args.acceptance or ("rejection",))
         limits = [_limits(args, temperature=temperature) for temperature in temperatures]
-        decoder, stop_ids, _ = _load(args)
-        requests = rounds.record_rounds(
+        decoder, stop_ids, names = _load(args)
+        record = partial(
+            rounds.record_rounds,
             decoder,
             sets,
             dataclasses.replace(limits[0], stop_ids=stop_ids),
-            args.acceptance or ("rejection",),
+            acceptances,
             temperatures,
             seed=args.seed,
             slots=args.batch,
         )
-    if args.record is not None:
-        rounds.write_record(Path(args.record), requests)
+        if args.record is None:
+            requests = [request for _, request in record()]
+        else:
+            recipe = names | {"prompts_sha256": [sha256(Path(path)) for path in args.prompts]}
+            for name in ("dtype", "limit", "max_new_tokens", "seed"):
+                recipe[name] = getattr(args, name)
+            recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
+            rounds.write_record(Path(args.record), recipe, record)
+            requests = rounds.read_record(args.record)
     tables, report = confidence.fit_calibration(requests)
     write_calibration(out, tables)
     report["out"] = str(out)
@@ -282,7 +291,7 @@ def prepare(args: argparse.Namespace) -> int:
     conversations = read_questions(args.input, args.limit)
     decoder, stop_ids, names = _load(args)
     path = data.prepare(
-        partial(decode, decoder, acceptance=args.acceptance, **_policy(args)),
+        partial(decode, decoder, acceptance=args.acceptance, policy=_policy(args)),
         decoder,
         conversations,
         dataclasses.replace(limits, stop_ids=stop_ids),
@@ -382,8 +391,7 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "compiled"))
 
 
-def _policy(args: argparse.Namespace) -> dict[str, Any]:
-    """``num_draft``, ``threshold`` and ``gate`` of the engine."""
-    if args.policy is not None:
-        return dict(args.policy)
-    return policy(DEFAULT_POLICY if _drafter(args) == "default" else "block")
+def _policy(args: argparse.Namespace) -> str:
+    """The policy asked for; empty is the whole block."""
+    default = DEFAULT_POLICY if _drafter(args) == "default" else ""
+    return default if args.policy is None else str(args.policy)

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.training": NUMERICS | {"dspark_jax.checkpoint", "dspark_jax.models"},
     "dspark_jax.evaluation": NUMERICS
     | {f"dspark_jax.{name}" for name in ("checkpoint", "decoding", "engine", "models", "training")},
-    "dspark_jax.arguments": set(),
+    "dspark_jax.arguments": {"dspark_jax.engine.policy"},
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.training_cli": set(PACKAGES),
     "dspark_jax": set(),  # the package's __init__: a docstring and the version

@@ -57,7 +57,17 @@ def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatc
             assert 0 <= low <= shown[when]["ece_mean"] <= high <= 1
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
+    # Killed in the middle of a line, and begun again.
+    whole = record.read_bytes()
+    record.write_bytes(whole[: 2 * len(whole) // 3])
     out = tmp_path / "elsewhere.json"
+    again = ["calibrate", *models, "--prompts", str(prompts), "--out", str(out), *words]
+    assert cli.main(again) == 0
+    assert json.loads(capsys.readouterr().out)["tables"] == report["tables"]
+    assert record.read_bytes() == whole
+    assert cli.main([*again, "--seed", "1"]) == 2
+    assert "another recipe (seed: 0 -> 1)" in capsys.readouterr().err
+
     assert cli.main(["calibrate", "--from", str(record), "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("mean") == 2
     again = read_calibration(out, BLOCK)
@@ -177,7 +187,7 @@ def test_every_request_has_the_temperatures_of_its_way_of_sampling():
     with Engine(decoder, config) as engine:
         streams = [engine.submit(request) for request in requests]
         served = [stream.wait() for stream in streams]
-    drafted = offline.generate(decoder, requests, threshold=0.9, acceptance="coupled")
+    drafted = offline.generate(decoder, requests, policy="threshold:0.9", acceptance="coupled")
     for unsure, sure in (served, drafted):
         assert set(unsure.verified_lengths) == {0}
         assert sum(sure.verified_lengths) > 0

@@ -17,7 +17,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax import cli
-from dspark_jax.arguments import DEFAULT_POLICY, policy
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate as engine
 from dspark_jax.models import load
@@ -143,7 +142,7 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled"
     assert dspark("generate", "--prompts", file, *words.split(), "--json")[0] == 0
     decoder, (request,), options = calls[-1]
-    assert options == {"threshold": 0.25, "acceptance": "coupled"}
+    assert options == {"policy": "threshold:0.25", "acceptance": "coupled"}
     assert decoder.weights.target.norm_D.dtype == decoder.weights.drafter.norm_D.dtype == "bfloat16"
     np.testing.assert_array_equal(request.key, random.fold_in(random.seed_key(7), 1))
     found = dataclasses.replace(request, prompt_ids=(), key=None)
@@ -284,13 +283,14 @@ def test_a_drafter_that_does_not_fit_is_refused(dspark, tmp_path):
 
 
 def test_a_policy_that_the_drafter_cannot_follow_is_refused(dspark, tmp_path):
-    assert_refused(dspark("generate", "hello", "--policy", "fixed:99"), "num_draft is 99")
-    assert_refused(dspark("generate", "hello", "--policy", "threshold:2"), "threshold is 2")
-    assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "gate is -1")
+    assert_refused(dspark("generate", "hello", "--policy", "fixed:99"), "must lie in 1..3")
+    assert_refused(dspark("generate", "hello", "--policy", "threshold:2"), "in (0, 1]")
+    assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "in (0, 1]")
+    assert_refused(dspark("generate", "hello", "--policy", "delayed"), "use an Engine")
     blind = write_drafter(tmp_path / "blind", dataclasses.replace(DRAFTER, confidence=False))
     for kind in ("threshold", "gate"):
         result = dspark("generate", "hello", "--policy", f"{kind}:0.5", "--drafter", blind)
-        assert_refused(result, f"{kind} is 0.5, but the drafter has no confidence head")
+        assert_refused(result, "the drafter has no confidence head")
 
 
 def test_another_target_than_the_default_is_decoded_plainly_unless_told_otherwise(dspark, target):
@@ -299,15 +299,6 @@ def test_another_target_than_the_default_is_decoded_plainly_unless_told_otherwis
     assert (code, answers(out)[0]["accepted_length"]) == (0, 1)
     result = dspark("bench", "speed", "--prompts", "p.jsonl", models=("--target", target))
     assert_refused(result, "--drafter")
-
-
-def test_policies():
-    assert policy("fixed:3") == {"num_draft": 3}
-    assert policy("threshold:0.5") == {"threshold": 0.5}
-    assert policy("gate:0.5") == {"gate": 0.5}
-    assert policy("none") == {"num_draft": 0}
-    assert policy("block") == {}
-    assert isinstance(policy(DEFAULT_POLICY), dict)
 
 
 def test_logits_that_are_not_finite_end_with_an_error(dspark, target, tmp_path):

@@ -63,7 +63,9 @@ def test_runs(target, drafter):
         stops = tuple(run["stop_token_ids"] or ())
         # The reference looks at the position of the anchor, so that it runs until one token more.
         request = Request(prompt, MAX_NEW_TOKENS + 1, stop_ids=stops)
-        (got,) = generate(decoder, [request], threshold=run["confidence_threshold"])
+        threshold = run["confidence_threshold"]
+        policy = f"threshold:{threshold}" if threshold else "block"
+        (got,) = generate(decoder, [request], policy=policy)
         want = [token for token in run["output_ids"][len(prompt) :] if token not in stops]
         note = f"{name}, prompt {run['prompt_index']}: {run['note']}"
         assert got.token_ids[:MAX_NEW_TOKENS] == want, note

@@ -31,6 +31,7 @@ from tests import test_generate
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
 CONFIG = EngineConfig(
+    policy="block",
     slots=4,
     positions=60,
     queue=100,
@@ -100,7 +101,7 @@ def texts(results):
 @functools.cache
 def expected(acceptance="coupled"):
     fields = {"temperature": 0.0} if acceptance == "rejection" else {}
-    return texts(generate(decoder(), requests(**fields), acceptance=acceptance, num_draft=0))
+    return texts(generate(decoder(), requests(**fields), acceptance=acceptance, policy="none"))
 
 
 def costs(smooth):
@@ -123,6 +124,7 @@ def costs(smooth):
         ("causal", 8),
         pytest.param("causal", 100, marks=pytest.mark.full),
         pytest.param("threshold:0.4", None, marks=pytest.mark.full),
+        pytest.param("gate:0.5", None, marks=pytest.mark.full),
         pytest.param("fixed:1", None, marks=pytest.mark.full),
         pytest.param("none", None, marks=pytest.mark.full),
     ],
@@ -142,6 +144,21 @@ def test_text_is_that_of_offline_generation(policy, smooth):
     served.run()
     assert texts(stream.result for stream in backwards)[::-1] == expected()
     assert texts([served.submit(requests()[3]).wait()]) == expected()[3:4]
+
+
+@pytest.mark.full
+def test_bfloat16_is_served():
+    """Its text depends on the sizes of rounds; that of one request in one engine does not."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, models())
+    served = Engine(make_decoder(*half, tokenizer=Letters()), CONFIG)
+    for _ in range(2):
+        streams = [served.submit(request) for request in requests(5)]
+        served.run()
+        results = [stream.result for stream in streams]
+        assert [len(result.token_ids) for result in results] == [12, 11, 10, 12, 11]
+        assert all(result.finish_reason == "length" for result in results)
+    alone = [served.submit(requests()[3]).wait() for _ in range(2)]
+    assert alone[0].token_ids == alone[1].token_ids
 
 
 def test_greedy_text_under_rejection_is_that_of_offline_generation():
@@ -329,7 +346,7 @@ def test_weights_may_change_without_another_compilation():
     served.update_params(other.weights)
     streams = [served.submit(request) for request in requests()]
     served.run()
-    new = texts(generate(other, requests(), acceptance="coupled", num_draft=0))
+    new = texts(generate(other, requests(), acceptance="coupled", policy="none"))
     assert texts(stream.result for stream in streams) == new != expected()
     assert len(served._programs._ready) >= ready
     norm_D = jnp.ones(TARGET.hidden_size + 1)

@@ -147,11 +147,12 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
         decoder = make_decoder(target, drafter_of(target, seed=3, **DRAFTERS[kind]))
         if threshold and not decoder.drafter.confidence:
             continue
-        results = generate(decoder, requests(**sampled), acceptance="coupled", threshold=threshold)
+        policy = f"threshold:{threshold}" if threshold else "block"
+        results = generate(decoder, requests(**sampled), acceptance="coupled", policy=policy)
         assert texts(results) == texts(plain), kind
     backwards = generate(decoder, requests(**sampled)[::-1], acceptance="coupled")
     assert texts(backwards)[::-1] == texts(plain)
-    alone = generate(decoder, requests(**sampled)[2:3], acceptance="coupled", num_draft=2)
+    alone = generate(decoder, requests(**sampled)[2:3], acceptance="coupled", policy="fixed:2")
     assert texts(alone) == texts(plain)[2:3]
 
 
@@ -299,10 +300,10 @@ def test_what_cannot_be_decoded_is_refused(target, fields, message):
 
 def test_policies_that_do_not_fit_are_refused(target):
     plain = make_decoder(target, drafter_of(target, markov_rank=0, confidence=False))
-    with pytest.raises(ValueError, match="num_draft is 9"):
-        generate(plain, [Request([1])], num_draft=9)
+    with pytest.raises(ValueError, match="must lie in 1"):
+        generate(plain, [Request([1])], policy="fixed:9")
     with pytest.raises(ValueError, match="no confidence head"):
-        generate(plain, [Request([1])], threshold=0.5)
+        generate(plain, [Request([1])], policy="threshold:0.5")
     with pytest.raises(ValueError, match="acceptance is 'maybe'"):
         generate(plain, [Request([1])], acceptance="maybe")
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from dspark_jax import cli
+from dspark_jax.axes import make_mesh
 from dspark_jax.engine import replays
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.drift import WINDOW, Drift
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import generate
 from dspark_jax.engine.plan import Shape, Sizes
 from dspark_jax.engine.profile import (
     Profile,
@@ -245,6 +247,25 @@ def test_an_engine_works_with_a_profile_and_without():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["delayed", "causal"])
+def test_a_mesh_has_a_profile_of_its_own(policy, emulated_devices):
+    one = decoder()
+    parts = (TARGET, one.weights.target), (DRAFTER, one.weights.drafter, one.weights.vocab)
+    sharded = make_decoder(*parts, mesh=make_mesh(2, 2))
+    config = dataclasses.replace(CONFIG, slots=4, policy=policy)
+    found = measure_profile(sharded, config, replays=1)
+    assert found.costs(Sizes(2, 64), 0, 2).buckets == (8, 2 * 2 * (BLOCK + 1))
+    requests = [Request([1, 2, 3 + n], max_new_tokens=20) for n in range(4)]
+    with Engine(sharded, config, found) as engine:
+        streams = [engine.submit(request) for request in requests]
+        engine.run()
+    alone = generate(one, requests)
+    assert [stream.result.token_ids for stream in streams] == [a.token_ids for a in alone]
+    with pytest.raises(ValueError, match="its mesh is"):
+        Engine(one, CONFIG, found)
+
+
 def lap(drift, shape, seconds, rounds=WINDOW, now_s=0.0):
     for number in range(1, rounds + 1):
         drift.read(shape, True, now_s + number * seconds)
@@ -304,7 +325,7 @@ def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 1 + len(CHUNKS) * 2
     assert table[1].split()[:4] == ["2", "64", "0", "500.00"]
-    assert asked == [(3, 50, "none", 4), (8, 1024, "block", 20)]
+    assert asked == [(3, 50, "", 4), (8, 1024, "", 20)]
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_measured():

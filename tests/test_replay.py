@@ -1,5 +1,6 @@
 """Policies replayed over recorded rounds: an oracle above all of them, and what delays cost."""
 
+import itertools
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from dspark_jax.decoding.budget import RoundCosts
 from dspark_jax.engine.plan import Shape, Sizes
 from dspark_jax.engine.profile import make_profile, write_profile
 from dspark_jax.evaluation import costs, replay
-from dspark_jax.evaluation.rounds import RecordedRequest, read_record, write_record
+from dspark_jax.evaluation.rounds import RecordedRequest, read_record, record_line
 
 SLOTS = 4
 DEVICES = {
@@ -145,7 +146,7 @@ def test_costs_of_imagined_devices():
 
 def test_the_command_replays_a_record(tmp_path, capsys):
     record, profile = tmp_path / "rounds.jsonl", tmp_path / "profile.json"
-    write_record(record, recorded(6))
+    record.write_bytes(b"".join(map(record_line, range(6), recorded(6))))
     command = ["replay", str(record), "--concurrency", "1,4"]
     assert cli.main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -171,7 +172,8 @@ def test_the_command_replays_a_record(tmp_path, capsys):
 
 def test_records_survive_the_file(tmp_path):
     written = recorded(7, 3)
-    write_record(tmp_path / "r.jsonl", written)
+    lines = b"".join(map(record_line, itertools.count(), written))
+    (tmp_path / "r.jsonl").write_bytes(lines)
     for before, after in zip(written, read_record(tmp_path / "r.jsonl"), strict=True):
         assert (after.prompt, after.acceptance, after.temperature) == (
             before.prompt,
@@ -184,6 +186,7 @@ def test_records_survive_the_file(tmp_path):
 
 
 GOOD = {
+    "id": 0,
     "prompt": "p:1",
     "acceptance": "coupled",
     "temperature": 0,

@@ -31,6 +31,7 @@ import numpy as np
 
 MARGIN = 0.03  # drafting that starts anew must promise this much more tokens a second
 EVIDENCE = 16  # request-rounds behind a verdict on drafting
+CARRY = 0.5  # of what sets a request apart from the others, that is left after two rounds
 WINDOW = 128  # request-rounds that the verdict remembers
 PROBE_SHARE = 0.005  # of the time, that probes may cost while drafting does not pay
 SHORTEST_PAUSE = 16  # rounds without drafting before a probe
@@ -184,8 +185,9 @@ def choose_bucket(
     Args:
         switch: as returned for the round before; ``DraftSwitch()`` at first.
         survival_BG: float, that of the round two back.
-        known_B: bool, rows of it that were drafted for the request now in the slot. Others count
-            as what was seen on average, and as 1 where nothing was seen.
+        known_B: bool, rows of it that were drafted for the request now in the slot. They are
+            taken `CARRY` of the way from the mean of what was seen, and others are that mean; 1
+            where nothing was seen.
         active_B: bool, requests that the round decodes.
         costs: seconds of every choice.
         min_tokens_per_s_user: as for `best_bucket`.
@@ -196,7 +198,9 @@ def choose_bucket(
     new = tuple(map(tuple, survival_BG[known_B & active_B].tolist()))
     switch = dataclasses.replace(switch, seen=(*switch.seen, *new)[-WINDOW:])
     seen_NG = np.array(switch.seen) if switch.seen else np.ones((1, survival_BG.shape[1]))
-    likely_BG = np.where(known_B[:, None], survival_BG, seen_NG.mean(axis=0))[active_B]
+    mean_G = seen_NG.mean(axis=0)
+    carried_BG = np.where(known_B[:, None], CARRY * (survival_BG - mean_G), 0)
+    likely_BG = (mean_G + carried_BG)[active_B]
     scores_K1 = _scores(likely_BG[None], costs, min_tokens_per_s_user)
     best = 1 + int(np.argmax(scores_K1[1:]))
     if scores_K1[best] <= 0:

@@ -23,7 +23,8 @@ class EngineConfig:
         slots: most requests that are decoded at once, over all data shards.
         positions: longest request, its prompt and new tokens together.
         queue: most requests that wait; further ones are refused.
-        policy: which drafts are verified, see ``policy.py``.
+        policy: which drafts are verified, see ``policy.py``. Empty is delayed, for a drafter with
+            a confidence head.
         acceptance: rejection sampling, or coupled by a common noise field.
         chunk_rows: positions of a prompt that are read in one piece.
         chunk_buckets: how many pieces a round may read, over all requests of a data shard.
@@ -42,7 +43,7 @@ class EngineConfig:
     slots: int = 8
     positions: int = 1024
     queue: int = 256
-    policy: str = "block"
+    policy: str = ""
     acceptance: Literal["rejection", "coupled"] = "rejection"
     chunk_rows: int = 32
     chunk_buckets: tuple[int, ...] = (1, 4)

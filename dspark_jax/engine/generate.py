@@ -13,6 +13,7 @@ import numpy as np
 from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
+from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
 from dspark_jax.engine.state import DecodeState, Request, make_state
@@ -25,9 +26,7 @@ def generate(
     decoder: Decoder,
     requests: Sequence[Request],
     *,
-    num_draft: int | None = None,
-    threshold: float = 0.0,
-    gate: float = 0.0,
+    policy: str = "",
     acceptance: Literal["rejection", "coupled"] = "rejection",
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
@@ -36,8 +35,8 @@ def generate(
     Args:
         decoder: weights; without a drafter every round commits one token.
         requests: the batch.
-        num_draft: verify at most this many drafts a round; None for the whole block, 0 for none.
-        threshold, gate: see ``RoundConfig``; 0 and 0 verify ``num_draft`` always.
+        policy: which drafts are verified, see ``policy.py``; one that needs no seconds. Empty is
+            the whole block, or nothing without a drafter.
         acceptance: see ``RoundConfig``.
         on_text: called with (request, new text) as text is verified.
 
@@ -51,7 +50,7 @@ def generate(
         return []
     for request in requests:
         request.check(decoder.target.max_positions)
-    cfg = _round_config(decoder, requests, num_draft, threshold, gate, acceptance)
+    cfg = round_config(decoder, requests, policy, acceptance)
     state = _start(decoder, requests, cfg)
     plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0, gate=0.0)
     longest = max(len(request.prompt_ids) for request in requests)
@@ -100,12 +99,10 @@ def generate(
         report = late
 
 
-def _round_config(
+def round_config(
     decoder: Decoder,
     requests: Sequence[Request],
-    num_draft: int | None,
-    threshold: float,
-    gate: float,
+    name: str,
     acceptance: Literal["rejection", "coupled"],
 ) -> RoundConfig:
     """The static part of a round.
@@ -113,24 +110,21 @@ def _round_config(
     Raises:
         ValueError: a value is out of range, or needs what is not there.
     """
-    block = 0 if decoder.drafter is None else decoder.drafter.block_size
-    if num_draft is None:
-        num_draft = block
-    if not 0 <= num_draft <= block:
-        raise ValueError(f"num_draft is {num_draft}: it must lie in 0..{block}, the block size")
-    for name, value in (("threshold", threshold), ("gate", gate)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}: it must lie in [0, 1]")
-        if value and num_draft and not (decoder.drafter and decoder.drafter.confidence):
-            raise ValueError(f"{name} is {value}, but the drafter has no confidence head: use 0")
+    whole = "none" if decoder.drafter is None else "block"
+    policy = make_policy(name or whole, decoder.drafter)
+    if policy.needs_seconds:
+        raise ValueError(
+            f"policy is {name!r}, which weighs the seconds of rounds: use an Engine, or choose "
+            "none, block, fixed:K, threshold:P or gate:P"
+        )
     if acceptance not in ("rejection", "coupled"):
         raise ValueError(f"acceptance is {acceptance!r}: choose 'rejection' or 'coupled'")
     return RoundConfig(
         target=decoder.target,
         drafter=decoder.drafter,
-        num_draft=num_draft,
-        threshold=threshold if num_draft else 0.0,
-        gate=gate if num_draft else 0.0,
+        num_draft=policy.num_draft,
+        threshold=policy.threshold,
+        gate=policy.gate,
         acceptance=acceptance,
         greedy=all(request.temperature == 0 for request in requests),
     )

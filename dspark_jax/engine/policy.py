@@ -5,14 +5,20 @@ block          all drafts of every block
 fixed:K        the first K drafts of every block
 threshold:P    those before the first whose confidence lies below P
 gate:P         all drafts of blocks whose first confidence is at least P
+causal         as many of the batch as Algorithm 1 asks for by the round's own confidences
+delayed        as many of the batch as pay, or no drafts, by the confidences of two rounds ago
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from dspark_jax.config import DrafterConfig
+
+NUMBER = r"-?\d*\.?\d+(e-?\d+)?"
+FORMS = re.compile(rf"none|block|fixed:\d+|(threshold|gate):{NUMBER}|causal|delayed", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,24 @@ def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
     """The policy of a name.
 
     Args:
-        name: as above.
+        name: as above. Empty is ``"delayed"``, or ``"block"`` for a drafter without a confidence
+            head, or ``"none"`` without a drafter.
         drafter: sizes; None where there is no drafter, so that only ``"none"`` works.
 
     Raises:
         ValueError: there is no such policy, or the drafter cannot serve it.
     """
-    kind, _, value = name.partition(":")
-    if name == "none":
+    if not name:
+        confident = drafter is not None and drafter.confidence
+        name = "delayed" if confident else "none" if drafter is None else "block"
+    kind, _, value = check_name(name).partition(":")
+    if kind == "none":
         return Policy("none", 0)
     if drafter is None:
         raise ValueError(f"policy is {name!r}, but there is no drafter: load one or choose 'none'")
-    if name == "block":
+    if kind == "block":
         return Policy("fixed", drafter.block_size)
-    if kind == "fixed" and value.isdecimal():
+    if kind == "fixed":
         if not 1 <= int(value) <= drafter.block_size:
             raise ValueError(
                 f"policy is {name!r}: the number of drafts must lie in 1..{drafter.block_size}, "
@@ -66,20 +76,20 @@ def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
             f"policy is {name!r}, but the drafter has no confidence head: choose 'none', 'block' "
             "or 'fixed:K'"
         )
-    if kind in ("threshold", "gate") and _is_number(value):
-        if not 0 < float(value) <= 1:
-            raise ValueError(f"policy is {name!r}: the confidence must lie in (0, 1]")
-        return Policy(kind, drafter.block_size, **{kind: float(value)})  # type: ignore[arg-type]
-    if name in ("causal", "delayed"):
-        return Policy(name, drafter.block_size)  # type: ignore[arg-type]
+    if value and not 0 < float(value) <= 1:
+        raise ValueError(f"policy is {name!r}: the confidence must lie in (0, 1]")
+    given = {kind: float(value)} if value else {}
+    return Policy(kind, drafter.block_size, **given)  # type: ignore[arg-type]
+
+
+def check_name(name: str) -> str:
+    """A name that has one of the forms above, as it is.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    if FORMS.fullmatch(name):
+        return name
     raise ValueError(
         f"policy is {name!r}: choose none, block, fixed:K, threshold:P, gate:P, causal or delayed"
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

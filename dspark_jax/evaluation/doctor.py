@@ -90,7 +90,8 @@ def diagnose(
         [(decoder, config), (plain_decoder(decoder), plain_config)], REPLAYS
     )
     sets = {"built-in": prompts}
-    sample = record_rounds(decoder, sets, limits, ("rejection",), (0.0,), slots=len(prompts))
+    recorded = record_rounds(decoder, sets, limits, ("rejection",), (0.0,), slots=len(prompts))
+    sample = [request for _, request in recorded]
     rows = []
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
         for concurrency in concurrencies:

@@ -77,7 +77,7 @@ def read_lines(path: Path) -> tuple[dict[int, bytes], int]:
         except (ValueError, KeyError, TypeError, RecursionError):
             key = None
         if type(key) is not int:
-            raise ValueError(f"{path}:{number}: damaged; remove the line to have it answered anew")
+            raise ValueError(f"{path}:{number}: damaged; remove the line to have it made anew")
         lines.setdefault(key, line)
     return lines, length
 

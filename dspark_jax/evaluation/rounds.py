@@ -1,7 +1,8 @@
 """Recorded rounds: what the drafter's confidences said, and what came of the drafts.
 
 A round of which the whole block was verified says what any policy would have made of it. A record
-is a file of JSON lines, one a request; what they are for does not depend on who shared a round.
+is a file of JSON lines, one a request; what they are for does not depend on who shared a round. It
+is written while requests end, and gone on with after an interruption (``output.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.checkpoint import write_atomically
 from dspark_jax.engine.calibration import ACCEPTANCES
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
+from dspark_jax.evaluation.output import check_recipe, open_lines
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import make_requests
 from dspark_jax.training.conversations import json_lines
 
 # Of a line in a record: axes, and the kinds of numpy's dtypes.
 NUMBERS = {
+    "id": (0, "i"),
     "temperature": (0, "fi"),
     "logits": (2, "fi"),
     "verified": (1, "i"),
@@ -67,7 +69,8 @@ def record_rounds(
     *,
     seed: int = 0,
     slots: int = 16,
-) -> list[RecordedRequest]:
+    done: Collection[int] = (),
+) -> Iterator[tuple[int, RecordedRequest]]:
     """Continue prompts with whole blocks verified, many at once, in several ways of sampling.
 
     Args:
@@ -78,9 +81,11 @@ def record_rounds(
             same, and the first stands for them.
         seed: root of the keys; each set counts its prompts from 0.
         slots: requests decoded together.
+        done: numbers of requests that are left out.
 
-    Returns:
-        The requests that had a round.
+    Yields:
+        The requests that had a round, in order, with their numbers: all prompts of the first way,
+        those of the second, ...
 
     Raises:
         ValueError: there is no confidence head, or a prompt or a way cannot be used.
@@ -89,12 +94,15 @@ def record_rounds(
     if decoder.drafter is None or not decoder.drafter.confidence:
         raise ValueError("the drafter has no confidence head: there is nothing to record")
     ways = dict.fromkeys((a if t else acceptances[0], t) for a in acceptances for t in temperatures)
-    recorded = []
-    for acceptance, temperature in ways:
+    origins = [prompt.origin for prompts in sets.values() for prompt in prompts]
+    for way, (acceptance, temperature) in enumerate(ways):
         own = dataclasses.replace(limits, temperature=temperature)
         groups = [make_requests(prompts, decoder, own, seed) for prompts in sets.values()]
-        requests = list(itertools.chain(*groups))
-        longest = max(len(request.prompt_ids) for request in requests) + limits.max_new_tokens
+        requests = dict(enumerate(itertools.chain(*groups), way * len(origins)))
+        longest = max(len(r.prompt_ids) for r in requests.values()) + limits.max_new_tokens
+        todo = {number: r for number, r in requests.items() if number not in done}
+        if not todo:
+            continue
         config = EngineConfig(
             slots=min(slots, len(requests)),
             positions=longest,
@@ -103,21 +111,24 @@ def record_rounds(
             acceptance=acceptance,  # type: ignore[arg-type]
             stop_ids=max(1, len(limits.stop_ids)),
         )
+        label = f"{acceptance}, temperature {temperature:g}"
         with Engine(decoder, config) as engine:
-            results = _serve(engine, requests, f"{acceptance}, temperature {temperature:g}")
-        origins = [prompt.origin for prompts in sets.values() for prompt in prompts]
-        for origin, result in zip(origins, results, strict=True):
-            recorded.append(recorded_request(origin, acceptance, temperature, result))
-    return [request for request in recorded if len(request.accepted_N)]
+            results = _serve(engine, list(todo.values()), label)
+            for number, result in zip(todo, results, strict=True):
+                origin = origins[number % len(origins)]
+                found = recorded_request(origin, acceptance, temperature, result)
+                if len(found.accepted_N):
+                    yield number, found
 
 
-def _serve(engine: Engine, requests: Sequence[Request], label: str) -> list[Generation]:
-    """The results of all requests, with a progress bar."""
+def _serve(engine: Engine, requests: Sequence[Request], label: str) -> Iterator[Generation]:
+    """The results of all requests in order, with a progress bar."""
     streams = [engine.submit(request) for request in requests]
-    results = [stream.wait() for stream in tqdm(streams, desc=label, unit="request", disable=None)]
-    if any(result.finish_reason == "error" for result in results):
-        raise FloatingPointError("the target's logits are not finite")
-    return results
+    for stream in tqdm(streams, desc=label, unit="request", disable=None):
+        result = stream.wait()
+        if result.finish_reason == "error":
+            raise FloatingPointError("the target's logits are not finite")
+        yield result
 
 
 def recorded_request(
@@ -150,22 +161,37 @@ def recorded_request(
     )
 
 
-def write_record(path: Path, requests: Iterable[RecordedRequest]) -> None:
-    """Write a record, atomically."""
-    lines = [
-        json.dumps(
-            {
-                "prompt": request.prompt,
-                "acceptance": request.acceptance,
-                "temperature": request.temperature,
-                "logits": np.round(request.logit_NG, 5).tolist(),
-                "verified": request.verified_N.tolist(),
-                "accepted": request.accepted_N.tolist(),
-            }
-        )
-        for request in requests
-    ]
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+def write_record(path: Path, recipe: dict[str, Any], record: Callable[..., Any]) -> None:
+    """Write a record request by request, or go on where an interrupted run stopped.
+
+    Args:
+        path: of the record.
+        recipe: what the rounds depend on, as JSON values; it lies in ``PATH.recipe.json``.
+        record: :func:`record_rounds` with everything but ``done`` filled in.
+
+    Raises:
+        ValueError: the record belongs to something else, or another process is writing it.
+        FloatingPointError: the target's logits are not finite; what was finished stays.
+    """
+    check_recipe(path, recipe)
+    with open_lines(path) as (file, lines):
+        for number, request in record(done=lines):
+            file.write(record_line(number, request))
+            file.flush()
+
+
+def record_line(number: int, request: RecordedRequest) -> bytes:
+    """A request as a line of a record."""
+    row = {
+        "id": number,
+        "prompt": request.prompt,
+        "acceptance": request.acceptance,
+        "temperature": request.temperature,
+        "logits": np.round(request.logit_NG, 5).tolist(),
+        "verified": request.verified_N.tolist(),
+        "accepted": request.accepted_N.tolist(),
+    }
+    return json.dumps(row).encode() + b"\n"
 
 
 def read_record(path: str | Path) -> list[RecordedRequest]:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.generate import PREFILL_ROWS, generate
+from dspark_jax.engine.generate import PREFILL_ROWS, generate, round_config
 from dspark_jax.engine.inputs import RoundConfig
 from dspark_jax.engine.profile import device_name
 from dspark_jax.engine.reader import Generation
@@ -126,9 +126,7 @@ def bench_speed(
     *,
     seed: int = 0,
     repeats: int = 3,
-    num_draft: int | None = None,
-    threshold: float = 0.0,
-    gate: float = 0.0,
+    policy: str = "",
     acceptance: Literal["rejection", "coupled"] = "rejection",
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with drafts, several times.
@@ -139,7 +137,7 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        num_draft, threshold, gate, acceptance: of ``generate``.
+        policy, acceptance: of ``generate``.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
@@ -149,29 +147,14 @@ def bench_speed(
         FloatingPointError: the target's logits are not finite.
     """
     assert decoder.drafter is not None
-    cfg = RoundConfig(
-        target=decoder.target,
-        drafter=decoder.drafter,
-        num_draft=decoder.drafter.block_size if num_draft is None else num_draft,
-        threshold=threshold,
-        gate=gate,
-        acceptance=acceptance,
-        greedy=limits.temperature == 0,
-    )
     requests = {name: make_requests(sets[name], decoder, limits, seed) for name in sets}
     ways: dict[str, Decode] = {
         "plain": partial(generate, plain_decoder(decoder), acceptance=acceptance),
-        "dspark": partial(
-            generate,
-            decoder,
-            acceptance=acceptance,
-            num_draft=num_draft,
-            threshold=threshold,
-            gate=gate,
-        ),
+        "dspark": partial(generate, decoder, acceptance=acceptance, policy=policy),
     }
     pairs = _measure(ways, requests, repeats)
     first = next(request for group in requests.values() for request in group)
+    cfg = round_config(decoder, [first], policy, acceptance)
     seconds = step_seconds(decoder, first, cfg)
     break_even = (seconds["verify"] + seconds["draft"]) / seconds["plain"]
     report = {
