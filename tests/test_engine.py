@@ -149,8 +149,11 @@ def test_text_is_that_of_offline_generation(policy, smooth):
 @pytest.mark.full
 def test_bfloat16_is_served():
     """Its text depends on the sizes of rounds; that of one request in one engine does not."""
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, models())
-    served = Engine(make_decoder(*half, tokenizer=Letters()), CONFIG)
+    (_, target), (_, drafter, _) = models()
+    target, drafter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (target, drafter))
+    vocab = bind_vocab(DRAFTER, None, TARGET, target.vocab)
+    half = make_decoder((TARGET, target), (DRAFTER, drafter, vocab), tokenizer=Letters())
+    served = Engine(half, CONFIG)
     for _ in range(2):
         streams = [served.submit(request) for request in requests(5)]
         served.run()
