@@ -17,8 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax import cli
+from dspark_jax.arguments import DEFAULT_POLICY, LOAD_POLICIES
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate as engine
+from dspark_jax.engine.policy import check_name
 from dspark_jax.models import load
 from dspark_jax.training import fit
 from pallas_kernels import random
@@ -284,13 +286,20 @@ def test_a_drafter_that_does_not_fit_is_refused(dspark, tmp_path):
 
 def test_a_policy_that_the_drafter_cannot_follow_is_refused(dspark, tmp_path):
     assert_refused(dspark("generate", "hello", "--policy", "fixed:99"), "must lie in 1..3")
-    assert_refused(dspark("generate", "hello", "--policy", "threshold:2"), "in (0, 1]")
-    assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "in (0, 1]")
+    assert_refused(
+        dspark("generate", "hello", "--policy", "threshold:2"), "policy is 'threshold:2'"
+    )
+    assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "policy is 'gate:-1'")
     assert_refused(dspark("generate", "hello", "--policy", "delayed"), "use an Engine")
     blind = write_drafter(tmp_path / "blind", dataclasses.replace(DRAFTER, confidence=False))
     for kind in ("threshold", "gate"):
         result = dspark("generate", "hello", "--policy", f"{kind}:0.5", "--drafter", blind)
-        assert_refused(result, "the drafter has no confidence head")
+        assert_refused(result, f"policy is '{kind}:0.5', but the drafter has no confidence head")
+
+
+def test_the_policies_that_commands_choose_exist():
+    for name in (DEFAULT_POLICY, *LOAD_POLICIES.split(",")):
+        assert check_name(name) == name
 
 
 def test_another_target_than_the_default_is_decoded_plainly_unless_told_otherwise(dspark, target):

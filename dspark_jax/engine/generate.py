@@ -107,6 +107,10 @@ def round_config(
 ) -> RoundConfig:
     """The static part of a round.
 
+    Args:
+        decoder, requests, acceptance: as for :func:`generate`.
+        name: of the policy; empty as there.
+
     Raises:
         ValueError: a value is out of range, or needs what is not there.
     """
