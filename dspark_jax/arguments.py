@@ -167,7 +167,7 @@ def _add_doctor(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("--concurrency", type=_counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
         "once; default 1,8,32")  # fmt: skip
-    add("--max-new-tokens", type=_count, default=40, metavar="N", help="of each text; default 40")
+    add("--max-new-tokens", type=_count, default=48, metavar="N", help="of each text; default 48")
     _add_models(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 

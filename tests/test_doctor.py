@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dspark_jax import cli
-from dspark_jax.decoding.budget import RoundCosts
+from dspark_jax.decoding.budget import WINDOW, RoundCosts
 from dspark_jax.engine.reader import Generation
 from dspark_jax.evaluation import doctor
-from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, predict_speedups
+from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, Stretch, predict_speedups
 from dspark_jax.evaluation.rounds import RecordedRequest
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
@@ -29,8 +29,8 @@ def costs(draft_s, row_s, requests=2):
 
 
 def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
-    samples = [sample([0, 1, 2, 3], 0.5), sample([3, 3], 0.9)]
-    found = predict_speedups(samples, costs(0.25, 0.125), plain_s=0.9, calibration=None)
+    samples = [sample([0, 1, 2, 3], 0.5), sample([3, 3, 3, 3], 0.9)]
+    found = predict_speedups(samples, 2, costs(0.25, 0.125), plain_s=0.9, calibration=None)
     for length, drafts in ((1, 0.75 + 1), (2, 1.25 + 2), (3, 1.5 + 3)):
         tokens_per_s = (2 + drafts) / (0.25 + 1 + 0.125 * 2 * length)
         assert found[f"fixed:{length}"] == pytest.approx(tokens_per_s * 0.9 / 2)
@@ -39,7 +39,7 @@ def test_fixed_lengths_are_predicted_by_what_they_accept_and_cost():
 
 def test_drafts_that_are_good_and_cheap_are_all_verified():
     samples = [sample([BLOCK] * 5, 0.99)] * 2
-    found = predict_speedups(samples, costs(0.1, 0.01), plain_s=1.0, calibration=None)
+    found = predict_speedups(samples, 2, costs(0.1, 0.01), plain_s=1.0, calibration=None)
     assert found["delayed"] == pytest.approx(found["fixed:3"])
     assert found["fixed:3"] > max(3, found["fixed:2"], found["fixed:1"])
 
@@ -47,7 +47,7 @@ def test_drafts_that_are_good_and_cheap_are_all_verified():
 def test_drafts_that_are_bad_or_dear_are_hardly_made():
     samples = [sample([0] * 5, 0.05)] * 2
     for expensive in (costs(0.5, 0.01), costs(0.1, 0.5)):
-        found = predict_speedups(samples, expensive, plain_s=1.0, calibration=None)
+        found = predict_speedups(samples, 2, expensive, plain_s=1.0, calibration=None)
         fixed = max(speedup for policy, speedup in found.items() if policy != "delayed")
         assert fixed < 0.92
         assert 0.9 < found["delayed"] <= 1  # the rest are probes
@@ -55,19 +55,30 @@ def test_drafts_that_are_bad_or_dear_are_hardly_made():
 
 def test_a_mixture_is_better_than_any_fixed_length():
     """Whose drafts are good gets the rows of whose are not."""
-    samples = [sample([BLOCK] * 4, 0.97), sample([0] * 4, 0.03)]
-    found = predict_speedups(samples, costs(0.05, 0.2), plain_s=1.0, calibration=None)
+    samples = [sample([BLOCK] * 40, 0.97), sample([0] * 40, 0.03)]
+    found = predict_speedups(samples, 2, costs(0.05, 0.2), plain_s=1.0, calibration=None)
     assert found["delayed"] > 1.1 * max(v for k, v in found.items() if k != "delayed")
+
+
+def test_the_scheduler_of_a_prediction_has_seen_the_whole_sample():
+    """Of the texts that come first alone, it would think too much or too little of drafts."""
+    texts = [sample([BLOCK] * 50, 0.97), sample([0] * 150, 0.03)]
+    switch = doctor._experienced(texts, None)
+    survival_N = np.array(switch.seen)[:, 0]
+    assert len(survival_N) == WINDOW
+    assert np.mean(survival_N > 0.5) == pytest.approx(0.25, abs=0.02)
+    few = doctor._experienced(texts[:1], None)
+    assert len(few.seen) == 50
 
 
 @pytest.mark.parametrize("concurrency", [1, 5, 8, 12, 32])
 def test_groups_take_the_prompts_in_turn(concurrency):
     groups = doctor._groups(len(PROMPTS), concurrency)
-    assert len(groups) <= PAIRS
     assert all(len(group) == concurrency for group in groups)
     flat = [index for group in groups for index in group]
     assert flat == [index % len(PROMPTS) for index in range(len(flat))]
-    assert len(set(flat)) >= min(PAIRS, len(PROMPTS))
+    assert set(flat) == set(range(len(PROMPTS)))
+    assert len(flat) < len(PROMPTS) + concurrency
 
 
 class FakeEngine:
@@ -96,21 +107,28 @@ class FakeEngine:
 def test_engines_take_turns_over_the_same_stretches():
     record = []
     engines = FakeEngine(1, record), FakeEngine(3, record)
-    pairs = doctor._decode_in_turns(engines, ["a", "b"], max_new_tokens=12, turns=3)
-    assert len(pairs) == 3
-    assert all(len(pair) == 2 and min(pair) > 0 for pair in pairs)
+    pairs = doctor._decode_in_turns(engines, ["a", "b"], max_new_tokens=12)
+    assert len(pairs) == PAIRS
+    for slow, fast in pairs:
+        assert (slow.tokens, fast.tokens) == (6, 6)  # a stretch of 3 tokens for each request
+        assert min(slow.seconds, fast.seconds) > 0
     turns = [engines.index(engine) for engine in record]
-    slow, fast = [0] * 3, [1]  # rounds of a stretch of 3 tokens for each request
+    slow, fast = [0] * 3, [1]  # rounds of a stretch
     assert turns == fast + slow + slow + fast + fast + slow + slow + fast
     for engine in engines:
         assert engine.settled
         assert all(stream.cancelled for stream in engine.streams)
 
 
+def test_a_turn_counts_the_stretches_of_all_groups():
+    turn = [[Stretch(10, 1.0), Stretch(10, 2.0)], [Stretch(20, 5.0), Stretch(21, 8.0)]]
+    assert doctor._total(turn) == (30 / 6, 31 / 10)
+
+
 def row(speedup):
     predicted = {"fixed:1": speedup / 2, "delayed": speedup}
     pairs = [(10.0, 10.0 * speedup), (20.0, 20.0 * speedup), (1.0, 100.0)]
-    return doctor._row(4, [predicted] * 2, pairs)
+    return doctor._row(4, predicted, pairs)
 
 
 def test_the_verdict_says_which_policy_pays():

@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from dspark_jax.axes import make_mesh
+from dspark_jax.decoding import calibrate
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
@@ -162,6 +163,18 @@ def test_bfloat16_is_served():
         assert all(result.finish_reason == "length" for result in results)
     alone = [served.submit(requests()[3]).wait() for _ in range(2)]
     assert alone[0].token_ids == alone[1].token_ids
+
+
+def test_confidences_are_recalibrated_while_texts_stay_the_same(monkeypatch):
+    monkeypatch.setattr(calibrate, "ENOUGH", 8.0)
+    served = engine(policy="delayed", smooth=100, recalibrate=True)
+    streams = [served.submit(request) for request in requests()]
+    served.run()
+    assert texts(stream.result for stream in streams) == expected()
+    kinds = [(greedy, (1.0,) * DRAFTER.block_size) for greedy in (True, False)]
+    for kind in kinds:
+        assert served._history.online[kind].weight_G[0] >= 8
+        assert (served._history.temperature_G(kind) != 1).any()
 
 
 def test_greedy_text_under_rejection_is_that_of_offline_generation():

@@ -38,6 +38,8 @@ class EngineConfig:
         memory_bytes: that states and logits may take beside the weights; 0 for no limit.
         min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
             where that is possible, before it looks for the best total; 0 for the best total.
+        recalibrate: let the temperatures of the confidences follow what is accepted, from those of
+            the calibration on (``calibrate.OnlineCalibration``).
     """
 
     slots: int = 8
@@ -53,6 +55,7 @@ class EngineConfig:
     stop_ids: int = 8
     memory_bytes: int = 0
     min_tokens_per_s_user: float = 0.0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         for field in ("slots", "positions", "queue", "chunk_rows", "stop_ids"):

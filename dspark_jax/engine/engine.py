@@ -26,6 +26,7 @@ from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.drift import Drift
+from dspark_jax.engine.history import Drafted, History, Kind, advance, drafted_by, record
 from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights, replace_weights
 from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes
@@ -34,7 +35,7 @@ from dspark_jax.engine.profile import Profile
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.replays import profile_for
-from dspark_jax.engine.scheduler import DELAY, Outlook, Seat, choose_rows
+from dspark_jax.engine.scheduler import Outlook, Seat, choose_rows
 from dspark_jax.engine.seats import Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, Request, slot_values
 from dspark_jax.engine.stream import Stream
@@ -101,8 +102,7 @@ class Engine:
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
         self._switch = DraftSwitch()
-        self._unseen: deque[tuple[int, dict[int, np.ndarray]]] = deque()
-        self._logits: dict[int, np.ndarray | None] = {}
+        self._history = History(config.recalibrate)
         self._numbers, self._arrivals = itertools.count(), itertools.count()
         self._roomy_rounds = 0
         self._lock = threading.RLock()
@@ -151,8 +151,8 @@ class Engine:
             arrival, calibration = next(self._arrivals), self._calibration
             sampled = config.acceptance, request.temperature
             temperature_G = confidence_temperatures(calibration, *sampled, self._block_size)
-            length = len(request.prompt_ids)
-            tenant = Tenant(stream, reader, arrival, -1, temperature_G, length)
+            kind = request.temperature == 0, tuple(temperature_G.tolist())
+            tenant = Tenant(stream, reader, arrival, -1, kind, len(request.prompt_ids))
             heapq.heappush(self._queue, (-priority, arrival, tenant))
             return stream
 
@@ -217,18 +217,18 @@ class Engine:
         report = jax.device_get(done.report)
         if self._drift is not None:
             self._drift.read(done.shape, done.steady)
-        logits: dict[int, np.ndarray] = {}
+        drafted: dict[int, Drafted] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.shape.num_draft + 1
             if report.generation_B[slot] != tenant.generation or tenant.stream.finished:
                 continue
             tenant.length = int(report.length_B[slot])
             if report.confidence_logit_BG is not None and not first:
-                logits[tenant.generation] = report.confidence_logit_BG[slot]
+                drafted[tenant.generation] = drafted_by(tenant.kind, report, slot)
             tenant.stream.report(tenant.reader.read(report, slot, first))
             if tenant.reader.result.finish_reason:
                 self._tenants.remove(tenant)
-        self._unseen.append((done.number, logits))
+        self._history = record(self._history, done.number, drafted)
 
     def _next_round_is_needed(self) -> bool:
         """Whether there is work for another round, whatever those in flight bring."""
@@ -300,23 +300,15 @@ class Engine:
 
     def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
         """What the choice of the rows of a round is made from."""
-        fresh: Set[int] = frozenset()
-        while self._unseen and self._unseen[0][0] <= number - DELAY:
-            seen, logits = self._unseen.popleft()
-            fresh = logits.keys() if seen == number - DELAY else frozenset()
-            self._logits = {
-                tenant.generation: logits.get(
-                    tenant.generation, self._logits.get(tenant.generation)
-                )
-                for tenant in self._tenants
-            }
+        self._history = advance(self._history, number, [t.generation for t in self._tenants])
+        history, temperatures = self._history, self._temperatures()
         seats = [
             Seat(
                 tenant.slot // self._sizes.slots,
                 tenant in drafted,
-                tenant.temperature_G,
-                self._logits.get(tenant.generation),
-                tenant.generation in fresh,
+                temperatures[tenant.kind],
+                history.logits.get(tenant.generation),
+                tenant.generation in history.fresh,
             )
             for tenant in self._tenants
             if tenant.decoding
@@ -343,7 +335,7 @@ class Engine:
             )
             slot = np.int32(admission.slot)
             state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
-        given, shape = programs.round_input(plan, self._temperatures()), plan.shape
+        given, shape = programs.round_input(plan, self._temperature_BG()), plan.shape
         if self.policy.kind == "causal" and shape.num_draft:
             shape, given = self._draft_ahead(state, given, shape)
         self._state, report = programs.round(shape)(self._weights, state, given)
@@ -361,14 +353,19 @@ class Engine:
         steady = bool(self._in_flight) and not (plan.moves or plan.admissions)
         self._in_flight.append(InFlight(plan.number, report, shape, steady, tuple(members)))
 
-    def _temperatures(self) -> np.ndarray | None:
-        """float32 [B, G]: of everybody's confidences; None without a drafter."""
+    def _temperatures(self) -> dict[Kind, np.ndarray]:
+        """float32 [G]: of the confidences of each kind of requests."""
+        kinds = {tenant.kind for tenant in self._tenants}
+        return {kind: self._history.temperature_G(kind) for kind in kinds}
+
+    def _temperature_BG(self) -> np.ndarray | None:
+        """float32: of everybody's confidences; None without a drafter."""
         if not self._block_size:
             return None
-        num_slots = self._sizes.slots * self._shards
+        temperatures, num_slots = self._temperatures(), self._sizes.slots * self._shards
         temperature_BG = np.ones((num_slots, self._block_size), np.float32)
         for tenant in self._tenants:
-            temperature_BG[tenant.slot] = tenant.temperature_G
+            temperature_BG[tenant.slot] = temperatures[tenant.kind]
         return temperature_BG
 
     def _draft_ahead(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dspark_jax.engine.history import Kind
 from dspark_jax.engine.plan import Chunk, Move, Sizes
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.stream import Stream
@@ -20,7 +21,7 @@ class Tenant:
         stream, reader: where its text goes.
         generation: its number.
         slot: counted over all data shards.
-        temperature_G: float32 of the calibration of its confidences.
+        kind: of its confidences.
         length: committed tokens after the last round that was read.
         pending: most tokens that the rounds in flight may add.
         read: positions of the prompt that were given to a round.
@@ -31,7 +32,7 @@ class Tenant:
     reader: Reader
     generation: int
     slot: int
-    temperature_G: np.ndarray
+    kind: Kind
     length: int
     pending: int = 0
     read: int = 0

@@ -4,7 +4,8 @@ Seconds of rounds are measured (``engine/replays.py``), confidences and accepted
 verifying whole blocks of the prompts below. Policies are then replayed over the sample at each
 concurrency, with the engine's own scheduler: tokens a second follow without running anything. The
 check runs the engine in turns with and without drafts, over the same stretches of the same texts;
-prompts are read before the clock starts.
+prompts are read before the clock starts. Both are about an engine that has served such texts for a
+while: the scheduler remembers what earlier ones said of the drafts.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from dspark_jax.decoding.budget import MARGIN, RoundCosts
+from dspark_jax.decoding.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
 from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
@@ -31,8 +33,8 @@ from dspark_jax.engine.scheduler import DELAY
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.replay import replay_record
-from dspark_jax.evaluation.rounds import RecordedRequest, record_rounds
+from dspark_jax.evaluation.replay import replay_record, survivals
+from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request, serve_requests
 from dspark_jax.evaluation.speed import make_requests
 from dspark_jax.evaluation.steps import plain_decoder
 
@@ -54,13 +56,21 @@ PROMPTS = (
     "Write a short letter that thanks a neighbour for watering the plants.",
 )
 REPLAYS = 5  # of the profile
-PAIRS = 6  # stretches of text that both engines decode in turns, at each concurrency
-ROUNDS = 512  # of a replayed policy
+PAIRS = 3  # stretches of every text that both engines decode in turns, at each concurrency
+ROUNDS = 512  # of a replayed policy, about
 LEAST = 8  # tokens of a text that say anything
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of one or several texts, and how long it took."""
+
+    tokens: int
+    seconds: float
+
+
 def diagnose(
-    decoder: Decoder, concurrencies: Sequence[int], max_new_tokens: int = 40
+    decoder: Decoder, concurrencies: Sequence[int], max_new_tokens: int = 48
 ) -> dict[str, Any]:
     """Predict and measure what drafts are worth at some concurrencies, for greedy texts.
 
@@ -81,36 +91,32 @@ def diagnose(
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least {LEAST}")
     concurrencies = sorted(set(concurrencies))
     prompts = [Prompt(text, f"built-in prompt {i}") for i, text in enumerate(PROMPTS, 1)]
-    limits = Request((0,), max_new_tokens=max_new_tokens)
-    longer = dataclasses.replace(limits, max_new_tokens=3 * max_new_tokens)  # nobody ends early
-    requests = make_requests(prompts, decoder, longer, seed=0)
+    # Longer than what is decoded, so that nobody ends early.
+    limits = Request((0,), max_new_tokens=3 * max_new_tokens)
+    requests = make_requests(prompts, decoder, limits, seed=0)
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
     profile, plain = measure_profiles(
         [(decoder, config), (plain_decoder(decoder), plain_config)], REPLAYS
     )
-    sets = {"built-in": prompts}
-    recorded = record_rounds(decoder, sets, limits, ("rejection",), (0.0,), slots=len(prompts))
-    sample = [request for _, request in recorded]
+    sample = _sample(decoder, config, requests, max_new_tokens)
     rows = []
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
-        for concurrency in concurrencies:
-            groups = _groups(len(requests), concurrency)
+        # From the most on: what the scheduler remembers then is of many texts.
+        for concurrency in reversed(concurrencies):
             sizes = Sizes(concurrency, config.position_buckets[-1])
             plain_s = plain.round_s[Shape(sizes, 0, concurrency, 0)]
             weighed = profile.costs(sizes), plain_s, decoder.calibration
-            predicted = [predict_speedups([sample[i] for i in group], *weighed) for group in groups]
-            pairs = [
-                pair
-                for group in groups
-                for pair in _decode_in_turns(
-                    (undrafted, drafting),
-                    [requests[i] for i in group],
-                    max_new_tokens,
-                    -(-PAIRS // len(groups)),
+            predicted = predict_speedups(sample, concurrency, *weighed)
+            groups = [
+                _decode_in_turns(
+                    (undrafted, drafting), [requests[i] for i in group], max_new_tokens
                 )
+                for group in _groups(len(requests), concurrency)
             ]
+            pairs = [_total(turn) for turn in zip(*groups, strict=True)]
             rows.append(_row(concurrency, predicted, pairs))
+    rows.reverse()
     drafts = np.concatenate([request.accepted_N for request in sample])
     return {
         "verdict": "use" if any(row["verdict"] == "use" for row in rows) else "do not use",
@@ -143,17 +149,19 @@ def _engine_config(
     )
 
 
-def _groups(num_requests: int, concurrency: int) -> list[list[int]]:
-    """Which requests are decoded together: at most `PAIRS` groups, all requests in turn."""
-    count = min(PAIRS, -(-num_requests // concurrency))
-    return [
-        [(group * concurrency + i) % num_requests for i in range(concurrency)]
-        for group in range(count)
-    ]
+def _sample(
+    decoder: Decoder, config: EngineConfig, requests: Sequence[Request], max_new_tokens: int
+) -> list[RecordedRequest]:
+    """The rounds of the first tokens of each text, with whole blocks verified."""
+    short = [dataclasses.replace(request, max_new_tokens=max_new_tokens) for request in requests]
+    with Engine(decoder, dataclasses.replace(config, policy="block")) as engine:
+        results = list(serve_requests(engine, short, "sample"))
+    return [recorded_request("built-in", config.acceptance, 0.0, result) for result in results]
 
 
 def predict_speedups(
-    requests: Sequence[RecordedRequest],
+    sample: Sequence[RecordedRequest],
+    concurrency: int,
     costs: RoundCosts,
     plain_s: float,
     calibration: Calibration | None,
@@ -161,53 +169,64 @@ def predict_speedups(
     """Tokens a second of policies over those without a drafter.
 
     Args:
-        requests: decoded together; their rounds are gone through again and again.
+        sample: requests that are decoded again and again, one after the other in every slot.
+        concurrency: requests decoded together.
         costs: of rounds with the drafter, in a state with as many slots.
         plain_s: seconds of a round without the drafter.
         calibration: of the confidences.
     """
-    block_size = requests[0].logit_NG.shape[1]
-    endless = [
-        dataclasses.replace(
-            request,
-            logit_NG=np.resize(request.logit_NG, (ROUNDS, block_size)),
-            verified_N=np.resize(request.verified_N, ROUNDS),
-            accepted_N=np.resize(request.accepted_N, ROUNDS),
-        )
-        for request in requests
-    ]
-    chosen = {f"fixed:{k}": f"fixed:{k}" for k in (r // len(requests) - 1 for r in costs.buckets)}
+    num_rounds = sum(len(request.accepted_N) for request in sample)
+    endless = [*sample] * -(-ROUNDS * concurrency // num_rounds)
+    chosen = {f"fixed:{k}": f"fixed:{k}" for k in (r // concurrency - 1 for r in costs.buckets)}
     chosen[f"delayed:{DELAY}"] = "delayed"
-    plain_per_s = len(requests) / plain_s
+    plain_per_s = concurrency / plain_s
     return {
         chosen[row["policy"]]: row["tokens_per_s"] / plain_per_s
-        for row in replay_record(endless, [len(requests)], lambda *_: costs, calibration)
+        for row in replay_record(
+            endless, [concurrency], lambda *_: costs, calibration, _experienced(sample, calibration)
+        )
         if row["policy"] in chosen
     }
 
 
-def _decode_in_turns(
-    engines: Sequence[Engine], requests: Sequence[Request], max_new_tokens: int, turns: int
-) -> list[tuple[float, ...]]:
-    """Tokens a second of each engine, over the same stretches of the same texts.
+def _experienced(sample: Sequence[RecordedRequest], calibration: Calibration | None) -> DraftSwitch:
+    """A switch that has seen all of the sample, as evenly as it can remember."""
+    seen_NG = np.concatenate(survivals(sample, calibration))
+    kept_N = np.linspace(0, len(seen_NG) - 1, min(WINDOW, len(seen_NG))).astype(int)
+    return DraftSwitch(seen=tuple(map(tuple, seen_NG[kept_N].tolist())))
 
-    A stretch comes before the first turn, so that prompts are read and the scheduler has history.
+
+def _groups(num_requests: int, concurrency: int) -> list[list[int]]:
+    """Which requests are decoded together: all of them in turn, as often as that takes."""
+    count = -(-num_requests // concurrency)
+    return [
+        [(group * concurrency + i) % num_requests for i in range(concurrency)]
+        for group in range(count)
+    ]
+
+
+def _decode_in_turns(
+    engines: Sequence[Engine], requests: Sequence[Request], max_new_tokens: int
+) -> list[list[Stretch]]:
+    """`PAIRS` stretches of the same texts, each by all engines in turn.
+
+    Another stretch comes before them, so that prompts are read and the scheduler has history.
     """
     streams = [[engine.submit(request) for request in requests] for engine in engines]
-    stretch = max(1, max_new_tokens // (turns + 1)) * len(requests)
-    per_s: list[tuple[float, ...]] = []
-    for turn in range(turns + 1):
+    length = max(1, max_new_tokens // (PAIRS + 1)) * len(requests)
+    pairs: list[list[Stretch]] = []
+    for turn in range(PAIRS + 1):
         ways = list(zip(engines, streams, strict=True))
         order = range(len(ways)) if turn % 2 else range(len(ways))[::-1]
-        found = {way: _stretch_per_s(*ways[way], (turn + 1) * stretch) for way in order}
-        per_s.append(tuple(found[way] for way in range(len(ways))))
+        found = {way: _decode(*ways[way], (turn + 1) * length) for way in order}
+        pairs.append([found[way] for way in range(len(ways))])
     for stream in itertools.chain(*streams):
         stream.cancel()
-    return per_s[1:]
+    return pairs[1:]
 
 
-def _stretch_per_s(engine: Engine, streams: Sequence[Stream], until: int) -> float:
-    """Tokens a second until the texts have so many tokens together."""
+def _decode(engine: Engine, streams: Sequence[Stream], until: int) -> Stretch:
+    """Decode until the texts have so many tokens together."""
 
     def count() -> int:
         return sum(len(stream.result.token_ids) for stream in streams)
@@ -216,19 +235,22 @@ def _stretch_per_s(engine: Engine, streams: Sequence[Stream], until: int) -> flo
     while count() < max(until, before + 1) and engine.step():
         pass
     engine.settle()
-    return (count() - before) / (time.perf_counter() - began)
+    return Stretch(count() - before, time.perf_counter() - began)
+
+
+def _total(turn: Sequence[Sequence[Stretch]]) -> tuple[float, ...]:
+    """Tokens a second of each engine in one turn, over the stretches of all groups."""
+    return tuple(
+        sum(stretch.tokens for stretch in parts) / sum(stretch.seconds for stretch in parts)
+        for parts in zip(*turn, strict=True)
+    )
 
 
 def _row(
-    concurrency: int,
-    predicted: Sequence[dict[str, float]],
-    pairs: Sequence[tuple[float, ...]],
+    concurrency: int, predicted: dict[str, float], pairs: Sequence[tuple[float, ...]]
 ) -> dict[str, Any]:
     """What was found at one concurrency."""
-    speedups = {
-        policy: round(statistics.median(group[policy] for group in predicted), 4)
-        for policy in predicted[0]
-    }
+    speedups = {policy: round(speedup, 4) for policy, speedup in predicted.items()}
     policy = max(speedups, key=lambda name: speedups[name])
     pays = speedups[policy] > 1 + MARGIN
     return {

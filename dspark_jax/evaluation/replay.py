@@ -37,6 +37,7 @@ from dspark_jax.engine.calibration import Calibration, confidence_temperatures
 from dspark_jax.evaluation.rounds import RecordedRequest
 
 LOSSY = ("oracle", "argmax", "delayed:0")  # the draft of a slot has a say in whether it is verified
+UNTRIED = DraftSwitch()
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,7 @@ def replay_record(
     concurrency: Sequence[int],
     costs: Callable[[int, int], RoundCosts],
     calibration: Calibration | None = None,
+    switch: DraftSwitch = UNTRIED,
 ) -> list[dict[str, Any]]:
     """Every policy at every concurrency, as rows of JSON values.
 
@@ -136,36 +138,48 @@ def replay_record(
         concurrency: numbers of requests decoded together.
         costs: for such a number and the block size.
         calibration: of the confidences; None takes them as they are.
+        switch: that the delayed policy begins with.
 
     Raises:
         ValueError: there are no such costs.
     """
     block_size = requests[0].logit_NG.shape[1]
-    survivals = [
-        predicted_survival(
-            request.logit_NG,
-            confidence_temperatures(
-                calibration, request.acceptance, request.temperature, block_size
-            ),
-        )
-        for request in requests
-    ]
     accepted = [request.accepted_N for request in requests]
     rows: list[dict[str, Any]] = []
     for number in concurrency:
-        batch = make_batch(survivals, accepted, number)
-        for replayed in replay(batch, costs(number, block_size)):
+        batch = make_batch(survivals(requests, calibration), accepted, number)
+        for replayed in replay(batch, costs(number, block_size), switch):
             rows.append({"concurrency": number, **dataclasses.asdict(replayed)})
     return rows
 
 
-def replay(batch: Batch, costs: RoundCosts) -> list[Replayed]:
+def survivals(
+    requests: Sequence[RecordedRequest], calibration: Calibration | None = None
+) -> list[np.ndarray]:
+    """float64 [N, G] of each recorded request, by its confidences."""
+    return [
+        predicted_survival(
+            request.logit_NG,
+            confidence_temperatures(
+                calibration, request.acceptance, request.temperature, request.logit_NG.shape[1]
+            ),
+        )
+        for request in requests
+    ]
+
+
+def replay(
+    batch: Batch,
+    costs: RoundCosts,
+    switch: DraftSwitch = UNTRIED,
+) -> list[Replayed]:
     """Every policy over the same rounds: the oracle first, then those an engine could use, then
     the lossy ones, which are there for comparison.
 
     Args:
         batch: of the rounds.
         costs: for as many requests.
+        switch: that the delayed policy begins with.
     """
     block_size = batch.survival_RBG.shape[-1]
     policies: dict[str, Callable[[Batch, RoundCosts], Decisions]] = {
@@ -173,7 +187,7 @@ def replay(batch: Batch, costs: RoundCosts) -> list[Replayed]:
         "none": _none,
         **{f"fixed:{k}": _fixed(k) for k in range(1, block_size + 1)},
         "causal": _causal,
-        **{f"delayed:{delay}": _delayed(delay) for delay in (2, 1, 0)},
+        **{f"delayed:{delay}": _delayed(delay, switch) for delay in (2, 1, 0)},
         "argmax": _argmax,
     }
     best, found = 0.0, []
@@ -256,22 +270,20 @@ def _argmax(batch: Batch, costs: RoundCosts) -> Decisions:
     return _drafted(batch, costs, np.array([0, *costs.buckets])[choices])
 
 
-def _delayed(delay: int) -> Callable[[Batch, RoundCosts], Decisions]:
+def _delayed(delay: int, switch: DraftSwitch) -> Callable[[Batch, RoundCosts], Decisions]:
     """The delayed policy, from the confidences of so many rounds ago; of this one where it drafts,
     for a delay of 0, which is not lossless."""
 
     def decide(batch: Batch, costs: RoundCosts) -> Decisions:
         num_rounds, num_requests = batch.accepted_RB.shape
         everybody_B = np.ones(num_requests, bool)
-        switch, drafted = DraftSwitch(), np.zeros(num_rounds, bool)
+        now, drafted = switch, np.zeros(num_rounds, bool)
         rows_R = np.zeros(num_rounds, int)
         for t in range(num_rounds):
-            drafted[t] = switch.drafts and delay == 0
+            drafted[t] = now.drafts and delay == 0
             past = t - delay  # before the first round, the last one, which has not drafted yet
             known_B = drafted[past] & (batch.request_RB[past] == batch.request_RB[t])
-            switch, choice = choose_bucket(
-                switch, batch.survival_RBG[past], known_B, everybody_B, costs
-            )
+            now, choice = choose_bucket(now, batch.survival_RBG[past], known_B, everybody_B, costs)
             rows_R[t] = costs.buckets[choice - 1] if choice else 0
             drafted[t] |= choice > 0
         return _drafted(batch, costs, rows_R, drafted)

@@ -113,7 +113,7 @@ def record_rounds(
         )
         label = f"{acceptance}, temperature {temperature:g}"
         with Engine(decoder, config) as engine:
-            results = _serve(engine, list(todo.values()), label)
+            results = serve_requests(engine, list(todo.values()), label)
             for number, result in zip(todo, results, strict=True):
                 origin = origins[number % len(origins)]
                 found = recorded_request(origin, acceptance, temperature, result)
@@ -121,8 +121,12 @@ def record_rounds(
                     yield number, found
 
 
-def _serve(engine: Engine, requests: Sequence[Request], label: str) -> Iterator[Generation]:
-    """The results of all requests in order, with a progress bar."""
+def serve_requests(engine: Engine, requests: Sequence[Request], label: str) -> Iterator[Generation]:
+    """The results of all requests in order, with a progress bar.
+
+    Raises:
+        FloatingPointError: the target's logits are not finite.
+    """
     streams = [engine.submit(request) for request in requests]
     for stream in tqdm(streams, desc=label, unit="request", disable=None):
         result = stream.wait()
