@@ -1,0 +1,74 @@
+"""Names of implementations, and what this machine can run of them.
+
+``xla`` is the meaning of an operation, complete on every device. ``mosaic_gpu`` is a Pallas kernel
+for NVIDIA GPUs. A name that is asked for runs or is refused: there is no silent fallback. All
+probing of versions and devices is in this file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+import jax
+
+Implementation = Literal["xla", "mosaic_gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+MOSAIC_JAX = (0, 11, 2)  # the first release whose Mosaic GPU interface the kernels are written for
+MOSAIC_CAPABILITY = 9.0  # Hopper: asynchronous copies by TMA
+
+
+def check_name(implementation: str) -> None:
+    """Refuses what is no implementation.
+
+    Raises:
+        ValueError: with the names to choose from.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
+
+
+def version_problem() -> str | None:
+    """Why this jax has no Mosaic GPU kernels; None where it has."""
+    found = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
+    if found < MOSAIC_JAX:
+        wanted = ".".join(map(str, MOSAIC_JAX))
+        return (
+            f"mosaic_gpu needs jax >= {wanted} (Python >= 3.12) and this is jax "
+            f"{jax.__version__}: install a newer jax, or choose xla"
+        )
+    return None
+
+
+def device_problem(device: jax.Device | None = None) -> str | None:
+    """Why a device cannot run Mosaic GPU kernels; None where it can."""
+    device = jax.devices()[0] if device is None else device
+    if device.platform != "gpu":
+        return f"mosaic_gpu needs an NVIDIA GPU and the device is {device.device_kind}: choose xla"
+    capability = float(getattr(device, "compute_capability", 0.0))
+    if capability < MOSAIC_CAPABILITY:
+        return (
+            f"mosaic_gpu needs compute capability {MOSAIC_CAPABILITY} and {device.device_kind} "
+            f"has {capability}: choose xla"
+        )
+    return None
+
+
+def require(implementation: str, *, device: jax.Device | None = None) -> None:
+    """Checks, once at start-up, that an implementation runs here.
+
+    Args:
+        implementation: "xla" or "mosaic_gpu".
+        device: that is to run it; None for the default one.
+
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: it does not run on this jax or this device, with the reason.
+    """
+    check_name(implementation)
+    if implementation == "mosaic_gpu":
+        problem = version_problem() or device_problem(device)
+        if problem:
+            raise RuntimeError(problem)
