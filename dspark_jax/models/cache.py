@@ -84,24 +84,17 @@ def write(
     return KVCache(put(cache.k, k_TKH), put(cache.v, v_TKH))
 
 
-def read(
-    cache: KVCache, layer: Any, slot_P: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies.
+def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
+    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies."""
+    return jnp.swapaxes(cache.k[layer], 1, 2), jnp.swapaxes(cache.v[layer], 1, 2)
 
-    Args:
-        cache: of all layers.
-        layer: which one.
-        slot_P: int32, the slots that are wanted, [P, S, K, H] then; None for all as they are.
-    """
 
-    def view(values: Any) -> jax.Array:
-        values_BKSH = values[layer]
-        if slot_P is not None:
-            values_BKSH = values_BKSH.at[slot_P].get(mode="clip")
-        return jnp.swapaxes(values_BKSH, 1, 2)
-
-    return view(cache.k), view(cache.v)
+def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
+    """One layer's part of the cache as ``ragged_attention`` takes it; stacked layers stay whole, so
+    that no kernel needs a copy of its own."""
+    if isinstance(cache.k, tuple):
+        return {"k_BKSH": cache.k[layer], "v_BKSH": cache.v[layer]}
+    return {"k_BKSH": cache.k, "v_BKSH": cache.v, "layer": layer}
 
 
 def num_positions(cache: KVCache) -> int:
