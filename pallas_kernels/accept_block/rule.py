@@ -337,7 +337,7 @@ def _gather(tree: Any, axis_name: str | None) -> Any:
     flat_NX = jax.lax.all_gather(flat_X, axis_name)
     ends = itertools.accumulate(leaf.size for leaf in leaves)
     gathered = [
-        flat_NX[:, end - leaf.size : end].reshape(-1, *leaf.shape).astype(leaf.dtype)
+        flat_NX[:, end - leaf.size : end].reshape(len(flat_NX), *leaf.shape).astype(leaf.dtype)
         for leaf, end in zip(leaves, ends, strict=True)
     ]
     return jax.tree.unflatten(structure, gathered)
