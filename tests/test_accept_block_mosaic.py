@@ -22,8 +22,8 @@ pytestmark = [
 
 XLA = rules.Passes(xla.statistics, xla.draw)
 VOCABULARIES = (32000, 49152, 151936, 262144)
-# What ptxas says today of each kernel, a thread; 65536 registers make 512 threads of 128.
-REGISTERS = {"accept_statistics": 96, "accept_draw": 168}
+# What ptxas 13.0 says of each kernel, a thread: 83 to 89 and 90 to 135, over dtypes and shapes.
+REGISTERS = {"accept_statistics": 96, "accept_draw": 144}
 
 
 def mosaic():

@@ -24,10 +24,9 @@ from pallas_kernels.accept_block import xla
 from pallas_kernels.accept_block.xla import Fallen, Law, Statistics
 
 LANES = 128
-# Rows of LANES in a block, which are the numbers a thread holds of each running result: longer blocks
-# cost less waiting, and what a draw keeps of two laws fits into registers for short ones alone.
-STATISTICS_ROWS = 16
-DRAW_ROWS = 8
+# Of LANES in a block, which makes 8 numbers a thread of each running result: what a draw keeps
+# of two laws fits into registers, with four programs or more on a multiprocessor.
+ROWS = 8
 STAGES = 4  # blocks under way
 PROGRAMS = 1056  # eight a streaming multiprocessor of an H100 or H200
 MIN_BLOCKS = 8  # of a share: a shorter one is not worth its merge
@@ -38,7 +37,7 @@ NOWHERE = 2**31 - 1
 def statistics(logits_XV: jax.Array, temperature_X: jax.Array, floor_X: jax.Array) -> Statistics:
     """As :func:`pallas_kernels.accept_block.xla.statistics`, in one reading of the rows."""
     num_rows, num_tokens = logits_XV.shape
-    shares, blocks = _shares(num_rows, num_tokens, STATISTICS_ROWS)
+    shares, blocks = _shares(num_rows, num_tokens)
     kernel = plgpu.kernel(
         functools.partial(_statistics_kernel, num_tokens=num_tokens, blocks=blocks),
         out_type=(
@@ -54,6 +53,7 @@ def statistics(logits_XV: jax.Array, temperature_X: jax.Array, floor_X: jax.Arra
     )
     scale_X = jnp.where(temperature_X == 0, 1, 1 / temperature_X)
     best_NX, first_NX, mass_NX, zero_NX = kernel(_in_lanes(logits_XV), scale_X, floor_X)
+    first_NX = jnp.minimum(first_NX, num_tokens - 1)  # inside, if all logits are NaN
     parts_NX = Statistics(best_NX, first_NX, mass_NX, jnp.isfinite(zero_NX))
     return xla.merge(parts_NX, temperature_X)
 
@@ -72,13 +72,13 @@ def _statistics_kernel(
 ) -> None:
     row, share = lax.axis_index("row"), lax.axis_index("share")
     scale, floor = scale_ref[row], floor_ref[row]
-    layout = _layout(STATISTICS_ROWS, logits_ref.dtype)
+    layout = _layout(logits_ref.dtype)
 
     def step(indices: Any, logits_smem: Any, carry: Any) -> Any:
         best, first, mass, zero = carry
-        x = plgpu.load(logits_smem, layout=layout).astype(jnp.float32)
+        x = plgpu.layout_cast(logits_smem[...], layout).astype(jnp.float32)
         zero = zero + (x - x)  # NaN once anything is not finite
-        token = _tokens(STATISTICS_ROWS, share * blocks + indices[0], layout)
+        token = _tokens(share * blocks + indices[0], layout)
         x = jnp.where(token < num_tokens, x, -jnp.inf)
         higher = x > best
         # One exponential: of what was the best before, or of what is not the best now.
@@ -87,10 +87,10 @@ def _statistics_kernel(
         mass = jnp.where(higher, mass * decay + kept, mass + kept * decay)
         return jnp.maximum(x, best), jnp.where(higher, token, first), mass, zero
 
-    zeros = _full(STATISTICS_ROWS, 0.0, jnp.float32, layout)
+    zeros = _full(0.0, jnp.float32, layout)
     carry = (
-        _full(STATISTICS_ROWS, LOWEST, jnp.float32, layout),
-        _full(STATISTICS_ROWS, 0, jnp.int32, layout),
+        _full(LOWEST, jnp.float32, layout),
+        _full(0, jnp.int32, layout),
         zeros,
         zeros,
     )
@@ -117,7 +117,7 @@ def draw(
     which of them counts is known only at the end.
     """
     num_rows, num_tokens = key_B2.shape[0], logits_TV.shape[1]
-    shares, blocks = _shares(num_rows, num_tokens, DRAW_ROWS)
+    shares, blocks = _shares(num_rows, num_tokens)
     start = xla.shard_start(num_tokens, axis_name)
     place_B = jnp.arange(num_rows, dtype=jnp.int32) if row_B is None else row_B.astype(jnp.int32)
     arrays, places, laws = [logits_TV], [place_B], [law_B]
@@ -148,7 +148,7 @@ def draw(
         from_residual_B = fallen.fell_B & (mass_B > xla.LEAST_MASS)
         score_B = jnp.where(from_residual_B, residual_score_B, score_B)
         token_B = jnp.where(from_residual_B, residual_token_B, token_B)
-    return score_B, start + token_B
+    return score_B, start + jnp.minimum(token_B, num_tokens - 1)  # inside, if all scores are NaN
 
 
 def _draw_kernel(
@@ -167,17 +167,17 @@ def _draw_kernel(
     key = key_ref[0, row], key_ref[1, row]
     start = start_ref[0]
     # One layout for both laws, whatever their dtypes.
-    layout = _layout(DRAW_ROWS, jnp.float32 if num_laws > 1 else sources[0].dtype)
+    layout = _layout(jnp.float32 if num_laws > 1 else sources[0].dtype)
 
     def logprob(which: int, smem: Any, inside: jax.Array) -> jax.Array:
         best, log_mass, floor, temperature = (law_ref[which, i, row] for i in range(4))
-        x = plgpu.load(smem, layout=layout).astype(jnp.float32)
+        x = plgpu.layout_cast(smem[...], layout).astype(jnp.float32)
         kept = inside & (x >= floor)
         return jnp.where(kept, -((best - x) / temperature) - log_mass, -jnp.inf)
 
     def step(indices: Any, *args: Any) -> Any:
         *smems, carry = args
-        token = _tokens(DRAW_ROWS, share * blocks + indices[0], layout)
+        token = _tokens(share * blocks + indices[0], layout)
         inside = token < num_tokens
         counter = (token + start).astype(jnp.uint32)
         word, _ = random.threefry2x32(key, (counter, jnp.zeros_like(counter)))
@@ -194,12 +194,12 @@ def _draw_kernel(
         )
 
     nothing = (
-        _full(DRAW_ROWS, -jnp.inf, jnp.float32, layout),
-        _full(DRAW_ROWS, NOWHERE, jnp.int32, layout),
+        _full(-jnp.inf, jnp.float32, layout),
+        _full(NOWHERE, jnp.int32, layout),
     )
-    carry = nothing
+    carry: tuple[jax.Array, ...] = nothing
     if num_laws > 1:
-        carry = (*nothing, *nothing, _full(DRAW_ROWS, 0.0, jnp.float32, layout))
+        carry = (*nothing, *nothing, _full(0.0, jnp.float32, layout))
     places = [place_ref[which, row] for which in range(num_laws)]
     pipeline = _pipeline(step, places, share, blocks, num_tokens, carry)
     results = pipeline(*sources)
@@ -245,9 +245,9 @@ def _numbers(law_B: Law) -> jax.Array:
 # Blocks and shares.
 
 
-def _shares(num_rows: int, num_tokens: int, rows: int) -> tuple[int, int]:
+def _shares(num_rows: int, num_tokens: int) -> tuple[int, int]:
     """Shares of a row and blocks of a share: enough programs, each with enough to do."""
-    blocks = pl.cdiv(num_tokens, rows * LANES)
+    blocks = pl.cdiv(num_tokens, ROWS * LANES)
     shares = max(1, min(PROGRAMS // num_rows, blocks // MIN_BLOCKS))
     blocks_per_share = pl.cdiv(blocks, shares)
     return pl.cdiv(blocks, blocks_per_share), blocks_per_share
@@ -269,11 +269,10 @@ def _pipeline(
     carry: Any,
 ) -> Any:
     """``step`` over the blocks of a share, of one row of each array."""
-    rows = carry[0].shape[0]
     first = share * blocks
-    count = jnp.minimum(blocks, pl.cdiv(num_tokens, rows * LANES) - first)
+    count = jnp.minimum(blocks, pl.cdiv(num_tokens, ROWS * LANES) - first)
     specs = [
-        plgpu.BlockSpec((None, rows, LANES), lambda i, place=place: (place, first + i, 0))
+        plgpu.BlockSpec((None, ROWS, LANES), lambda i, place=place: (place, first + i, 0))
         for place in places
     ]
     return plgpu.emit_pipeline(
@@ -281,18 +280,18 @@ def _pipeline(
     )
 
 
-def _layout(rows: int, dtype: Any) -> Any:
+def _layout(dtype: Any) -> Any:
     """Of a block in registers: 16 bytes at a time."""
     vector = 16 // jnp.dtype(dtype).itemsize
-    return plgpu.Layout.WG_STRIDED((rows, LANES), vec_size=vector)
+    return plgpu.Layout.WG_STRIDED((ROWS, LANES), vec_size=vector)
 
 
-def _full(rows: int, value: float, dtype: Any, layout: Any) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((rows, LANES), value, dtype), layout)
+def _full(value: float, dtype: Any, layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((ROWS, LANES), value, dtype), layout)
 
 
-def _tokens(rows: int, block: jax.Array, layout: Any) -> jax.Array:
+def _tokens(block: jax.Array, layout: Any) -> jax.Array:
     """int32: the token of every place of a block."""
-    q = plgpu.broadcasted_iota(jnp.int32, (rows, LANES), 0, layout=layout)
-    lane = plgpu.broadcasted_iota(jnp.int32, (rows, LANES), 1, layout=layout)
-    return (block * rows + q) * LANES + lane
+    q = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 0, layout=layout)
+    lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 1, layout=layout)
+    return (block * ROWS + q) * LANES + lane
