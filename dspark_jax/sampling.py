@@ -8,25 +8,19 @@ Temperature 0 is the limit: all mass on the first argmax. Every filter keeps the
 below the best token is at most a threshold, so tokens that tie at the threshold stay together,
 and nothing is ever sorted: a sort of [8, 49152] takes 60 ms on a CPU, a bisection 2 ms.
 
-Randomness comes from three independent streams (draft, accept, residual), keyed by the position
-of the round's anchor and the slot in the block: a position that was rejected and is drafted again
-meets fresh noise. Coupled acceptance reads one noise field instead, keyed by absolute position.
-
-Axes: X any leading axes, V target vocabulary, U draft vocabulary, B requests, 2 words of a key.
+Axes: X any leading axes, V target vocabulary, U draft vocabulary, B requests.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels import random
-
-# What a random number is for, folded into a request's key together with a slot: 4 * slot + stream.
-DRAFT, ACCEPT, RESIDUAL, FIELD = 1, 2, 3, 4
+from pallas_kernels.accept_block.xla import first_argmax
 
 
 @struct.dataclass
@@ -71,15 +65,37 @@ def target_logprob(
         float32 log-probabilities, -inf outside the kept set.
     """
 
-    def sampled() -> jax.Array:
+    floor_X = kept_floor(logits_XV, temperature_X, top_k_X, top_p_X, min_p_X)
+    kept_XV = jnp.where(logits_XV >= floor_X[..., None], logits_XV, -jnp.inf)
+    return draft_logprob(kept_XV, temperature_X)
+
+
+def kept_floor(
+    logits_XV: jax.Array,
+    temperature_X: jax.Array,
+    top_k_X: jax.Array,
+    top_p_X: jax.Array,
+    min_p_X: jax.Array,
+) -> jax.Array:
+    """The least logit that the filters keep, float32 [X]; -inf where nobody filters.
+
+    All filters keep the tokens from some logit on, so that this one number stands for them:
+    acceptance takes it in their place. Arguments as for :func:`target_logprob`; where nobody
+    filters the logits are not even read.
+    """
+
+    def filtered() -> jax.Array:
         gap_XV = _gap(logits_XV, temperature_X)
         reach_X = jnp.full(gap_XV.shape[:-1], jnp.inf)
         reach_X = jax.lax.cond(jnp.any(top_k_X > 0), _top_k, _off, gap_XV, reach_X, top_k_X)
         reach_X = jax.lax.cond(jnp.any(top_p_X < 1), _top_p, _off, gap_XV, reach_X, top_p_X)
         reach_X = jnp.minimum(reach_X, -jnp.log(min_p_X))
-        return jax.nn.log_softmax(-_drop_beyond(gap_XV, reach_X), axis=-1)
+        kept_XV = jnp.where(gap_XV <= reach_X[..., None], logits_XV, jnp.inf)
+        return jnp.min(kept_XV, axis=-1).astype(jnp.float32)
 
-    return jax.lax.cond(jnp.all(temperature_X == 0), lambda: _one_hot(logits_XV), sampled)
+    wanted = jnp.any((top_k_X > 0) | (top_p_X < 1) | (min_p_X > 0))
+    unfiltered = functools.partial(jnp.full, logits_XV.shape[:-1], -jnp.inf, jnp.float32)
+    return jax.lax.cond(wanted, filtered, unfiltered)
 
 
 def draft_logprob(logits_XU: jax.Array, temperature_X: jax.Array) -> jax.Array:
@@ -155,66 +171,12 @@ def _smallest_reach(gap_XV: jax.Array, weight_XV: jax.Array, need_X: jax.Array) 
     return jax.lax.bitcast_convert_type(reach_X, jnp.float32)
 
 
-def first_argmax(score_XV: jax.Array) -> jax.Array:
-    """int32 index of the first maximum of float32 scores; always inside the vocabulary.
-
-    Two plain reductions over float32 vectorise on a CPU where `jnp.argmax` does not: 8 against
-    54 ms at [64, 49152] with the noise that is added there. Indices are exact below 2^24.
-    """
-    best_X1 = jnp.max(score_XV, axis=-1, keepdims=True)
-    index_V = jnp.arange(score_XV.shape[-1], dtype=jnp.float32)
-    last = float(score_XV.shape[-1] - 1)
-    return jnp.min(jnp.where(score_XV < best_X1, last, index_V), axis=-1).astype(jnp.int32)
-
-
 def sample_logprob(logprob_XV: jax.Array, noise_XV: jax.Array) -> jax.Array:
     """int32 token: argmax(logprob + noise), a draw for standard Gumbel noise.
 
     The noise is finite, so a one-hot law gives its token whatever the noise.
     """
     return first_argmax(logprob_XV + noise_XV)
-
-
-def stream_key(
-    key_B2: jax.Array, stream: int, anchor_position_B: jax.Array, slot: jax.Array | int
-) -> jax.Array:
-    """Key [B, 2] of one draw of a round: `stream` is DRAFT, ACCEPT or RESIDUAL.
-
-    Folding the anchor's position and the slot, not their sum: the same token position in a later
-    round is another draw, which no earlier confidence has seen. This is condition (d) of a lossless
-    schedule (``decoding/schedule.py``). Arguments broadcast.
-    """
-    return random.fold_in(key_B2, anchor_position_B, 4 * slot + stream)
-
-
-def noise_key(key_B2: jax.Array, position_B: jax.Array) -> jax.Array:
-    """Key [B, 2] of the coupled field at an absolute token position.
-
-    Target, drafter, prefill and plain decoding all read `gumbel` (or `gumbel_at`, for a reduced
-    vocabulary) of this key over the ids of the whole target vocabulary.
-    """
-    return random.fold_in(key_B2, position_B, FIELD)
-
-
-def residual_logprob(
-    target_logprob_XV: jax.Array, draft_logprob_XU: jax.Array, d2t_U: jax.Array | None
-) -> jax.Array:
-    """log normalise(max(0, p^t - p^d)), float32 [X, V]; log p^t where that has no mass.
-
-    Args:
-        target_logprob_XV: normalised.
-        draft_logprob_XU: normalised.
-        d2t_U: distinct target ids of the draft vocabulary; None where it is the target's.
-    """
-    target_XV, draft_XU = jnp.exp(target_logprob_XV), jnp.exp(draft_logprob_XU)
-    if d2t_U is None:
-        excess_XV = target_XV - draft_XU
-    else:
-        excess_XV = target_XV.at[..., d2t_U].add(-draft_XU, unique_indices=True)
-    excess_XV = jnp.maximum(excess_XV, 0)
-    mass_X1 = jnp.sum(excess_XV, axis=-1, keepdims=True)
-    residual_XV = jnp.log(excess_XV) - jnp.log(mass_X1)
-    return jnp.where(mass_X1 > 1e-8, residual_XV, target_logprob_XV)
 
 
 def acceptance_rate(

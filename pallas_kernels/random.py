@@ -12,11 +12,18 @@ log1p, which Mosaic GPU lacks): the same function bodies run inside a Pallas ker
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-Axes: X any leading axes, U explicit indices, 2 the two words of a key.
+Decoding draws from three independent streams (draft, accept, residual), keyed by the position of
+the round's anchor and the slot in the block: a position that was rejected and is drafted again
+meets fresh noise. Coupled acceptance reads one noise field instead, keyed by absolute position.
+
+Axes: X any leading axes, B requests, U explicit indices, 2 the two words of a key.
 """
 
 import jax
 import jax.numpy as jnp
+
+# What a random number is for, folded into a request's key together with a slot: 4 * slot + stream.
+DRAFT, ACCEPT, RESIDUAL, FIELD = 1, 2, 3, 4
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA  # the key-schedule constant of Threefry (Skein's C240, low word)
@@ -59,6 +66,27 @@ def fold_in(key_X2: jax.Array, data_X: jax.Array | int, tag_X: jax.Array | int =
     counter = (data_X.astype(jnp.uint32), tag_X.astype(jnp.uint32) + jnp.uint32(1))
     words = threefry2x32((key_X2[..., 0], key_X2[..., 1]), counter)
     return jnp.stack(words, axis=-1)
+
+
+def stream_key(
+    key_B2: jax.Array, stream: int, anchor_position_B: jax.Array, slot: jax.Array | int
+) -> jax.Array:
+    """Key [B, 2] of one draw of a round: `stream` is DRAFT, ACCEPT or RESIDUAL.
+
+    Folding the anchor's position and the slot, not their sum: the same token position in a later
+    round is another draw, which no earlier confidence has seen. This is condition (d) of a lossless
+    schedule (``dspark_jax/decoding/schedule.py``). Arguments broadcast.
+    """
+    return fold_in(key_B2, anchor_position_B, 4 * slot + stream)
+
+
+def noise_key(key_B2: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Key [B, 2] of the coupled field at an absolute token position.
+
+    Target, drafter, prefill and plain decoding all read `gumbel` (or `gumbel_at`, for a reduced
+    vocabulary) of this key over the ids of the whole target vocabulary.
+    """
+    return fold_in(key_B2, position_B, FIELD)
 
 
 def bits_at(key_X2: jax.Array, index_XU: jax.Array) -> jax.Array:

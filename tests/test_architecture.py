@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.config": {"dspark_jax.axes"},
-    "dspark_jax.sampling": FOUNDATION | {"pallas_kernels.random"},
+    "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
     "dspark_jax.models": NUMERICS,
     "dspark_jax.decoding": NUMERICS,
     "dspark_jax.checkpoint": FOUNDATION,

@@ -144,7 +144,7 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled"
     assert dspark("generate", "--prompts", file, *words.split(), "--json")[0] == 0
     decoder, (request,), options = calls[-1]
-    assert options == {"policy": "threshold:0.25", "acceptance": "coupled"}
+    assert options == {"policy": "threshold:0.25", "acceptance": "coupled", "kernels": "xla"}
     assert decoder.weights.target.norm_D.dtype == decoder.weights.drafter.norm_D.dtype == "bfloat16"
     np.testing.assert_array_equal(request.key, random.fold_in(random.seed_key(7), 1))
     found = dataclasses.replace(request, prompt_ids=(), key=None)

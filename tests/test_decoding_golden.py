@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax import sampling
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.state import Request
@@ -24,6 +23,7 @@ from dspark_jax.models.heads import (
     start_state,
 )
 from dspark_jax.models.target import Rows, extend, unembed
+from pallas_kernels.accept_block.xla import first_argmax
 
 FOLDER = Path(__file__).parent / "data" / "spec_decode_greedy" / "qwen3"
 HEADS = Path(__file__).parent / "data" / "markov_heads"
@@ -116,7 +116,7 @@ def test_rounds(target, drafter):
             vocab,
             hidden[:, 0],
             anchor,
-            lambda logits, slot: sampling.first_argmax(logits),
+            lambda logits, slot: first_argmax(logits),
             cfg,
         )
         np.testing.assert_allclose(hidden[0, 0], of("block_hidden"), **close)
@@ -179,5 +179,5 @@ def test_sequential_heads(kind):
         np.testing.assert_allclose(
             step, data["sample_corrected_logits"][:, slot], rtol=0, atol=1e-5
         )
-        previous = sampling.first_argmax(step)
+        previous = first_argmax(step)
         np.testing.assert_array_equal(previous, data["sample_tokens"][:, slot])

@@ -21,6 +21,8 @@ from flax import struct
 from dspark_jax import sampling
 from dspark_jax.decoding import schedule, verify
 from pallas_kernels import random
+from pallas_kernels.accept_block import api, rule, xla
+from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan
 
 target_logprob = jax.jit(sampling.target_logprob)
 draft_logprob = jax.jit(sampling.draft_logprob)
@@ -141,10 +143,10 @@ def draw_block(laws, row_B, keys_B2, anchor_B, position_B, coupled):
     def draw(previous_B, slot):
         law_BU = laws.draft_NGVU[row_B, slot, previous_B]
         if coupled:
-            key_B2 = sampling.noise_key(keys_B2, position_B + 1 + slot)
+            key_B2 = random.noise_key(keys_B2, position_B + 1 + slot)
             noise_BU = random.gumbel_at(key_B2, laws.ids_U)
         else:
-            key_B2 = sampling.stream_key(keys_B2, sampling.DRAFT, position_B, slot)
+            key_B2 = random.stream_key(keys_B2, random.DRAFT, position_B, slot)
             noise_BU = random.gumbel(key_B2, law_BU.shape[-1])
         index_B = sampling.sample_logprob(law_BU, noise_BU)
         return laws.ids_U[index_B], (index_B, law_BU, laws.confidence_GV[slot, previous_B])
@@ -165,16 +167,21 @@ def decode_round(laws, row_B, keys_B2, choose, coupled, state):
     target_BCV = laws.target_NVV[row_B[:, None], context_BC]
     target_TV = target_BCV.reshape(-1, target_BCV.shape[-1])
     row_BC = jnp.arange(context_BC.size).reshape(context_BC.shape)
+    slot_BC, column_BC = jnp.indices(context_BC.shape)
     verified_B = choose(confidence_BG, before_BG)
-    if coupled:
-        key_T2 = jnp.repeat(keys_B2, context_BC.shape[1], axis=0)
-        position_T = (position_B[:, None] + jnp.arange(context_BC.shape[1])).reshape(-1)
-        outcome = verify.accept_coupled(target_TV, row_BC, draft_BG, verified_B, key_T2, position_T)
-    else:
-        law = index_BG, draft_law_BGU, laws.d2t_U
-        outcome = verify.accept_rejection(target_TV, row_BC, *law, verified_B, keys_B2, position_B)
+    # The laws as logits, at temperature 1 and without filters.
+    outcome = api.accept_block(
+        target_TV,
+        jnp.full(len(target_TV), -jnp.inf),
+        VerifyPlan(slot_BC.reshape(-1), column_BC.reshape(-1), row_BC, verified_B),
+        Drafts(index_BG, draft_law_BGU, laws.d2t_U),
+        Requests(jnp.ones(len(keys_B2)), keys_B2, position_B),
+        rule="coupled" if coupled else "rejection",
+    )
     no_stop_BK = jnp.full((len(length_B), 1), -1)
-    accepted_B, count_B, _ = verify.truncate_at_stop(draft_BG, outcome, no_stop_BK)
+    accepted_B, count_B, _ = verify.truncate_at_stop(
+        draft_BG, outcome.accepted_B, outcome.next_B, no_stop_BK
+    )
     commit = token_BS, length_B, draft_BG, accepted_B, outcome.next_B, count_B
     return *verify.commit_tokens(*commit), confidence_BG
 
@@ -274,29 +281,31 @@ def test_requests_of_one_batch_each_follow_their_own_law(coupled):
 
 # The library's functions, each with one rule broken.
 
-accepted_prefix, next_logprob = verify.accepted_prefix, verify.next_logprob
-accept_rejection, stream_key = verify.accept_rejection, sampling.stream_key
+accept_block, acceptance_chance = api.accept_block, rule.acceptance_chance
+draw, stream_key = xla.draw, random.stream_key
 
 
-def prefix_with_ratio_upside_down(target_BG, draft_BG, uniform_BG, length_B):
-    return accepted_prefix(draft_BG, target_BG, uniform_BG, length_B)
+def chance_upside_down(target_X, draft_X):
+    return acceptance_chance(draft_X, target_X)
 
 
-def prefix_with_target_alone(target_BG, draft_BG, uniform_BG, length_B):
-    return accepted_prefix(target_BG, jnp.zeros_like(draft_BG), uniform_BG, length_B)
+def chance_of_the_target_alone(target_X, draft_X):
+    return acceptance_chance(target_X, jnp.zeros_like(draft_X))
 
 
-def next_from_the_target_always(target_BV, draft_BGU, d2t_U, accepted_B, length_B):
-    return next_logprob(target_BV, draft_BGU, d2t_U, accepted_B, accepted_B)
+def draw_from_the_target_always(logits_TV, row_B, law_B, fallen, *others):
+    fallen = fallen._replace(fell_B=jnp.zeros_like(fallen.fell_B))
+    return draw(logits_TV, row_B, law_B, fallen, *others)
 
 
-def next_from_the_residual_always(target_BV, draft_BGU, d2t_U, accepted_B, length_B):
-    return next_logprob(target_BV, draft_BGU, d2t_U, accepted_B, accepted_B + 1)
+def draw_from_the_residual_always(logits_TV, row_B, law_B, fallen, *others):
+    fallen = fallen._replace(fell_B=jnp.ones_like(fallen.fell_B))
+    return draw(logits_TV, row_B, law_B, fallen, *others)
 
 
-def accept_against_another_law(target_TV, row_BC, index_BG, draft_BGU, *others):
-    hotter_BGU = jax.nn.log_softmax(draft_BGU / 1.3)
-    return accept_rejection(target_TV, row_BC, index_BG, hotter_BGU, *others)
+def accept_against_another_law(logits_TV, floor_T, plan, drafts, requests, **options):
+    hotter = drafts._replace(logits_BGU=drafts.logits_BGU / 1.3)
+    return accept_block(logits_TV, floor_T, plan, hotter, requests, **options)
 
 
 def key_by_token_position(key_B2, stream, anchor_position_B, slot):
@@ -304,16 +313,16 @@ def key_by_token_position(key_B2, stream, anchor_position_B, slot):
 
 
 def key_of_one_stream(key_B2, stream, anchor_position_B, slot):
-    return stream_key(key_B2, sampling.DRAFT, anchor_position_B, slot)
+    return stream_key(key_B2, random.DRAFT, anchor_position_B, slot)
 
 
 BROKEN = {
-    "acceptance ratio upside down": (verify, "accepted_prefix", prefix_with_ratio_upside_down),
-    "accepted with p alone": (verify, "accepted_prefix", prefix_with_target_alone),
-    "no residual": (verify, "next_logprob", next_from_the_target_always),
-    "bonus from the residual": (verify, "next_logprob", next_from_the_residual_always),
-    "another draft law": (verify, "accept_rejection", accept_against_another_law),
-    "one stream for all": (sampling, "stream_key", key_of_one_stream),
+    "acceptance ratio upside down": (rule, "acceptance_chance", chance_upside_down),
+    "accepted with p alone": (rule, "acceptance_chance", chance_of_the_target_alone),
+    "no residual": (xla, "draw", draw_from_the_target_always),
+    "bonus from the residual": (xla, "draw", draw_from_the_residual_always),
+    "another draft law": (api, "accept_block", accept_against_another_law),
+    "one stream for all": (random, "stream_key", key_of_one_stream),
 }
 
 
@@ -325,7 +334,7 @@ def test_a_broken_rule_is_noticed(broken):
 
 def test_keys_of_the_token_position_alone_are_noticed():
     """A rejected position is drafted again with the noise that moved the old confidences."""
-    broken = ((sampling, "stream_key", key_by_token_position),)
+    broken = ((random, "stream_key", key_by_token_position),)
     texts = decode(WORLD, PLAIN, choose=a_round_late, broken=broken)
     assert chi_square_z(texts, WORLD, PLAIN) > BROKEN_Z
 
@@ -361,7 +370,7 @@ def plain_texts(law_VV, keys, num):
     token_B = jnp.zeros(len(keys), jnp.int32)
     texts = []
     for position in range(1, 1 + num):
-        key_B2 = sampling.noise_key(keys, jnp.int32(position))
+        key_B2 = random.noise_key(keys, jnp.int32(position))
         noise_BV = random.gumbel(key_B2, law_VV.shape[-1])
         token_B = sampling.sample_logprob(law_VV[token_B], noise_BV)
         texts.append(token_B)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax import sampling
 from dspark_jax.decoding import budget, schedule
 from dspark_jax.decoding.budget import DraftSwitch, RoundCosts
+from pallas_kernels import random
+from pallas_kernels.accept_block import xla
 from tests.test_lossless import (
     BROKEN_Z,
     PLAIN,
@@ -37,7 +38,7 @@ from tests.test_lossless import (
 
 SOUND, BROKEN = 1e-6, 0.05  # total variation: float32 rounding against a wrong law
 
-residual_logprob = jax.jit(sampling.residual_logprob, static_argnums=2)
+excess = jax.jit(xla.excess, static_argnums=2)
 prefix_survival = jax.jit(schedule.prefix_survival)
 causal_budget = jax.jit(jax.vmap(schedule.causal_budget, (0, None, 0)))
 select_prefixes = jax.jit(jax.vmap(schedule.select_prefixes))
@@ -115,9 +116,10 @@ def enumerate_request(world, num_tokens):
             if accepted < length:
                 ends_I = ends_I * (1 - stands_IG[:, accepted])
             law = target_VV[context_IC[:, accepted]]
-            if accepted < length:
-                law = residual_logprob(law, draft_GVU[accepted, before_IG[:, accepted]], None)
             law_IV = np.exp(law, dtype=np.float64)
+            if accepted < length:
+                law = excess(law, draft_GVU[accepted, before_IG[:, accepted]], None)
+                law_IV = np.asarray(law, np.float64)
             law_IV /= law_IV.sum(1, keepdims=True)
             for number, (text, block) in enumerate(pairs):
                 for token in range(vocabulary):
@@ -546,7 +548,7 @@ def decode_pairs(laws, keys_B2, num_tokens, lengths, coupled, stream_key):
         state = token_BS, length_B, last_BG
         return *decode_round(laws, row_B, keys_B2, choose, coupled, state), last_BG
 
-    with mock.patch.object(sampling, "stream_key", stream_key):  # while the function is traced
+    with mock.patch.object(random, "stream_key", stream_key):  # while the function is traced
         token_BS = jnp.zeros((len(keys_B2), 1 + num_tokens * (num_slots + 1)), jnp.int32)
         unknown_BG = jnp.full((len(keys_B2), num_slots), 2.0)
         state = token_BS, jnp.ones(len(keys_B2), jnp.int32), unknown_BG, unknown_BG
@@ -554,7 +556,7 @@ def decode_pairs(laws, keys_B2, num_tokens, lengths, coupled, stream_key):
     return token_BS[:, 1 : 1 + num_tokens]
 
 
-def decode(lengths, keys, coupled=False, stream_key=sampling.stream_key, num_tokens=8):
+def decode(lengths, keys, coupled=False, stream_key=random.stream_key, num_tokens=8):
     laws = laws_of(LONG)
     return np.asarray(decode_pairs(laws, keys, num_tokens, lengths, coupled, stream_key))
 
@@ -566,7 +568,7 @@ def test_with_the_real_keys_texts_follow_the_target(lengths):
 
 @pytest.mark.parametrize(
     ("lengths", "stream_key"),
-    [(on_device_delayed, key_by_token_position), (on_device_hindsight, sampling.stream_key)],
+    [(on_device_delayed, key_by_token_position), (on_device_hindsight, random.stream_key)],
     ids=["keys of the token position alone", "the budget of this round"],
 )
 def test_with_the_real_keys_a_wrong_rule_is_noticed(lengths, stream_key):

@@ -11,6 +11,8 @@ import pytest
 from dspark_jax import sampling
 from dspark_jax.decoding import schedule, verify
 from pallas_kernels import random
+from pallas_kernels.accept_block import rule, xla
+from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan, accept_block
 
 GOLDEN = Path(__file__).parent / "data" / "verify_sampling"
 
@@ -18,11 +20,9 @@ B, G, V = 300, 3, 11  # shared, so that each function is compiled once
 
 truncate_at_stop = jax.jit(verify.truncate_at_stop)
 commit_tokens = jax.jit(verify.commit_tokens)
-accepted_prefix = jax.jit(verify.accepted_prefix)
-next_logprob = jax.jit(verify.next_logprob)
 draft_logprob = jax.jit(sampling.draft_logprob)
 sample_logprob = jax.jit(sampling.sample_logprob)
-stream_key = jax.jit(sampling.stream_key)
+stream_key = jax.jit(random.stream_key)
 fold_in = jax.jit(random.fold_in)
 uniform, gumbel = (jax.jit(draw, static_argnums=1) for draw in (random.uniform, random.gumbel))
 
@@ -43,23 +43,44 @@ def drawn_block(seed, draft_size=V):
 
 
 @jax.jit
-def accept_rejection(law_BCV, *args):
-    return verify.accept_rejection(*flat(law_BCV), *args)
+def accept_rejection(law_BCV, index_BG, draft_law_BGU, d2t_U, length_B, key_B2, anchor_B):
+    drafts = Drafts(index_BG, draft_law_BGU, d2t_U)
+    return accept(law_BCV, drafts, length_B, key_B2, anchor_B, "rejection")
 
 
 @jax.jit
-def accept_coupled(law_BCV, draft_BG, length_B, keys_B2, anchor_B):
-    law_TV, row_BC = flat(law_BCV)
-    num_columns = law_BCV.shape[1]
-    key_T2 = jnp.repeat(keys_B2, num_columns, axis=0)
-    position_T = (anchor_B[:, None] + jnp.arange(num_columns)).reshape(-1)
-    return verify.accept_coupled(law_TV, row_BC, draft_BG, length_B, key_T2, position_T)
+def accept_coupled(law_BCV, draft_BG, length_B, key_B2, anchor_B):
+    return accept(law_BCV, Drafts(draft_BG), length_B, key_B2, anchor_B, "coupled")
 
 
-def flat(law_BCV):
-    """The laws as flat rows, and the row of every column."""
-    rows = jnp.arange(law_BCV.shape[0] * law_BCV.shape[1])
-    return law_BCV.reshape(rows.size, -1), rows.reshape(law_BCV.shape[:2])
+def accept(law_BCV, drafts, length_B, key_B2, anchor_B, rule):
+    """Acceptance of laws instead of logits: temperature 1 and no filters."""
+    shape = law_BCV.shape[:2]
+    slot_BC, column_BC = jnp.indices(shape)
+    row_BC = jnp.arange(slot_BC.size).reshape(shape)
+    plan = VerifyPlan(slot_BC.reshape(-1), column_BC.reshape(-1), row_BC, length_B)
+    requests = Requests(jnp.ones(shape[0]), key_B2, anchor_B)
+    law_TV = law_BCV.reshape(row_BC.size, -1)
+    floor_T = jnp.full(row_BC.size, -jnp.inf)
+    return accept_block(law_TV, floor_T, plan, drafts, requests, rule=rule)
+
+
+@jax.jit
+def accepted_prefix(target_law_BG, draft_law_BG, uniform_BG, length_B):
+    chance_BG = rule.acceptance_chance(target_law_BG, draft_law_BG)
+    return rule.leading(uniform_BG < chance_BG, length_B)
+
+
+@jax.jit
+def next_weight(target_law_BV, draft_law_BGU, accepted_B, length_B):
+    """The law of the next token up to a factor, as logarithms."""
+    num_requests, num_slots, _ = draft_law_BGU.shape
+    row_B = num_slots * jnp.arange(num_requests) + jnp.minimum(accepted_B, num_slots - 1)
+    zero_B = jnp.zeros(num_requests)
+    law_B = xla.Law(zero_B, zero_B, zero_B - jnp.inf, zero_B + 1)  # the logits are the law
+    law_XU = draft_law_BGU.reshape(num_requests * num_slots, -1)
+    fallen = xla.Fallen(law_XU, row_B, law_B, accepted_B < length_B, None)
+    return xla.next_weight(target_law_BV, fallen)
 
 
 def at(law_BCV, column_B):
@@ -112,9 +133,9 @@ def test_golden_rounds(golden):
     mask_BG = np.arange(5) < np.asarray(accepted_B)[:, None]
     np.testing.assert_array_equal(mask_BG, arrays["accept_prefix_mask"])
 
-    outcome = verify.Acceptance(accepted_B, jnp.full_like(accepted_B, -2))
+    unmatched_B = jnp.full_like(accepted_B, -2)
     stop_id_BK = jnp.array(arrays["stop_token"], jnp.int32)[:, None]
-    accepted_B, count_B, stopped_B = truncate_at_stop(token_BG, outcome, stop_id_BK)
+    accepted_B, count_B, stopped_B = truncate_at_stop(token_BG, accepted_B, unmatched_B, stop_id_BK)
     np.testing.assert_array_equal(accepted_B, arrays["accepted_draft_tokens"])
     np.testing.assert_array_equal(stopped_B, arrays["terminated_by_stop_token"])
     np.testing.assert_array_equal(count_B, accepted_B + ~stopped_B)
@@ -122,9 +143,8 @@ def test_golden_rounds(golden):
     np.testing.assert_array_equal(effective_B, arrays["effective_proposal_length"])
 
     # The reference draws a next token even after a stop token, from the row after it.
-    next_BV = np.exp(
-        next_logprob(at(target_BCV, accepted_B), draft_BGV, None, accepted_B, length_B)
-    )
+    weight_BV = next_weight(at(target_BCV, accepted_B), draft_BGV, accepted_B, length_B)
+    next_BV = np.exp(jax.nn.log_softmax(weight_BV))
     np.testing.assert_allclose(next_BV, arrays["next_dist"], rtol=1e-4, atol=1e-6)
     next_B = (next_BV / arrays["exp_noise"]).argmax(-1)
     np.testing.assert_array_equal(next_B, arrays["next_token"])
@@ -148,13 +168,13 @@ def test_rejection_draws_its_own_streams():
     outcome = accept_rejection(target, index, draft, None, length, keys, anchor)
     assert outcome.accepted_B.dtype == outcome.next_B.dtype == jnp.int32
 
-    slots = [stream_key(keys, sampling.ACCEPT, anchor, slot) for slot in range(G)]
+    slots = [stream_key(keys, random.ACCEPT, anchor, slot) for slot in range(G)]
     drawn = jnp.concatenate([uniform(key, 1) for key in slots], axis=1)
     accepted = accepted_prefix(of_token(target, index), of_token(draft, index), drawn, length)
     np.testing.assert_array_equal(outcome.accepted_B, accepted)
     assert set(np.asarray(accepted).tolist()) == set(range(G + 1))
-    law = next_logprob(at(target, accepted), draft, None, accepted, length)
-    noise = gumbel(stream_key(keys, sampling.RESIDUAL, anchor, accepted), V)
+    law = next_weight(at(target, accepted), draft, accepted, length)
+    noise = gumbel(stream_key(keys, random.RESIDUAL, anchor, accepted), V)
     np.testing.assert_array_equal(outcome.next_B, sample_logprob(law, noise))
 
 
@@ -211,13 +231,13 @@ def test_acceptance_happens_at_its_rate():
     draft = jnp.broadcast_to(random_laws(rng, 1, 1, V), (N, 1, V))
     keys = fold_in(random.seed_key(5), jnp.arange(N))
     anchor, length = jnp.full(N, 9, jnp.int32), jnp.ones(N, jnp.int32)
-    index = sample_logprob(draft[:, 0], gumbel(stream_key(keys, sampling.DRAFT, anchor, 0), V))
+    index = sample_logprob(draft[:, 0], gumbel(stream_key(keys, random.DRAFT, anchor, 0), V))
     outcome = accept_rejection(target, index[:, None], draft, None, length, keys, anchor)
     rate = float(sampling.acceptance_rate(target[0, 0], draft[0, 0], None))
     error = np.sqrt(rate * (1 - rate) / N)
     assert abs(outcome.accepted_B.mean() - rate) < 4 * error
 
-    index = sample_logprob(draft[:, 0], gumbel(sampling.noise_key(keys, anchor + 1), V))
+    index = sample_logprob(draft[:, 0], gumbel(random.noise_key(keys, anchor + 1), V))
     coupled = accept_coupled(target, index[:, None], length, keys, anchor).accepted_B.mean()
     # A coupling without communication reaches at least (1 - TV) / (1 + TV) (Daliri et al. 2024).
     assert rate / (2 - rate) - 4 * error < coupled < rate + 4 * error
@@ -239,8 +259,8 @@ def test_acceptance_happens_at_its_rate():
     ],
 )
 def test_truncation_at_a_stop_token(drafts, accepted, following, stops, expected):
-    outcome = verify.Acceptance(jnp.array([accepted]), jnp.array([following]))
-    result = truncate_at_stop(jnp.array([drafts]), outcome, jnp.array([stops]))
+    arrays = (jnp.array([value]) for value in (drafts, accepted, following, stops))
+    result = truncate_at_stop(*arrays)
     assert tuple(value.item() for value in result) == expected
 
 

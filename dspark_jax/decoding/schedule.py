@@ -11,7 +11,7 @@ section 7), each named where it is kept:
     (a) survival is float32 and never rises along a block      `prefix_survival`
     (b) ties are broken by a fixed index, j ascending          `select_prefixes`
     (c) c_k never sees d_k or anything later                   `models.heads.confidence_logit`
-    (d) keys are folded with (anchor position, slot)           `sampling.stream_key`
+    (d) keys are folded with (anchor position, slot)           `random.stream_key`
     (e) the budget knows only rounds at least two back         `budget.choose_bucket`
 
 and a budget that does know this round's confidences is rounded up alone (`budget.bucket_for`).

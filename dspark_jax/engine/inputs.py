@@ -12,6 +12,7 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafter import DrafterParams
 from dspark_jax.models.heads import DraftBlock
 from dspark_jax.models.target import TargetParams, Vocab
+from pallas_kernels.dispatch import Implementation
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RoundConfig:
             further drafts cost nothing, as in a program of fixed size, it is the better of the two.
         acceptance: rejection sampling, or coupled by a common noise field.
         greedy: all temperatures are 0, so that the program can do without noise.
+        kernels: the implementation of the operations of ``pallas_kernels``.
     """
 
     target: TargetConfig
@@ -37,6 +39,7 @@ class RoundConfig:
     gate: float = 0.0
     acceptance: Literal["rejection", "coupled"] = "rejection"
     greedy: bool = False
+    kernels: Implementation = "xla"
 
 
 @struct.dataclass

@@ -20,6 +20,15 @@ from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.drafter import slot_hidden
 from dspark_jax.models.heads import DraftBlock, sample_block
 from pallas_kernels import random
+from pallas_kernels.accept_block.api import (
+    Acceptance,
+    Drafts,
+    Requests,
+    Rule,
+    VerifyPlan,
+    accept_block,
+)
+from pallas_kernels.accept_block.xla import first_argmax
 
 
 def decode_round(
@@ -62,7 +71,9 @@ def decode_round(
     logits_TV, feature_TFD, target_cache = read_rows(weights, state, rows, chunks, verified_B, cfg)
     acceptance = accept(weights, state, block, logits_TV, plan, position_B, cfg)
     draft_BG = token_BC[:, 1:]
-    accepted_B, count_B, stopped_B = verify.truncate_at_stop(draft_BG, acceptance, state.stop_id_BK)
+    accepted_B, count_B, stopped_B = verify.truncate_at_stop(
+        draft_BG, acceptance.accepted_B, acceptance.next_B, state.stop_id_BK
+    )
     count_B = jnp.where(state.active_B, count_B, 0)
     token_BS, length_B = verify.commit_tokens(
         state.token_BS, state.length_B, draft_BG, accepted_B, acceptance.next_B, count_B
@@ -73,8 +84,7 @@ def decode_round(
     committed_BC = jnp.where(
         column_C == accepted_B[:, None], acceptance.next_B[:, None], jnp.roll(token_BC, -1, axis=1)
     )
-    finite_BC = jnp.isfinite(logits_TV).all(-1)[plan.row_BC] | (column_C > verified_B[:, None])
-    finite_B = finite_BC.all(-1) | ~state.active_B
+    finite_B = acceptance.finite_B | ~state.active_B
     report = RoundReport(
         token_BC=committed_BC,
         count_B=count_B,
@@ -165,19 +175,19 @@ def draft(
     def sample(logits_BU: jax.Array, slot: int) -> jax.Array:
         logprob_BU = sampling.draft_logprob(logits_BU, state.sampling.temperature_B)
         if cfg.acceptance == "coupled":
-            key_B2 = sampling.noise_key(state.key_B2, position_B + 1 + slot)
+            key_B2 = random.noise_key(state.key_B2, position_B + 1 + slot)
             if vocab.d2t_U is None:
                 noise_BU = random.gumbel(key_B2, logits_BU.shape[-1])
             else:
                 noise_BU = random.gumbel_at(key_B2, vocab.d2t_U)
         else:
-            key_B2 = sampling.stream_key(state.key_B2, sampling.DRAFT, position_B, slot)
+            key_B2 = random.stream_key(state.key_B2, random.DRAFT, position_B, slot)
             noise_BU = random.gumbel(key_B2, logits_BU.shape[-1])
         return sampling.sample_logprob(logprob_BU, noise_BU)
 
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
         sampled = functools.partial(sample, slot=slot)
-        return _unless_greedy(state, cfg, sampling.first_argmax, sampled, logits_BU)
+        return _unless_greedy(state, cfg, first_argmax, sampled, logits_BU)
 
     hidden_BGD = slot_hidden(
         weights.drafter, vocab, anchor_B, position_B, state.context_cache, cfg.drafter
@@ -250,55 +260,37 @@ def accept(
     state: DecodeState,
     block: DraftBlock | None,
     logits_TV: jax.Array,
-    plan: verify.VerifyPlan,
+    plan: VerifyPlan,
     position_B: jax.Array,
     cfg: RoundConfig,
-) -> verify.Acceptance:
+) -> Acceptance:
     """The accepted prefix and the target's next token; stop tokens come later."""
-    num_slots = position_B.shape[0]
-    draft_BG = jnp.zeros((num_slots, 0), jnp.int32)
+    drafts = Drafts(jnp.zeros((position_B.shape[0], 0), jnp.int32))
     if block is not None:
-        draft_BG = block.token_BG[:, : cfg.num_draft]
-
-    def greedy() -> verify.Acceptance:
-        token_T = sampling.first_argmax(logits_TV)
-        return verify.accept_equal(token_T[plan.row_BC], draft_BG, plan.length_B)
-
-    def sampled() -> verify.Acceptance:
-        slot_T = jnp.minimum(plan.slot_T, num_slots - 1)
-        limits, key_B2 = state.sampling, state.key_B2
-        limits_B = limits.temperature_B, limits.top_k_B, limits.top_p_B, limits.min_p_B
-        logprob_TV = sampling.target_logprob(logits_TV, *(value_B[slot_T] for value_B in limits_B))
-        if cfg.acceptance == "coupled":
-            position_T = position_B[slot_T] + plan.column_T
-            return verify.accept_coupled(
-                logprob_TV, plan.row_BC, draft_BG, plan.length_B, key_B2[slot_T], position_T
-            )
-        if block is None:
-            key_B2 = sampling.stream_key(key_B2, sampling.RESIDUAL, position_B, 0)
-            logprob_BV = logprob_TV[plan.row_BC[:, 0]]
-            noise_BV = random.gumbel(key_B2, logprob_BV.shape[-1])
-            return verify.Acceptance(plan.length_B, sampling.sample_logprob(logprob_BV, noise_BV))
         assert weights.vocab is not None
-        law_BGU = sampling.draft_logprob(
-            block.logits_BGU[:, : cfg.num_draft], limits.temperature_B[:, None]
-        )
-        return verify.accept_rejection(
-            logprob_TV,
-            plan.row_BC,
-            block.index_BG[:, : cfg.num_draft],
-            law_BGU,
-            weights.vocab.d2t_U,
-            plan.length_B,
-            key_B2,
-            position_B,
-        )
+        index_BG, logits_BGU = block.index_BG[:, : cfg.num_draft], block.logits_BGU
+        drafts = Drafts(index_BG, logits_BGU[:, : cfg.num_draft], weights.vocab.d2t_U)
+    limits = state.sampling
+    requests = Requests(limits.temperature_B, state.key_B2, position_B)
+
+    def by(rule: Rule, floor_T: jax.Array) -> Acceptance:
+        given = logits_TV, floor_T, plan, drafts, requests
+        return accept_block(*given, rule=rule, implementation=cfg.kernels)
+
+    def greedy() -> Acceptance:
+        return by("greedy", jnp.full(logits_TV.shape[0], -jnp.inf))
+
+    def sampled() -> Acceptance:
+        slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
+        limits_B = limits.temperature_B, limits.top_k_B, limits.top_p_B, limits.min_p_B
+        floor_T = sampling.kept_floor(logits_TV, *(value_B[slot_T] for value_B in limits_B))
+        return by(cfg.acceptance, floor_T)
 
     return _unless_greedy(state, cfg, greedy, sampled)
 
 
 def _raw_logprob(
-    state: DecodeState, logits_TV: jax.Array, plan: verify.VerifyPlan, token_BC: jax.Array
+    state: DecodeState, logits_TV: jax.Array, plan: VerifyPlan, token_BC: jax.Array
 ) -> jax.Array:
     """float32 [B, C] log-probability of committed tokens; 0 where no active slot wants any."""
 

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.decoding import verify
 from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.drafter import extend_context
 from dspark_jax.models.target import Rows, extend, unembed
+from pallas_kernels.accept_block.rule import VerifyPlan
 
 
 def prefill(
@@ -68,7 +68,7 @@ def begin_decoding(state: DecodeState, chunks: Chunks) -> DecodeState:
     return state.replace(active_B=active_B)  # type: ignore[attr-defined]
 
 
-def flat_rows(token_BC: jax.Array, position_B: jax.Array, plan: verify.VerifyPlan) -> Rows:
+def flat_rows(token_BC: jax.Array, position_B: jax.Array, plan: VerifyPlan) -> Rows:
     """The flat rows of a plan."""
     slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
     token_T = token_BC.at[slot_T, plan.column_T].get(mode="clip")

@@ -1,0 +1,91 @@
+"""``accept_block``: from the target's logits over drafted blocks to accepted and next tokens.
+
+The logits are read once for the numbers of each row (maximum, normaliser, argmax), and one row of
+each request a second time for its next token; coupled acceptance reads all rows twice. No law is
+written out.
+
+Axes: B requests, G slots of a block, T rows, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.accept_block import rule as rules
+from pallas_kernels.accept_block import xla
+from pallas_kernels.accept_block.rule import Acceptance, Drafts, Passes, Requests, Rule, VerifyPlan
+
+__all__ = ["Acceptance", "Drafts", "Requests", "Rule", "VerifyPlan", "accept_block"]
+
+
+def accept_block(
+    logits_TV: jax.Array,
+    floor_T: jax.Array,
+    plan: VerifyPlan,
+    drafts: Drafts,
+    requests: Requests,
+    *,
+    rule: Rule = "rejection",
+    axis_name: str | None = None,
+    implementation: str = "xla",
+) -> Acceptance:
+    """Which drafts stand, and the target's next token after them.
+
+    Args:
+        logits_TV: the target's over the flat rows, bfloat16 or float32; -inf forbids a token.
+        floor_T: float32, the least logit of each row that top-k, top-p and min-p keep; -inf keeps
+            all.
+        plan: which row is whose.
+        drafts: the blocks; G = 0 is plain decoding. Rejection needs their logits.
+        requests: temperatures, keys and positions.
+        rule: "rejection" or "coupled", where requests of temperature 0 take part and are greedy;
+            "greedy" takes all temperatures for 0 and draws nothing.
+        axis_name: inside ``jax.shard_map``, the mesh axis that V is split over in equal parts. The
+            draft logits are split alike, or whole where the draft vocabulary is reduced. Numbers of
+            rows cross the mesh, logits never do.
+        implementation: "xla" or "mosaic_gpu".
+
+    Returns:
+        The same tokens from every implementation on the same logits, but for rounding.
+
+    Raises:
+        ValueError: shapes do not belong together, or there is no such rule or implementation.
+        RuntimeError: the implementation does not run on this jax or this device.
+    """
+    dispatch.require(implementation)
+    _check(logits_TV, floor_T, plan, drafts, requests, rule)
+    passes = Passes(xla.statistics, xla.draw)
+    return rules.accept_block(logits_TV, floor_T, plan, drafts, requests, rule, passes, axis_name)
+
+
+def _check(
+    logits_TV: jax.Array,
+    floor_T: jax.Array,
+    plan: VerifyPlan,
+    drafts: Drafts,
+    requests: Requests,
+    rule: Rule,
+) -> None:
+    if rule not in ("greedy", "rejection", "coupled"):
+        raise ValueError(f"rule is {rule!r}: choose greedy, rejection or coupled")
+    num_rows, num_tokens = logits_TV.shape
+    num_requests, num_slots = drafts.index_BG.shape
+    shapes = {
+        "floor_T": (floor_T, (num_rows,)),
+        "slot_T": (plan.slot_T, (num_rows,)),
+        "column_T": (plan.column_T, (num_rows,)),
+        "row_BC": (plan.row_BC, (num_requests, num_slots + 1)),
+        "length_B": (plan.length_B, (num_requests,)),
+        "temperature_B": (requests.temperature_B, (num_requests,)),
+        "key_B2": (requests.key_B2, (num_requests, 2)),
+        "anchor_position_B": (requests.anchor_position_B, (num_requests,)),
+    }
+    if rule == "rejection" and num_slots:
+        if drafts.logits_BGU is None:
+            raise ValueError("rejection weighs both laws: give the drafts' logits_BGU")
+        num_drafted = num_tokens if drafts.d2t_U is None else drafts.d2t_U.shape[0]
+        shapes["logits_BGU"] = drafts.logits_BGU, (num_requests, num_slots, num_drafted)
+    for name, (array, shape) in shapes.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}: give {shape}")
