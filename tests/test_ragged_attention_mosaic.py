@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dspark_jax.models.cache import empty_cache
+from dspark_jax.models.drafter import declare_drafter, slot_hidden
+from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.target import Rows, declare_target, extend
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.cases import CASES, Case
 from pallas_kernels.ragged_attention.groups import group_by_slot, group_runs
 from tests import cuda_compile
+from tests.tiny_model import DRAFTER, TARGET, random_params
 
 pytestmark = [
     pytest.mark.smoke,
@@ -117,24 +122,63 @@ def by_slot(mesh):
     )
 
 
-@pytest.mark.parametrize(("kv_heads", "each"), [(2, 1), (1, 1), (4, 2)])
-def test_every_device_attends_for_its_own_heads(emulated_devices, monkeypatch, kv_heads, each):
-    """The interpreter knows one device at a time, so that XLA stands in for the kernel."""
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The XLA form in place of the kernel, and the key/value heads and layers of its calls: for
+    what the interpreter is too slow for, or knows no way to run, like several devices."""
     from pallas_kernels.ragged_attention import mosaic_gpu, xla
 
-    seen = []
+    calls = []
 
     def attend_groups(q_PCNH, k_LBKSH, v_LBKSH, layer, *rest, window):
-        seen.append(k_LBKSH.shape[2])
+        calls.append((k_LBKSH.shape[2], k_LBKSH.shape[0]))
         return xla.attend_groups(q_PCNH, k_LBKSH[layer], v_LBKSH[layer], *rest, window)
 
     monkeypatch.setattr(mosaic_gpu, "attend_groups", attend_groups)
+    return calls
+
+
+@pytest.mark.parametrize(("kv_heads", "each"), [(2, 1), (1, 1), (4, 2)])
+def test_every_device_attends_for_its_own_heads(emulated_devices, stand_in, kv_heads, each):
     given = arguments(Case("", 2, 2, 128, 4, kv_heads, 64))
     mesh = jax.sharding.Mesh(np.array(emulated_devices[:4]).reshape(2, 2), ("data", "tensor"))
     rows = given["q_TNH"], given["k_BKSH"], given["v_BKSH"], given["limit_T"]
     out = jax.jit(by_slot(mesh))(*rows)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected(**given), **CLOSE)
-    assert set(seen) == {each}
+    assert {heads for heads, _ in stand_in} == {each}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_models_hand_their_caches_to_the_kernel(stand_in, stacked):
+    target, drafter = (
+        random_params(seed, declare(cfg))
+        for seed, (declare, cfg) in enumerate(
+            [(declare_target, TARGET), (declare_drafter, DRAFTER)]
+        )
+    )
+    if not stacked:
+        target = dataclasses.replace(target, layers=unstack_layers(target.layers))
+        drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
+    cache, context = (
+        jax.tree.map(lambda x: x + 1, empty_cache(cfg, 2, 64, jnp.float32, stacked=stacked))
+        for cfg in (TARGET, DRAFTER)
+    )
+    rows = Rows(*(jnp.array(x, jnp.int32) for x in ([5, 6, 7], [1, 0, 1], [8, 3, 9])))
+    chunks = Rows(*(jnp.array([x], jnp.int32) for x in ([1, 2], [0, 0], [10, 11])))
+    anchor_B, position_B = jnp.array([3, 4]), jnp.array([6, 0])
+
+    def run(kernels):
+        read = extend(target, cache, rows, TARGET, rows_per_slot=2, chunks=chunks, kernels=kernels)
+        vocab = target.vocab
+        drafted = slot_hidden(
+            drafter, vocab, anchor_B, position_B, context, DRAFTER, kernels=kernels
+        )
+        return read[0], drafted
+
+    for out, reference in zip(run("mosaic_gpu"), run("xla"), strict=True):
+        np.testing.assert_allclose(out, reference, rtol=1e-5, atol=1e-6)
+    layers = (1, 1) if not stacked else (TARGET.num_layers, DRAFTER.num_layers)
+    assert {count for _, count in stand_in} == set(layers)
 
 
 def test_kernel_lowers_for_the_heads_of_one_of_several_gpus():

@@ -190,7 +190,13 @@ def draft(
         return _unless_greedy(state, cfg, first_argmax, sampled, logits_BU)
 
     hidden_BGD = slot_hidden(
-        weights.drafter, vocab, anchor_B, position_B, state.context_cache, cfg.drafter
+        weights.drafter,
+        vocab,
+        anchor_B,
+        position_B,
+        state.context_cache,
+        cfg.drafter,
+        kernels=cfg.kernels,
     )
     return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter)
 
