@@ -17,6 +17,8 @@ from dspark_jax.models.layers import unstack_layers
 from dspark_jax.models.target import declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.bench import library, library_arguments
+from pallas_kernels.ragged_attention.cases import CASES, Case
 from pallas_kernels.ragged_attention.groups import group_by_slot, group_runs
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
@@ -62,9 +64,10 @@ def rows_of(rng, lengths, counts, positions, num_padding, heads):
     return rng.normal(size=(len(slot), heads, WIDTH)).astype(np.float32), slot_T, position_T
 
 
-def run(q, k, v, groups, limit_T, **options):
-    step = jax.jit(functools.partial(ragged_attention, **options))
-    return np.asarray(step(q, k, v, groups, jnp.asarray(limit_T)), np.float32)
+def run(q_TNH, k_BKSH, v_BKSH, groups, limit_T, window=None, own=None):
+    step = jax.jit(functools.partial(ragged_attention, window=window))
+    out_TNH = step(q_TNH, k_BKSH, v_BKSH, groups, jnp.asarray(limit_T), own=own)
+    return np.asarray(out_TNH, np.float32)
 
 
 @settings(deadline=None, max_examples=25)
@@ -222,6 +225,27 @@ def test_a_drafted_block_is_the_one_of_training(stacked):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.bidirectional], ids=lambda c: c.name)
+def test_the_library_that_the_benchmark_compares_with_computes_the_same(case):
+    case = case.small()
+    given = case.arguments(jnp.float32)
+    out = jax.jit(functools.partial(library, window=case.window))(**library_arguments(case, given))
+    ours = run(**given, groups=case.grouping, window=case.window)
+    np.testing.assert_allclose(out.reshape(ours.shape), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_and_flops_of_a_case_count_what_its_rows_see():
+    case = Case("", 2, 2, 64, 4, 2, 64)
+    assert case.limits().tolist() == [1, 2, 63, 64]
+    assert case.cost(itemsize=2) == (2 * 64 * (2 * 2 * 66 + 2 * 2 * 2 * 4), 4 * 130 * 4 * 64)
+    seen = dataclasses.replace(case, window=10)
+    assert seen.cost()[1] == 4 * (1 + 2 + 10 + 10) * 4 * 64
+    assert seen.cost()[0] == 2 * 64 * (2 * 2 * (2 + 11) + 2 * 2 * 2 * 4)
+    drafted = dataclasses.replace(case, bidirectional=True)
+    assert drafted.limits().tolist() == [0, 0, 62, 62]
+    assert drafted.cost()[1] == 4 * (2 * 62 + 2 * 2 * 2) * 4 * 64
 
 
 def test_key_value_heads_are_split_over_devices(emulated_devices):

@@ -20,7 +20,8 @@ class Case:
         name: of the case.
         groups: P; each reads a slot of its own.
         rows: C rows of a group.
-        positions: S that a slot has room for, and about twice what it holds on average.
+        positions: S that a slot has room for, and about twice what it holds on average; a single
+            one is full.
         heads, kv_heads, width: N, K and H.
         bidirectional: all rows of a group see what is before the group and W = C own keys;
             otherwise each row sees what is up to itself.
@@ -43,17 +44,18 @@ class Case:
             self,
             groups=2,
             rows=min(self.rows, 3),
-            positions=192,
+            positions=512,
             heads=self.heads // self.kv_heads,
             kv_heads=1,
-            window=None if self.window is None else 70,
+            window=None if self.window is None else 200,
         )
 
     def limits(self, seed: int = 0) -> np.ndarray:
         """int32 limit_T. The first group is at the very start, and the last one at the end."""
         room = self.positions - self.rows
         start_P = np.random.default_rng(seed).integers(0, room + 1, self.groups)
-        start_P[-1], start_P[0] = room, 0
+        start_P[0] = 0
+        start_P[-1] = room
         within = np.zeros(self.rows) if self.bidirectional else np.arange(1, self.rows + 1)
         return (start_P[:, None] + within).astype(np.int32).reshape(-1)
 
