@@ -18,7 +18,7 @@ from dspark_jax.decoding.calibrate import calibrated_confidence
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.models.drafter import block_hidden
+from dspark_jax.models.drafter import slot_hidden
 from dspark_jax.models.heads import DraftBlock, sample_block
 from pallas_kernels import random
 from pallas_kernels.accept_block.api import (
@@ -190,15 +190,16 @@ def draft(
         sampled = functools.partial(sample, slot=slot)
         return _unless_greedy(state, cfg, first_argmax, sampled, logits_BU)
 
-    hidden_BAGD = block_hidden(
+    hidden_BGD = slot_hidden(
         weights.drafter,
         vocab,
-        anchor_B[:, None],
-        position_B[:, None],
+        anchor_B,
+        position_B,
         state.context_cache,
         cfg.drafter,
+        kernels=cfg.kernels,
     )
-    return sample_block(weights.drafter, vocab, hidden_BAGD[:, 0], anchor_B, choose, cfg.drafter)
+    return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter)
 
 
 def _unless_greedy(

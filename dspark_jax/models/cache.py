@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dspark_jax.axes import MESH_RULES
 from dspark_jax.config import TransformerConfig
 
 
@@ -84,24 +85,19 @@ def write(
     return KVCache(put(cache.k, k_TKH), put(cache.v, v_TKH))
 
 
-def read(
-    cache: KVCache, layer: Any, slot_P: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies.
+def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
+    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies."""
+    return jnp.swapaxes(cache.k[layer], 1, 2), jnp.swapaxes(cache.v[layer], 1, 2)
 
-    Args:
-        cache: of all layers.
-        layer: which one.
-        slot_P: int32, the slots that are wanted, [P, S, K, H] then; None for all as they are.
-    """
 
-    def view(values: Any) -> jax.Array:
-        values_BKSH = values[layer]
-        if slot_P is not None:
-            values_BKSH = values_BKSH.at[slot_P].get(mode="clip")
-        return jnp.swapaxes(values_BKSH, 1, 2)
-
-    return view(cache.k), view(cache.v)
+def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
+    """One layer's part of the cache as ``ragged_attention`` takes it, and where its heads lie on a
+    mesh; stacked layers stay whole, so that no kernel needs a copy of its own."""
+    (heads_axis,) = MESH_RULES["K"]
+    k, v = cache.k, cache.v
+    if isinstance(k, tuple):
+        k, v, layer = k[layer], v[layer], None
+    return {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
 
 
 def num_positions(cache: KVCache) -> int:

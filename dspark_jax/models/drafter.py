@@ -9,6 +9,7 @@ directions. The same functions serve training (A anchors a sequence) and decodin
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ from dspark_jax.models.layers import (
     rope_table,
 )
 from dspark_jax.models.target import Vocab, embed
+from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.groups import group_runs
 
 # What a training step keeps of a layer for the backward pass: results of matrix products. All
 # else, several times as large, is cheap to compute again.
@@ -189,6 +192,59 @@ def block_hidden(
     """
     if keep_BA is None:
         keep_BA = jnp.ones(anchor_BA.shape, bool)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
+        blocks = _BlockAttention(q, k, v, position_BA, keep_BA)
+        return checkpoint_name(_attend_blocks(blocks, *kv.read(context, layer)), "attended")
+
+    return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)
+
+
+def slot_hidden(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_B: jax.Array,
+    position_B: jax.Array,
+    context: kv.KVCache,
+    cfg: DrafterConfig,
+    *,
+    kernels: str = "xla",
+) -> jax.Array:
+    """:func:`block_hidden` where a slot has one anchor: the block behind it, hidden_BGD.
+
+    Args:
+        drafter, vocab, context, cfg: as for :func:`block_hidden`.
+        anchor_B: int32 anchor tokens.
+        position_B: int32 their positions.
+        kernels: the implementation of ``ragged_attention``.
+    """
+    groups = group_runs(None, anchor_B.shape[0], cfg.block_size)
+    limit_T = jnp.repeat(position_B, cfg.block_size)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
+        own = k[:, 0], v[:, 0]
+        q_TNH = q.reshape(-1, *q.shape[-2:])
+        inputs = kv.attention_inputs(context, layer)
+        out_TNH = ragged_attention(
+            q_TNH, groups=groups, limit_T=limit_T, own=own, implementation=kernels, **inputs
+        )
+        return out_TNH.reshape(q.shape)
+
+    anchor_BA, position_BA = anchor_B[:, None], position_B[:, None]
+    keep_BA = jnp.ones(anchor_BA.shape, bool)
+    return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)[:, 0]
+
+
+def _backbone(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_BA: jax.Array,
+    position_BA: jax.Array,
+    keep_BA: jax.Array,
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array],
+    cfg: DrafterConfig,
+) -> jax.Array:
+    """hidden_BAGD with ``attend(q_BAGNH, k_BAGKH, v_BAGKH, layer)`` as the blocks' attention."""
     slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
@@ -198,9 +254,7 @@ def block_hidden(
     def block(x_BAGD: jax.Array, layer: Layer, index: Any) -> jax.Array:
         h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BAGD, table, cfg)
-        blocks = _BlockAttention(q, k, v, position_BA, keep_BA)
-        out = checkpoint_name(_attend_blocks(blocks, *kv.read(context, index)), "attended")
-        return finish_layer(layer, x_BAGD, out, cfg)
+        return finish_layer(layer, x_BAGD, attend(q, k, v, index), cfg)
 
     if not isinstance(drafter.layers, tuple):  # the form that is trained
         block = jax.checkpoint(block, policy=KEEP_PRODUCTS, prevent_cse=False)

@@ -28,6 +28,8 @@ from dspark_jax.models.layers import (
     rms_norm,
     rope_table,
 )
+from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.groups import Groups, group_by_slot, group_runs
 
 
 @struct.dataclass
@@ -189,11 +191,12 @@ def extend(
     *,
     rows_per_slot: int,
     chunks: Rows | None = None,
+    kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array, kv.KVCache]:
     """Read T rows: write their keys and values, attend to everything up to their position.
 
-    The dense layers see T flat rows; for the attention alone they are scattered to
-    [B, rows_per_slot], so that every slot's cache is read once. Donate the cache: it is written
+    The dense layers see T flat rows; for the attention alone they are grouped by slot, so that
+    every slot's cache is read once. Donate the cache: it is written
     in place.
 
     Args:
@@ -206,16 +209,19 @@ def extend(
         chunks: pieces of prompts in the same pass, [P, W]: each is W positions of one slot, of
             which those behind the first may be padding. They follow the T rows in the results. A
             chunk sees all that is written here before it in its slot.
+        kernels: the implementation of ``ragged_attention``.
 
     Returns:
         hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows of
         padding hold garbage.
     """
-    num_rows = rows.token_T.shape[0]
-    attend_rows = _ragged_attention(rows, cache, rows_per_slot)
+    num_rows, num_slots = rows.token_T.shape[0], kv.num_slots(cache)
+    groups = group_by_slot(rows.slot_T, rows.position_T, num_slots, rows_per_slot)
+    attend_rows = _cache_attention(groups, rows, num_slots, kernels)
     if chunks is not None:
-        attend_chunks = _chunk_attention(chunks, cache)
         flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
+        runs = group_runs(chunks.slot_T[:, 0], *chunks.slot_T.shape)
+        attend_chunks = _cache_attention(runs, flat, num_slots, kernels)
         rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
     table = rope_table(rows.position_T, cfg)
     x_TD = embed(target.vocab, rows.token_T)
@@ -238,35 +244,16 @@ def extend(
     return hidden_TD, jnp.moveaxis(feature_FTD, 0, 1), cache
 
 
-Attention = Callable[[jax.Array, kv.KVCache, Any], jax.Array]
-
-
-def _ragged_attention(rows: Rows, cache: kv.KVCache, rows_per_slot: int) -> Attention:
-    """(q_TNH, cache, layer) -> out_TNH, through a table of the slots' rows."""
-    num_slots, num_positions = kv.num_slots(cache), kv.num_positions(cache)
-    slot_T, position_T = rows.slot_T, rows.position_T
-    # A slot without rows gets a harmless first position instead of the minimum of nothing.
-    first_B = jnp.minimum(jax.ops.segment_min(position_T, slot_T, num_slots + 1), num_positions)
-    column_T = position_T - first_B[slot_T]
-    position_BC = first_B[:num_slots, None] + jnp.arange(rows_per_slot, dtype=jnp.int32)
-    mask_BCS = jnp.arange(num_positions, dtype=jnp.int32) <= position_BC[..., None]
+def _cache_attention(
+    groups: Groups, rows: Rows, num_slots: int, kernels: str
+) -> Callable[[jax.Array, kv.KVCache, Any], jax.Array]:
+    """(q_TNH, cache, layer) -> out_TNH: rows that see their slot up to their own position."""
+    limit_T = jnp.where(rows.slot_T < num_slots, rows.position_T + 1, 0)
 
     def attention(q_TNH: jax.Array, cache: kv.KVCache, layer: Any) -> jax.Array:
-        q_BCNH = jnp.zeros((num_slots, rows_per_slot, *q_TNH.shape[1:]), q_TNH.dtype)
-        q_BCNH = q_BCNH.at[slot_T, column_T].set(q_TNH, mode="drop")
-        out_BCNH = attend(q_BCNH, *kv.read(cache, layer), mask_BCS)
-        return out_BCNH.at[slot_T, column_T].get(mode="clip")
-
-    return attention
-
-
-def _chunk_attention(chunks: Rows, cache: kv.KVCache) -> Attention:
-    """(q_TNH, cache, layer) -> out_TNH: each chunk against the cache of its slot."""
-    slot_P, position_PW = chunks.slot_T[:, 0], chunks.position_T
-    mask_PWS = jnp.arange(kv.num_positions(cache), dtype=jnp.int32) <= position_PW[..., None]
-
-    def attention(q_TNH: jax.Array, cache: kv.KVCache, layer: Any) -> jax.Array:
-        q_PWNH = q_TNH.reshape(*position_PW.shape, *q_TNH.shape[1:])
-        return attend(q_PWNH, *kv.read(cache, layer, slot_P), mask_PWS).reshape(q_TNH.shape)
+        inputs = kv.attention_inputs(cache, layer)
+        return ragged_attention(
+            q_TNH, groups=groups, limit_T=limit_T, implementation=kernels, **inputs
+        )
 
     return attention

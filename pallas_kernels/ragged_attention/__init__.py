@@ -1,0 +1,1 @@
+"""Attention of a few query rows a slot against the slot's own cache."""
