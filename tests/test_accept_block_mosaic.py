@@ -53,7 +53,7 @@ def inputs(case):
     return logits_TV, floor_T, plan, drafts, requests
 
 
-@pytest.mark.parametrize("vocabulary", [2999, 2048])
+@pytest.mark.parametrize("vocabulary", [1100, 1024])
 @pytest.mark.parametrize(
     ("rule", "draft_vocabulary", "dtype"),
     [
@@ -77,7 +77,7 @@ def test_the_tokens_are_those_of_xla(monkeypatch, rule, draft_vocabulary, dtype,
 
 
 def test_no_races():
-    args = make_inputs(Case(1, 1, 2100))
+    args = make_inputs(Case(1, 1, 1100))
     got = interpreted(rules.accept_block, *args, "rejection", mosaic(), detect_races=True)
     assert got.next_B == rules.accept_block(*args, "rejection", XLA).next_B
 
