@@ -6,22 +6,16 @@ both laws by log-softmax, the chance of every draft, the residual of every slot,
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, random
+from pallas_kernels import benchmark, random
 from pallas_kernels.accept_block import xla
 from pallas_kernels.accept_block.api import accept_block
-from pallas_kernels.accept_block.cases import CASES, Case, make_inputs
+from pallas_kernels.accept_block.cases import CASES, make_inputs
 from pallas_kernels.accept_block.rule import (
     Drafts,
     Requests,
@@ -29,6 +23,7 @@ from pallas_kernels.accept_block.rule import (
     acceptance_chance,
     leading,
 )
+from pallas_kernels.benchmark import Way, Work
 
 
 def composition(
@@ -64,87 +59,21 @@ def composition(
     return accepted_B, token_BC[jnp.arange(num_requests), accepted_B].astype(jnp.int32)
 
 
-REPEATS = 9
-CACHE_BYTES = 128 * 2**20  # more than any second-level cache holds: inputs are rotated past it
-
-
-def measure(case: Case, bytes_per_s: float) -> Iterator[dict[str, Any]]:
-    """The rows of one case: medians of calls in turns, after a call that compiles."""
-    ways: dict[str, Callable[..., Any]] = {"xla": accept_block}
-    if not (dispatch.version_problem() or dispatch.device_problem()):
-        ways["mosaic_gpu"] = functools.partial(accept_block, implementation="mosaic_gpu")
-    ways = {name: functools.partial(way, rule=case.rule) for name, way in ways.items()}
-    if case.rule == "rejection":
-        ways["composition"] = composition
-    jitted = {name: jax.jit(way) for name, way in ways.items()}
-    on_gpu = jax.default_backend() == "gpu"
-    copies = math.ceil(CACHE_BYTES / case.least_bytes) if on_gpu else 1
-    inputs = [make_inputs(case, seed) for seed in range(copies)]
-    seconds: dict[str, list[float]] = {name: [] for name in jitted}
-    for repeat in range(1 + REPEATS):
-        for name, step in jitted.items():
-            start = time.perf_counter()
-            jax.block_until_ready([step(*args) for args in inputs])
-            if repeat:
-                seconds[name].append((time.perf_counter() - start) / copies)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        yield {
-            "case": case.name,
-            "implementation": name,
-            "seconds": median,
-            "bytes": case.least_bytes,
-            "floor_share": case.least_bytes / bytes_per_s / median,
-            "ratio_to_xla": medians["xla"] / median,
+def works() -> Iterator[Work]:
+    """The cases that this device is to run: a CPU serves in float32, and would take minutes for
+    the others."""
+    for case in CASES:
+        if not benchmark.on_gpu() and case.dtype != "float32":
+            continue
+        inputs = functools.partial(make_inputs, case)
+        ways = {
+            name: Way(functools.partial(accept_block, rule=case.rule, implementation=name), inputs)
+            for name in benchmark.implementations()
         }
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a copy of an array that no cache holds."""
-    x_V = jnp.zeros(2**27 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
-    copy = jax.jit(jnp.negative)
-    jax.block_until_ready(copy(x_V))
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(copy(x_V))
-        seconds.append(time.perf_counter() - start)
-    return 2 * x_V.nbytes / statistics.median(seconds)
-
-
-def main() -> None:
-    """Measures the cases and prints them."""
-    parser = argparse.ArgumentParser(description="Times of accept_block on this device.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
-    problem = dispatch.version_problem() or dispatch.device_problem()
-    on_gpu = jax.default_backend() == "gpu"
-    bytes_per_s = copy_bandwidth()
-    report: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "bytes_per_s": bytes_per_s,
-        "left_out": problem,
-        # A processor serves in float32, and the others would take minutes there.
-        "rows": [
-            row
-            for case in CASES
-            if on_gpu or case.dtype == "float32"
-            for row in measure(case, bytes_per_s)
-        ],
-    }
-    if as_json:
-        print(json.dumps(report))
-        return
-    print(f"{report['device']}, jax {jax.__version__}, copies {bytes_per_s / 1e9:.1f} GB/s")
-    if problem:
-        print(f"XLA alone: {problem}")
-    for row in report["rows"]:
-        print(
-            f"{row['case']:48} {row['implementation']:12} {1e6 * row['seconds']:9.0f} us "
-            f"{row['floor_share']:5.0%} of the floor, {row['ratio_to_xla']:.2f} x XLA's speed"
-        )
+        if case.rule == "rejection":
+            ways["composition"] = Way(composition, inputs)
+        yield Work(case.name, case.least_bytes, 0, ways)
 
 
 if __name__ == "__main__":
-    main()
+    print(benchmark.command("Times of accept_block on this device.", works()))
