@@ -361,6 +361,8 @@ def _add_rule(command: argparse.ArgumentParser) -> None:
         default="rejection",
         help="lossless rule for drafts; the text under coupled is the same with any drafter",
     )
+    add("--kernels", choices=("xla", "mosaic_gpu"), default="xla", help="default %(default)s; "
+        "mosaic_gpu is for NVIDIA GPUs from Hopper on")  # fmt: skip
 
 
 def _add_filters(command: argparse.ArgumentParser) -> None:

@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace) -> int:
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
     requests = make_requests(prompts, decoder, limits, args.seed)
-    options = {"acceptance": args.acceptance, "policy": _policy(args)}
+    options = {"acceptance": args.acceptance, "policy": _policy(args), "kernels": args.kernels}
     decode: Decode = partial(engine.generate, decoder, **options)
     streams = args.batch == 1 and not args.json
     done: list[Generation] = []
@@ -145,7 +145,7 @@ def bench_speed(args: argparse.Namespace) -> int:
     from dspark_jax.evaluation import speed
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
-    options = {"seed": args.seed, "repeats": args.repeats, "acceptance": args.acceptance}
+    options = {name: getattr(args, name) for name in ("seed", "repeats", "acceptance", "kernels")}
     report = speed.bench_speed(decoder, sets, limits, **options, policy=_policy(args)) | names
     print(json.dumps(report) if args.json else speed.format_report(report))
     return 0
@@ -169,6 +169,7 @@ def bench_acceptance(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch=args.batch,
         acceptance=args.acceptance,
+        kernels=args.kernels,
     )
     print(json.dumps(report) if args.json else acceptance.format_report(report))
     return 0
@@ -184,8 +185,8 @@ def bench_load(args: argparse.Namespace) -> int:
     from dspark_jax.training.curves import write_picture
 
     limits = dataclasses.replace(limits, stop_ids=stop_ids)
-    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client", "acceptance")
-    options = {name: getattr(args, name) for name in given}
+    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client")
+    options = {name: getattr(args, name) for name in (*given, "acceptance", "kernels")}
     report = load.bench_load(decoder, sets, limits, **options) | names
     if args.plot is not None:
         write_picture(pictures.draw_load(report), Path(args.plot))
@@ -290,8 +291,9 @@ def prepare(args: argparse.Namespace) -> int:
     limits, share = _limits(args), data.Share(args.process, args.processes)
     conversations = read_questions(args.input, args.limit)
     decoder, stop_ids, names = _load(args)
+    options = {"acceptance": args.acceptance, "policy": _policy(args), "kernels": args.kernels}
     path = data.prepare(
-        partial(decode, decoder, acceptance=args.acceptance, policy=_policy(args)),
+        partial(decode, decoder, **options),
         decoder,
         conversations,
         dataclasses.replace(limits, stop_ids=stop_ids),

@@ -212,6 +212,7 @@ class TrainConfig:
             and vocabulary. Loss and metrics do not depend on them.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
+        kernels: the implementation of the operations of ``pallas_kernels``.
         cache: directory of a target cache, which has the sequences and their features, so that
             ``data`` is not read; empty runs the target in every step.
         cache_gb: above 0, ``cache`` is a place for at most so many GB (1e9 bytes), where the
@@ -266,6 +267,7 @@ class TrainConfig:
     fsdp: int = 1
     tensor_parallel: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["xla", "mosaic_gpu"] = "xla"
     cache: str = ""
     cache_gb: float = 0.0
 
@@ -293,10 +295,8 @@ class TrainConfig:
             raise ValueError("ce_weight and l1_weight are both 0: nothing would train the drafts")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction {self.warmup_fraction} must lie in [0, 1)")
-        for field, choices in (
-            ("markov_head", ("vanilla", "gated", "rnn")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
+        for field in ("markov_head", "dtype", "kernels"):
+            choices = typing.get_args(typing.get_type_hints(TrainConfig)[field])
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}"

@@ -81,6 +81,15 @@ class Kernel:
     stack_bytes: int
 
 
+def mesh_of_gpus(**sizes: int) -> AbstractMesh:
+    """H100s that are not there, in a mesh with axes of the given sizes; one GPU without any."""
+    device = jax.sharding.AbstractDevice(
+        device_kind=DEVICE_KIND, platform="gpu", num_cores=NUM_CORES
+    )
+    axes = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axes, abstract_device=device)
+
+
 def lower(function: Callable[..., Any], *arguments: Any) -> export.Exported:
     """A function of abstract arrays lowered for an H100, on any machine.
 
@@ -88,11 +97,8 @@ def lower(function: Callable[..., Any], *arguments: Any) -> export.Exported:
         function: jitted or to be jitted; its kernels are in it.
         arguments: trees of ``jax.ShapeDtypeStruct``.
     """
-    device = jax.sharding.AbstractDevice(
-        device_kind=DEVICE_KIND, platform="gpu", num_cores=NUM_CORES
-    )
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in MOSAIC_CALLS]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
         jitted = jax.jit(function)
         return export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*arguments)
 

@@ -102,7 +102,7 @@ def test_every_option_reaches_the_engine(models, files, capsys, monkeypatch):
     words = "--temperature 0.5 --temperature 0.5 --limit 2 --seed 7 --max-new-tokens 9 "
     words += "--acceptance coupled --batch 8"
     assert bench(*models, *files, *words.split()) == 0
-    assert [options for _, options in calls] == [{"acceptance": "coupled"}] * 2
+    assert [options for _, options in calls] == [{"acceptance": "coupled", "kernels": "xla"}] * 2
     assert [len(requests) for requests, _ in calls] == [2, 1]
     assert {(request.temperature, request.max_new_tokens) for request in calls[0][0]} == {(0.5, 9)}
     assert "mean of sets" in capsys.readouterr().out

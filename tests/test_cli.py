@@ -141,10 +141,11 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     monkeypatch.setattr(engine, "generate", generate)
     file = write("prompts.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')
     words = "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --max-new-tokens 9 "
-    words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled"
+    words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled "
+    words += "--kernels mosaic_gpu"
     assert dspark("generate", "--prompts", file, *words.split(), "--json")[0] == 0
     decoder, (request,), options = calls[-1]
-    assert options == {"policy": "threshold:0.25", "acceptance": "coupled"}
+    assert options == {"policy": "threshold:0.25", "acceptance": "coupled", "kernels": "mosaic_gpu"}
     assert decoder.weights.target.norm_D.dtype == decoder.weights.drafter.norm_D.dtype == "bfloat16"
     np.testing.assert_array_equal(request.key, random.fold_in(random.seed_key(7), 1))
     found = dataclasses.replace(request, prompt_ids=(), key=None)
@@ -203,6 +204,7 @@ def assert_refused(result, *words):
         (("--policy", "sometimes"), "sometimes"),
         (("--policy", "fixed:many"), "fixed:many"),
         (("--acceptance", "always"), "always"),
+        (("--kernels", "triton"), "triton"),
         (("--dtype", "int4"), "int4"),
         (("--prompts", "prompts.jsonl"), "exclude each other"),
     ],

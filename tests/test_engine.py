@@ -404,6 +404,8 @@ def test_memory_is_planned_before_anything_is_allocated():
         ({"position_buckets": (32,)}, "the last must hold positions and a block, 64"),
         ({"chunk_buckets": (2, 1)}, "give positive sizes that increase"),
         ({"acceptance": "maybe"}, "choose 'rejection' or 'coupled'"),
+        ({"kernels": "cuda"}, "xla, mosaic_gpu"),
+        ({"kernels": "mosaic_gpu"}, "kernels is 'mosaic_gpu': mosaic_gpu needs"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(changes, message):

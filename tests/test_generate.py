@@ -227,6 +227,34 @@ def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
     )
 
 
+@pytest.mark.parametrize(
+    ("d2t", "options", "acceptance"),
+    [
+        (None, {"temperature": 0.7, "top_p": 0.9}, "rejection"),
+        (range(0, 64, 2), {"temperature": 1.0}, "coupled"),
+        pytest.param(range(0, 64, 2), {"temperature": 1.0}, "rejection", marks=pytest.mark.full),
+        pytest.param(None, {"temperature": 0.7}, "coupled", marks=pytest.mark.full),
+        pytest.param(None, {}, "rejection", marks=pytest.mark.full),
+    ],
+)
+def test_a_vocabulary_in_shards_gives_the_text_of_one(d2t, options, acceptance, emulated_devices):
+    """The vocabulary divides over the tensor axis, and each shard is verified where it lies."""
+    target = target_of(dataclasses.replace(TARGET, vocab_size=64))
+    drafter = drafter_of(target, d2t=d2t, vocab_size=64)
+    sharded = make_decoder(target, drafter, mesh=make_mesh(2, 4))
+    single = make_decoder(target, drafter)
+    got = generate(sharded, requests(**options), acceptance=acceptance)
+    assert texts(got) == texts(generate(single, requests(**options), acceptance=acceptance))
+
+
+def test_kernels_that_do_not_run_here_are_refused(target):
+    with pytest.raises(ValueError, match="choose one of xla, mosaic_gpu"):
+        generate(make_decoder(target), [Request([1])], kernels="cuda")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="kernels is 'mosaic_gpu': mosaic_gpu needs"):
+            generate(make_decoder(target), [Request([1])], kernels="mosaic_gpu")
+
+
 def test_stop_ids_and_limits_are_the_requests_own(target):
     decoder = make_decoder(target, drafter_of(target))
     free = texts(generate(decoder, requests()))

@@ -1,5 +1,6 @@
 """Attention of rows of ragged requests against a plain loop over requests, rows and heads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from dspark_jax.models.cache import empty_cache
+from dspark_jax.models.drafter import block_hidden, declare_drafter, slot_hidden
+from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.target import declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.bench import library, library_arguments
+from pallas_kernels.ragged_attention.cases import CASES, Case
 from pallas_kernels.ragged_attention.groups import group_by_slot, group_runs
+from tests.tiny_model import DRAFTER, TARGET, random_params
 
 WIDTH = 16
 
@@ -56,9 +64,10 @@ def rows_of(rng, lengths, counts, positions, num_padding, heads):
     return rng.normal(size=(len(slot), heads, WIDTH)).astype(np.float32), slot_T, position_T
 
 
-def run(q, k, v, groups, limit_T, **options):
-    step = jax.jit(functools.partial(ragged_attention, **options))
-    return np.asarray(step(q, k, v, groups, jnp.asarray(limit_T)), np.float32)
+def run(q_TNH, k_BKSH, v_BKSH, groups, limit_T, window=None, own=None):
+    step = jax.jit(functools.partial(ragged_attention, window=window))
+    out_TNH = step(q_TNH, k_BKSH, v_BKSH, groups, jnp.asarray(limit_T), own=own)
+    return np.asarray(out_TNH, np.float32)
 
 
 @settings(deadline=None, max_examples=25)
@@ -193,6 +202,50 @@ def test_gradient_is_that_of_a_dense_softmax():
     ours = grad(lambda q, k, v: ragged_attention(q, k, v, groups, limit_T))(q, k, v)
     for got, expected in zip(ours, grad(dense)(q, k, v), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_drafted_block_is_the_one_of_training(stacked):
+    """One anchor a slot: the attention of decoding and the one that is trained agree."""
+    drafter = random_params(0, declare_drafter(DRAFTER))
+    vocab = random_params(1, declare_target(TARGET)).vocab
+    if not stacked:
+        drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
+    rng = np.random.default_rng(2)
+    context = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+        empty_cache(DRAFTER, 3, 16, jnp.float32, stacked=stacked),
+    )
+    anchor_B, position_B = jnp.array([3, 4, 5]), jnp.array([6, 0, 13])
+    trained = jax.jit(block_hidden, static_argnums=5)
+    decoded = jax.jit(slot_hidden, static_argnums=5)
+    np.testing.assert_allclose(
+        decoded(drafter, vocab, anchor_B, position_B, context, DRAFTER),
+        trained(drafter, vocab, anchor_B[:, None], position_B[:, None], context, DRAFTER)[:, 0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.bidirectional], ids=lambda c: c.name)
+def test_the_library_that_the_benchmark_compares_with_computes_the_same(case):
+    case = case.small()
+    given = case.arguments(jnp.float32)
+    out = jax.jit(functools.partial(library, window=case.window))(**library_arguments(case, given))
+    ours = run(**given, groups=case.grouping, window=case.window)
+    np.testing.assert_allclose(out.reshape(ours.shape), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_and_flops_of_a_case_count_what_its_rows_see():
+    case = Case("", 2, 2, 64, 4, 2, 64)
+    assert case.limits().tolist() == [1, 2, 63, 64]
+    assert case.cost(itemsize=2) == (2 * 64 * (2 * 2 * 66 + 2 * 2 * 2 * 4), 4 * 130 * 4 * 64)
+    seen = dataclasses.replace(case, window=10)
+    assert seen.cost()[1] == 4 * (1 + 2 + 10 + 10) * 4 * 64
+    assert seen.cost()[0] == 2 * 64 * (2 * 2 * (2 + 11) + 2 * 2 * 2 * 4)
+    drafted = dataclasses.replace(case, bidirectional=True)
+    assert drafted.limits().tolist() == [0, 0, 62, 62]
+    assert drafted.cost()[1] == 4 * (2 * 62 + 2 * 2 * 2) * 4 * 64
 
 
 def test_key_value_heads_are_split_over_devices(emulated_devices):

@@ -12,13 +12,13 @@ import optax
 import pytest
 
 from dspark_jax.config import TrainConfig
-from dspark_jax.models import chunks
 from dspark_jax.models.deepspec import bind_vocab
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import Vocab, declare_target, unembed
 from dspark_jax.training import anchors, losses, step
 from dspark_jax.training.run import draft_places
 from dspark_jax.training.step import Batch, Frozen, TrainState
+from pallas_kernels import chunks
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
 DATA = Path(__file__).parent / "data" / "optimizer_schedule"

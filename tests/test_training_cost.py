@@ -17,13 +17,13 @@ import pytest
 
 from dspark_jax.axes import abstract_params
 from dspark_jax.config import DrafterConfig, TrainConfig
-from dspark_jax.models import chunks
 from dspark_jax.models import drafter as drafter_module
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.target import Vocab, unembed
 from dspark_jax.training import losses, step
 from dspark_jax.training.step import Batch, Frozen
 from dspark_jax.training.utilisation import drafter_flops
+from pallas_kernels import chunks
 
 SMALL = DrafterConfig(
     vocab_size=4096, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
@@ -54,7 +54,7 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
 
     def loss_of(params):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(drafter_module, "_attend_blocks", dense_attention)
+            patch.setattr(drafter_module, "anchor_attention", dense_attention)
             keep_all = jax.checkpoint_policies.everything_saveable
             patch.setattr(drafter_module, "KEEP_PRODUCTS", keep_all)
             outputs = losses.draft_blocks(
@@ -79,22 +79,24 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
     return gradient, {"loss": loss}
 
 
-def dense_attention(blocks, k_BSKH, v_BSKH):
+def dense_attention(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA, implementation):
     """Every slot against the context and the slots of all blocks, under one boolean mask."""
-    batch, anchors, slots, heads, dim = blocks.q_BAGNH.shape
+    batch, anchors, slots, heads, dim = q_BAGNH.shape
     length, groups = k_BSKH.shape[1], heads // k_BSKH.shape[2]
     k, v = (
-        jnp.repeat(jnp.concatenate([context, own.reshape(batch, -1, *own.shape[3:])], 1), groups, 2)
-        for context, own in ((k_BSKH, blocks.k_BAGKH), (v_BSKH, blocks.v_BAGKH))
+        jnp.repeat(
+            jnp.concatenate([context, mine.reshape(batch, -1, *mine.shape[3:])], 1), groups, 2
+        )
+        for context, mine in zip((k_BSKH, v_BSKH), own, strict=True)
     )
-    score = jnp.einsum("bqnh,bknh->bnqk", blocks.q_BAGNH.reshape(batch, -1, heads, dim), k)
-    before = jnp.arange(length) < blocks.position_BA[..., None]
+    score = jnp.einsum("bqnh,bknh->bnqk", q_BAGNH.reshape(batch, -1, heads, dim), k)
+    before = jnp.arange(length) < anchor_BA[..., None]
     same = jnp.repeat(jnp.eye(anchors, dtype=bool), slots, 1)
     visible = jnp.concatenate([before, jnp.broadcast_to(same, (batch, *same.shape))], -1)
     visible = jnp.repeat(visible, slots, 1)[:, None]
     weight = jax.nn.softmax(jnp.where(visible, score * dim**-0.5, -jnp.inf))
-    out = jnp.einsum("bnqk,bknh->bqnh", weight, v).reshape(blocks.q_BAGNH.shape)
-    return jnp.where(blocks.keep_BA[..., None, None, None], out, 0)
+    out = jnp.einsum("bnqk,bknh->bqnh", weight, v).reshape(q_BAGNH.shape)
+    return jnp.where(keep_BA[..., None, None, None], out, 0)
 
 
 def arguments_of(cfg, length, num_anchors):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax.models import chunks, deepspec
+from dspark_jax.models import deepspec
 from dspark_jax.models.drafter import declare_drafter
 from dspark_jax.models.tensors import write_params
 from dspark_jax.training import anchors, losses
+from pallas_kernels import chunks
 
 DATA = Path(__file__).parent / "data"
 CASES = [

@@ -145,6 +145,7 @@ class Programs:
             threshold=policy.threshold if num_draft else 0.0,
             gate=policy.gate if num_draft else 0.0,
             acceptance=self.config.acceptance,
+            kernels=self.config.kernels,
         )
 
     # What programs are given.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspark_jax.engine.policy import Policy
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 
 POSITION_STEP = 64  # cache lengths are multiples of it
 SLOT_GROWTH = 4  # between two numbers of slots
@@ -40,6 +42,7 @@ class EngineConfig:
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
             the calibration on (``calibrate.OnlineCalibration``).
+        kernels: the implementation of the operations of ``pallas_kernels``.
     """
 
     slots: int = 8
@@ -56,6 +59,7 @@ class EngineConfig:
     memory_bytes: int = 0
     min_tokens_per_s_user: float = 0.0
     recalibrate: bool = False
+    kernels: Implementation = "xla"
 
     def __post_init__(self) -> None:
         for field in ("slots", "positions", "queue", "chunk_rows", "stop_ids"):
@@ -70,9 +74,22 @@ class EngineConfig:
             raise ValueError("chunk_buckets is empty: prompts must be read somehow, give (1,)")
         if self.acceptance not in ("rejection", "coupled"):
             raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
+        dispatch.check_name(self.kernels)
         for field in ("memory_bytes", "min_tokens_per_s_user"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
+
+
+def require_kernels(kernels: str) -> None:
+    """Checks at start-up that an implementation of the kernels runs here.
+
+    Raises:
+        ValueError: it does not, or there is no such implementation; the message says why.
+    """
+    try:
+        dispatch.require(kernels)
+    except RuntimeError as problem:
+        raise ValueError(f"kernels is {kernels!r}: {problem}") from problem
 
 
 @dataclass(frozen=True)

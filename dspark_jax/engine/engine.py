@@ -23,7 +23,7 @@ import numpy as np
 from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
 from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.compiled import Programs
-from dspark_jax.engine.config import EngineConfig, fit, make_ladder
+from dspark_jax.engine.config import EngineConfig, fit, make_ladder, require_kernels
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.drift import Drift
 from dspark_jax.engine.history import Drafted, History, Kind, advance, drafted_by, record
@@ -77,9 +77,10 @@ class Engine:
                 None compiles everything and measures a short one.
 
         Raises:
-            ValueError: the sizes do not fit the models, the mesh or the memory, or the profile
-                belongs to something else.
+            ValueError: the sizes do not fit the models, the mesh or the memory, the profile belongs
+                to something else, or the kernels do not run here.
         """
+        require_kernels(config.kernels)
         self.config = config
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":  # no features are extracted either

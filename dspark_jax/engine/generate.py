@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.engine.calibration import confidence_temperatures
+from dspark_jax.engine.config import require_kernels
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
 from dspark_jax.engine.state import DecodeState, Request, make_state
+from pallas_kernels.dispatch import Implementation
 
 PREFILL_ROWS = 128
 POSITION_STEP = 128
@@ -28,6 +30,7 @@ def generate(
     *,
     policy: str = "",
     acceptance: Literal["rejection", "coupled"] = "rejection",
+    kernels: Implementation = "xla",
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Continue a batch of prompts of different lengths, all decoded together.
@@ -37,7 +40,7 @@ def generate(
         requests: the batch.
         policy: which drafts are verified, see ``policy.py``; one that needs no seconds. Empty is
             the whole block, or nothing without a drafter.
-        acceptance: see ``RoundConfig``.
+        acceptance, kernels: see ``RoundConfig``.
         on_text: called with (request, new text) as text is verified.
 
     Returns:
@@ -50,7 +53,7 @@ def generate(
         return []
     for request in requests:
         request.check(decoder.target.max_positions)
-    cfg = round_config(decoder, requests, policy, acceptance)
+    cfg = round_config(decoder, requests, policy, acceptance, kernels)
     state = _start(decoder, requests, cfg)
     plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0, gate=0.0)
     longest = max(len(request.prompt_ids) for request in requests)
@@ -104,16 +107,18 @@ def round_config(
     requests: Sequence[Request],
     name: str,
     acceptance: Literal["rejection", "coupled"],
+    kernels: Implementation = "xla",
 ) -> RoundConfig:
     """The static part of a round.
 
     Args:
-        decoder, requests, acceptance: as for :func:`generate`.
+        decoder, requests, acceptance, kernels: as for :func:`generate`.
         name: of the policy; empty as there.
 
     Raises:
         ValueError: a value is out of range, or needs what is not there.
     """
+    require_kernels(kernels)
     whole = "none" if decoder.drafter is None else "block"
     policy = make_policy(name or whole, decoder.drafter)
     if policy.needs_seconds:
@@ -131,6 +136,7 @@ def round_config(
         gate=policy.gate,
         acceptance=acceptance,
         greedy=all(request.temperature == 0 for request in requests),
+        kernels=kernels,
     )
 
 

@@ -13,7 +13,7 @@ from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.state import make_state
 
-LOGIT_COPIES = 3  # logits, the law that is made of them, and noise
+LOGIT_COPIES = 3  # logits, and two numbers for each that XLA may write down on the way
 
 
 def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dspark_jax import sampling
 from dspark_jax.decoding import schedule, verify
@@ -190,7 +191,13 @@ def draft(
         return _unless_greedy(state, cfg, first_argmax, sampled, logits_BU)
 
     hidden_BGD = slot_hidden(
-        weights.drafter, vocab, anchor_B, position_B, state.context_cache, cfg.drafter
+        weights.drafter,
+        vocab,
+        anchor_B,
+        position_B,
+        state.context_cache,
+        cfg.drafter,
+        kernels=cfg.kernels,
     )
     return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter)
 
@@ -274,8 +281,7 @@ def accept(
     requests = Requests(limits.temperature_B, state.key_B2, position_B)
 
     def by(rule: Rule, floor_T: jax.Array) -> Acceptance:
-        given = logits_TV, floor_T, plan, drafts, requests
-        return accept_block(*given, rule=rule, implementation=cfg.kernels)
+        return _accept_on_mesh(logits_TV, floor_T, plan, drafts, requests, rule, cfg)
 
     def greedy() -> Acceptance:
         return by("greedy", jnp.full(logits_TV.shape[0], -jnp.inf))
@@ -287,6 +293,34 @@ def accept(
         return by(cfg.acceptance, floor_T)
 
     return _unless_greedy(state, cfg, greedy, sampled)
+
+
+def _accept_on_mesh(
+    logits_TV: jax.Array,
+    floor_T: jax.Array,
+    plan: VerifyPlan,
+    drafts: Drafts,
+    requests: Requests,
+    rule: Rule,
+    cfg: RoundConfig,
+) -> Acceptance:
+    """``accept_block``, on a mesh by the shards of the vocabulary where it divides over them."""
+    accept = functools.partial(accept_block, rule=rule, implementation=cfg.kernels)
+    mesh = jax.sharding.get_abstract_mesh()
+    num_shards = mesh.shape.get("tensor", 1)
+    if num_shards == 1:
+        return accept(logits_TV, floor_T, plan, drafts, requests)
+    whole, split = PartitionSpec(), PartitionSpec()
+    if logits_TV.shape[-1] % num_shards == 0:
+        accept = functools.partial(accept, axis_name="tensor")
+        split = PartitionSpec(None, "tensor")
+    by_draft: Any = (whole, PartitionSpec(None, *split) if drafts.d2t_U is None else whole, whole)
+    takes = split, whole, whole, Drafts(*by_draft), whole
+    by_shard = jax.shard_map(
+        accept, in_specs=takes, out_specs=whole, axis_names=set(mesh.auto_axes), check_vma=False
+    )
+    acceptance: Acceptance = by_shard(logits_TV, floor_T, plan, drafts, requests)
+    return acceptance
 
 
 def _raw_logprob(

@@ -123,6 +123,7 @@ def _extend(
         layers,
         rows_per_slot=rows_per_slot,
         chunks=chunks,
+        kernels=cfg.kernels,
     )
 
 

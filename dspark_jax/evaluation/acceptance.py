@@ -29,6 +29,7 @@ from dspark_jax.evaluation.speed import (
     make_requests,
     mean_accepted_length,
 )
+from pallas_kernels.dispatch import Implementation
 
 # What reports must share to be compared.
 SETTING = ("target", "prompts", "max_new_tokens", "acceptance", "seed", "device", "jax")
@@ -45,6 +46,7 @@ def bench_acceptance(
     seed: int = 0,
     batch: int = 8,
     acceptance: Literal["rejection", "coupled"] = "rejection",
+    kernels: Implementation = "xla",
 ) -> dict[str, Any]:
     """Decode all prompts at every temperature.
 
@@ -55,7 +57,7 @@ def bench_acceptance(
         temperatures: to decode at.
         seed: root of the keys; each set counts its prompts from 0.
         batch: prompts decoded together.
-        acceptance: of ``generate``.
+        acceptance, kernels: of ``generate``.
 
     Returns:
         ``rows``, one for each set and temperature, their ``mean`` over the sets at each
@@ -73,7 +75,7 @@ def bench_acceptance(
         for temperature in temperatures
         for name, prompts in sets.items()
     }
-    decode = partial(generate, decoder, acceptance=acceptance)
+    decode = partial(generate, decoder, acceptance=acceptance, kernels=kernels)
     rows = []
     with tqdm(total=sum(map(len, requests.values())), unit="prompt", disable=None) as bar:
         for (name, temperature), group in requests.items():

@@ -36,6 +36,7 @@ from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import make_requests
+from pallas_kernels.dispatch import Implementation
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def bench_load(
     repeats: int = 5,
     requests_per_client: int = 2,
     acceptance: Literal["rejection", "coupled"] = "rejection",
+    kernels: Implementation = "xla",
 ) -> dict[str, Any]:
     """Serve the same prompts under every policy at every concurrency, several times.
 
@@ -85,7 +87,7 @@ def bench_load(
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every policy serves at each concurrency.
         requests_per_client: requests that must be over before the clock stops.
-        acceptance: of the engines.
+        acceptance, kernels: of the engines.
 
     Returns:
         The measurements as JSON values.
@@ -102,6 +104,7 @@ def bench_load(
     config = EngineConfig(
         positions=min(positions, decoder.target.max_positions),
         acceptance=acceptance,
+        kernels=kernels,
         stop_ids=max(1, len(limits.stop_ids)),
     )
     rows, to_none, to_best = [], [], []

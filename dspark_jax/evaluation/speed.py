@@ -31,6 +31,7 @@ from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.steps import plain_decoder, step_seconds
 from dspark_jax.models.tokenizer import chat_prompt_ids
 from pallas_kernels import random
+from pallas_kernels.dispatch import Implementation
 
 # ``generate`` with everything but the requests (and ``on_text``) filled in.
 Decode = Callable[..., list[Generation]]
@@ -128,6 +129,7 @@ def bench_speed(
     repeats: int = 3,
     policy: str = "",
     acceptance: Literal["rejection", "coupled"] = "rejection",
+    kernels: Implementation = "xla",
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with drafts, several times.
 
@@ -137,7 +139,7 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        policy, acceptance: of ``generate``.
+        policy, acceptance, kernels: of ``generate``.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
@@ -148,13 +150,14 @@ def bench_speed(
     """
     assert decoder.drafter is not None
     requests = {name: make_requests(sets[name], decoder, limits, seed) for name in sets}
+    decode = partial(generate, acceptance=acceptance, kernels=kernels)
     ways: dict[str, Decode] = {
-        "plain": partial(generate, plain_decoder(decoder), acceptance=acceptance),
-        "dspark": partial(generate, decoder, acceptance=acceptance, policy=policy),
+        "plain": partial(decode, plain_decoder(decoder)),
+        "dspark": partial(decode, decoder, policy=policy),
     }
     pairs = _measure(ways, requests, repeats)
     first = next(request for group in requests.values() for request in group)
-    cfg = round_config(decoder, [first], policy, acceptance)
+    cfg = round_config(decoder, [first], policy, acceptance, kernels)
     seconds = step_seconds(decoder, first, cfg)
     break_even = (seconds["verify"] + seconds["draft"]) / seconds["plain"]
     report = {

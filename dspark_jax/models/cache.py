@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dspark_jax.axes import MESH_RULES
 from dspark_jax.config import TransformerConfig
 
 
@@ -90,11 +91,13 @@ def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
-    """One layer's part of the cache as ``ragged_attention`` takes it; stacked layers stay whole, so
-    that no kernel needs a copy of its own."""
-    if isinstance(cache.k, tuple):
-        return {"k_BKSH": cache.k[layer], "v_BKSH": cache.v[layer]}
-    return {"k_BKSH": cache.k, "v_BKSH": cache.v, "layer": layer}
+    """One layer's part of the cache as ``ragged_attention`` takes it, and where its heads lie on a
+    mesh; stacked layers stay whole, so that no kernel needs a copy of its own."""
+    (heads_axis,) = MESH_RULES["K"]
+    k, v = cache.k, cache.v
+    if isinstance(k, tuple):
+        k, v, layer = k[layer], v[layer], None
+    return {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
 
 
 def num_positions(cache: KVCache) -> int:

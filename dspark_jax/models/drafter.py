@@ -8,7 +8,6 @@ directions. The same functions serve training (A anchors a sequence) and decodin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.chunks import chunk_sizes, join_chunks, split_chunks
 from dspark_jax.models.heads import declare_confidence_head, declare_markov_head
 from dspark_jax.models.layers import (
     Layer,
@@ -34,6 +32,7 @@ from dspark_jax.models.layers import (
     rope_table,
 )
 from dspark_jax.models.target import Vocab, embed
+from pallas_kernels.anchor_attention.api import anchor_attention
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
 
@@ -118,55 +117,6 @@ def extend_context(
     return context
 
 
-@struct.dataclass
-class _BlockAttention:
-    """What some blocks' slots bring to their attention, all [B, A, ...]."""
-
-    q_BAGNH: jax.Array
-    k_BAGKH: jax.Array
-    v_BAGKH: jax.Array
-    position_BA: jax.Array
-    keep_BA: jax.Array
-
-
-def _attend_block(blocks: _BlockAttention, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Attention of block slots to the context before their anchor and to their own block.
-
-    The scores of the two parts share one softmax; the cost is A x G x (S + G), never (A x G)^2.
-    Blocks that are not kept attend to nothing and give 0.
-    """
-    *lead, heads, dim = blocks.q_BAGNH.shape
-    length, kv_heads = k_BSKH.shape[1:3]
-    q = blocks.q_BAGNH.reshape(*lead, kv_heads, heads // kv_heads, dim)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    to_context = product("bagkrh,bskh->bakrgs", q, k_BSKH)
-    to_block = product("bagkrh,bawkh->bakrgw", q, blocks.k_BAGKH)
-    visible_BAS = jnp.arange(length, dtype=jnp.int32) < blocks.position_BA[..., None]
-    to_context = jnp.where(visible_BAS[:, :, None, None, None], to_context, -jnp.inf)
-    score = jnp.concatenate([to_context, to_block], axis=-1) * dim**-0.5
-    weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
-    # In the order of the products' own axes: XLA has no bfloat16 product on CPUs in some others.
-    out = product("bakrgs,bskh->bkargh", weight[..., :length], v_BSKH)
-    out = jnp.moveaxis(out, 2, 1) + product(
-        "bakrgw,bawkh->bakrgh", weight[..., length:], blocks.v_BAGKH
-    )
-    out = jnp.moveaxis(out.astype(v_BSKH.dtype), 4, 2)
-    out_BAGNH = out.reshape(blocks.q_BAGNH.shape)
-    return jnp.where(blocks.keep_BA[:, :, None, None, None], out_BAGNH, 0)
-
-
-def _attend_blocks(blocks: _BlockAttention, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """:func:`_attend_block` over as many blocks at a time as memory bears; the backward pass
-    computes the scores again."""
-    batch, anchors, slots, heads, _ = blocks.q_BAGNH.shape
-    count, size = chunk_sizes(anchors, batch * slots * heads * (k_BSKH.shape[1] + slots))
-    if count == 1:
-        return _attend_block(blocks, k_BSKH, v_BSKH)
-    attend = jax.checkpoint(lambda part: _attend_block(part, k_BSKH, v_BSKH))
-    parts = jax.tree.map(lambda x: split_chunks(x, count, size), blocks)
-    return join_chunks(jax.lax.map(attend, parts), anchors)
-
-
 def block_hidden(
     drafter: DrafterParams,
     vocab: Vocab,
@@ -175,6 +125,8 @@ def block_hidden(
     context: kv.KVCache,
     cfg: DrafterConfig,
     keep_BA: jax.Array | None = None,
+    *,
+    kernels: str = "xla",
 ) -> jax.Array:
     """Backbone states of the blocks behind the given anchors.
 
@@ -186,6 +138,7 @@ def block_hidden(
         context: valid at least before each anchor.
         cfg: sizes.
         keep_BA: False marks a dummy block: mask tokens only, attending to nothing.
+        kernels: the implementation of ``anchor_attention``.
 
     Returns:
         hidden_BAGD after the final norm.
@@ -194,8 +147,11 @@ def block_hidden(
         keep_BA = jnp.ones(anchor_BA.shape, bool)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
-        blocks = _BlockAttention(q, k, v, position_BA, keep_BA)
-        return checkpoint_name(_attend_blocks(blocks, *kv.read(context, layer)), "attended")
+        context_kv = kv.read(context, layer)
+        attended = anchor_attention(
+            q, *context_kv, (k, v), position_BA, keep_BA, implementation=kernels
+        )
+        return checkpoint_name(attended, "attended")
 
     return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)
 

@@ -23,12 +23,12 @@ from flax import struct
 
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.chunks import chunk_sizes, join_chunks, split_chunks
 from dspark_jax.models.drafter import DrafterParams, block_hidden, inject
 from dspark_jax.models.heads import block_codes, confidence_logit
 from dspark_jax.models.layers import matmul
 from dspark_jax.models.target import Vocab, lm_head, unembed
 from dspark_jax.training.anchors import BlockLabels
+from pallas_kernels.chunks import chunk_sizes, join_chunks, split_chunks
 
 EPSILON = 1e-6
 
@@ -104,14 +104,19 @@ def draft_blocks(
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
     cfg: DrafterConfig,
+    *,
+    kernels: str = "xla",
 ) -> BlockOutputs:
-    """Teacher-forced forward pass of all blocks of a batch of sequences."""
+    """Teacher-forced forward pass of all blocks of a batch of sequences; ``kernels`` names the
+    implementation of ``anchor_attention``."""
     position_BS = jnp.broadcast_to(
         jnp.arange(feature_BSFD.shape[1], dtype=jnp.int32), feature_BSFD.shape[:2]
     )
     context = kv.of_sequences(*inject(drafter, feature_BSFD, position_BS, cfg))
     first_BA = labels.previous_BAG[..., 0]
-    hidden_BAGD = block_hidden(drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA)
+    hidden_BAGD = block_hidden(
+        drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA, kernels=kernels
+    )
     code = embedding = confidence = None
     if drafter.head is not None:
         code, embedding = block_codes(

@@ -128,7 +128,7 @@ def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
     before = defaults | {"data_sha256": now["data_sha256"]} | found
     may_change = {
         "out", "data", "cache", "cache_gb", "eval_every", "checkpoint_every", "log_every",
-        "data_parallel", "fsdp", "tensor_parallel", "micro_batches",
+        "data_parallel", "fsdp", "tensor_parallel", "micro_batches", "kernels",
     }  # fmt: skip
     differ = [k for k in now if k not in may_change and before[k] != now[k]]
     if differ:

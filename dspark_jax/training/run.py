@@ -38,6 +38,7 @@ from dspark_jax.training.step import (
     step_shardings,
     train_step,
 )
+from pallas_kernels.anchor_attention import api as anchor_attention
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,18 @@ def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -
             f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
             "change these settings, or start afresh"
         )
+
+
+def require_kernels(recipe: TrainConfig) -> None:
+    """Checks that the recipe's implementation of the kernels runs here.
+
+    Raises:
+        ValueError: it does not; the message says why.
+    """
+    try:
+        anchor_attention.require(recipe.kernels)
+    except RuntimeError as problem:
+        raise ValueError(f"kernels is {recipe.kernels!r}: {problem}") from problem
 
 
 def mesh_of(recipe: TrainConfig) -> Mesh:

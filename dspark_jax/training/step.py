@@ -225,7 +225,7 @@ def blocks_loss(
         params = jax.lax.with_sharding_constraint(params, layout.params)
     outputs = draft_blocks(
         params, frozen.vocab, blocks.feature_BSFD, blocks.labels, blocks.anchor_BA, blocks.keep_BA,
-        cfg,
+        cfg, kernels=recipe.kernels,
     )  # fmt: skip
     return dspark_loss(
         params,

@@ -56,6 +56,10 @@ def accept_block(
     dispatch.require(implementation)
     _check(logits_TV, floor_T, plan, drafts, requests, rule)
     passes = Passes(xla.statistics, xla.draw)
+    if implementation == "mosaic_gpu":
+        from pallas_kernels.accept_block import mosaic_gpu  # which older releases of jax lack
+
+        passes = Passes(mosaic_gpu.statistics, mosaic_gpu.draw)
     return rules.accept_block(logits_TV, floor_T, plan, drafts, requests, rule, passes, axis_name)
 
 

@@ -319,14 +319,10 @@ def _merged(*readings: Reading) -> list[Reading]:
 
 def _whole(reading: Reading, stats_NX: Statistics, logit_NY: jax.Array) -> Reading:
     """A reading of whole rows from those of N shards."""
-    num_tokens, temperature_X = reading.batch.logits_XV.shape[-1], reading.batch.temperature_X
-    best_NX = stats_NX.best_X
-    best_X = jnp.max(best_NX, axis=0)
-    start_N1 = num_tokens * jnp.arange(best_NX.shape[0])[:, None]
-    first_NX = jnp.where(best_NX < best_X, jnp.iinfo(jnp.int32).max, start_N1 + stats_NX.first_X)
-    weight_NX = jnp.exp(-xla.gap(best_NX.T, best_X, temperature_X)).T
-    mass_NX = jnp.where(weight_NX > 0, weight_NX * stats_NX.mass_X, 0)  # 0, not NaN, of no token
-    stats_X = Statistics(best_X, first_NX.min(0), mass_NX.sum(0), stats_NX.finite_X.all(0))
+    num_shards, num_tokens = len(logit_NY), reading.batch.logits_XV.shape[-1]
+    start_N1 = num_tokens * jnp.arange(num_shards)[:, None]
+    parts_NX = stats_NX._replace(first_X=start_N1 + stats_NX.first_X)
+    stats_X = xla.merge(parts_NX, reading.batch.temperature_X)
     return reading._replace(stats_X=stats_X, logit_Y=jnp.max(logit_NY, axis=0))
 
 
@@ -337,7 +333,7 @@ def _gather(tree: Any, axis_name: str | None) -> Any:
     flat_NX = jax.lax.all_gather(flat_X, axis_name)
     ends = itertools.accumulate(leaf.size for leaf in leaves)
     gathered = [
-        flat_NX[:, end - leaf.size : end].reshape(-1, *leaf.shape).astype(leaf.dtype)
+        flat_NX[:, end - leaf.size : end].reshape(len(flat_NX), *leaf.shape).astype(leaf.dtype)
         for leaf, end in zip(leaves, ends, strict=True)
     ]
     return jax.tree.unflatten(structure, gathered)

@@ -85,6 +85,17 @@ def statistics(logits_XV: jax.Array, temperature_X: jax.Array, floor_X: jax.Arra
     return Statistics(best_X, first_X, mass_X, jnp.isfinite(best_X) & jnp.isfinite(lowest_X))
 
 
+def merge(parts_NX: Statistics, temperature_X: jax.Array) -> Statistics:
+    """Statistics of whole rows from those of N parts of each, whose `first_X` are tokens of it."""
+    best_X = jnp.max(parts_NX.best_X, axis=0)
+    beyond = jnp.iinfo(jnp.int32).max
+    first_NX = jnp.where(parts_NX.best_X < best_X, beyond, parts_NX.first_X)
+    weight_NX = jnp.exp(-gap(parts_NX.best_X.T, best_X, temperature_X)).T
+    mass_NX = jnp.where(weight_NX > 0, weight_NX * parts_NX.mass_X, 0)  # 0, not NaN, of no token
+    finite_X = parts_NX.finite_X.all(axis=0)
+    return Statistics(best_X, first_NX.min(axis=0), mass_NX.sum(axis=0), finite_X)
+
+
 def gap(logits_XV: jax.Array, best_X: jax.Array, temperature_X: jax.Array) -> jax.Array:
     """How far each token lies below the best, in units of the temperature.
 

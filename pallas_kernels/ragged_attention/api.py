@@ -15,7 +15,13 @@ K key/value heads, H head width, L layers, X any of these.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention import xla
@@ -34,6 +40,7 @@ def ragged_attention(
     layer: jax.Array | int | None = None,
     own: tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
+    heads_axis: str | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """Grouped-query attention of flat rows, each to a range of its slot's cache.
@@ -48,6 +55,9 @@ def ragged_attention(
         layer: int32, which layer of the caches is meant; None for caches of one layer.
         own: keys and values [P, W, K, H] that all rows of a group see beside the cache.
         window: the last so many positions before the limit are seen, static; None for all.
+        heads_axis: axis of the mesh that query and key/value heads are split over, where there is a
+            mesh and they divide: each device then runs the kernel on its own heads. XLA finds that
+            out by itself.
         implementation: "xla" anywhere, in any dtype; "mosaic_gpu" on NVIDIA GPUs of compute
             capability 9, in bfloat16, for H of 64 or 128 and S a multiple of 64.
 
@@ -66,18 +76,39 @@ def ragged_attention(
         if layer is not None:
             k_BKSH, v_BKSH = k_BKSH[layer], v_BKSH[layer]
         out_PCNH = xla.attend_groups(q_PCNH, k_BKSH, v_BKSH, groups.slot_P, limit_PC, own, window)
-    else:
-        problem = dispatch.version_problem()
-        if problem:
-            raise RuntimeError(problem)
-        from pallas_kernels.ragged_attention import mosaic_gpu
+        return groups.scatter(out_PCNH)
+    problem = dispatch.version_problem()
+    if problem:
+        raise RuntimeError(problem)
+    from pallas_kernels.ragged_attention import mosaic_gpu
 
-        if layer is None:
-            k_BKSH, v_BKSH, layer = k_BKSH[None], v_BKSH[None], 0
-        out_PCNH = mosaic_gpu.attend_groups(
-            q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, own, window
-        )
-    return groups.scatter(out_PCNH)
+    if layer is None:
+        k_BKSH, v_BKSH, layer = k_BKSH[None], v_BKSH[None], jnp.int32(0)
+    attend = functools.partial(mosaic_gpu.attend_groups, window=window)
+    arguments = q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, own
+    return groups.scatter(_over_heads(attend, heads_axis, *arguments))
+
+
+def _over_heads(attend: Callable[..., jax.Array], axis: str | None, *arguments: Any) -> jax.Array:
+    """``attend(*arguments)``, by all devices of a mesh whose axes are not in use yet."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Auto
+    }
+    if axis not in free:
+        return attend(*arguments)
+    kv_heads = arguments[1].shape[2]
+    split = axis if kv_heads % mesh.shape[axis] == 0 else None
+    rows, cache, whole = P(None, None, split), P(None, None, split), P()
+    return jax.shard_map(
+        attend,
+        in_specs=(rows, cache, cache, whole, whole, whole, rows),
+        out_specs=rows,
+        axis_names=free,
+        check_vma=False,
+    )(*arguments)
 
 
 def _check(

@@ -69,14 +69,25 @@ def attend_groups(
         slot_P = jnp.arange(groups, dtype=jnp.int32)
     plan_PX4 = _plan(limit_PM.reshape(groups, tiles, TILE), slot_P, layer, slots, window)
     most = max(1, positions // BLOCK // MIN_BLOCKS)
-    splits = min(most, pl.cdiv(PROGRAMS, groups * kv_heads * tiles))
-    part = _run_kernel(plan_PX4, q_PKMH, limit_PM, k_LBKSH, v_LBKSH, splits, window)
-    parts = [part]
+    splits = min(most, max(1, PROGRAMS // (groups * kv_heads * tiles)))
+    single = splits == 1 and own is None
+    out_ZPKMH, lse_ZPKM = _run_kernel(
+        plan_PX4,
+        q_PKMH,
+        limit_PM,
+        k_LBKSH,
+        v_LBKSH,
+        splits=splits,
+        window=window,
+        # What a tile writes for nobody to read would cost as much as the rest of it.
+        kept=TILE if tiles > 1 else pl.cdiv(used, 8) * 8,
+        dtype=q_PCNH.dtype if single else jnp.float32,
+    )
+    parts = [(out_ZPKMH[..., :used, :], lse_ZPKM[..., :used])]
     if own is not None:
-        parts.append(_attend_own(q_PKMH, *own))
-    out_PKMH = _merge(parts)[:, :, :used].astype(q_PCNH.dtype)
-    out_PKCRH = out_PKMH.reshape(q_PKCRH.shape)
-    return jnp.moveaxis(out_PKCRH, 1, 2).reshape(q_PCNH.shape)
+        parts.append(_attend_own(q_PKMH[:, :, :used], *own))
+    out_PKMH = out_ZPKMH[0, :, :, :used] if single else _merge(parts).astype(q_PCNH.dtype)
+    return jnp.moveaxis(out_PKMH.reshape(q_PKCRH.shape), 1, 2).reshape(q_PCNH.shape)
 
 
 def _plan(
@@ -106,30 +117,39 @@ def _run_kernel(
     limit_PM: jax.Array,
     k_LBKSH: jax.Array,
     v_LBKSH: jax.Array,
+    *,
     splits: int,
     window: int | None,
+    kept: int,
+    dtype: Any,
 ) -> Part:
+    """Results of all splits in a dtype, of the first ``kept`` rows of each tile."""
     groups, kv_heads, rows, width = q_PKMH.shape
-    swizzle = plgpu.find_swizzle(width * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    weight_transforms = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(2 * BLOCK))
+    tiles = rows // TILE
     kernel = plgpu.kernel(
-        functools.partial(_kernel, splits=splits, window=window, transforms=transforms),
+        functools.partial(_kernel, splits=splits, window=window, kept=kept),
         out_type=(
-            jax.ShapeDtypeStruct((splits, groups, kv_heads, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((splits, groups, kv_heads, tiles * kept, width), dtype),
             jax.ShapeDtypeStruct((splits, groups, kv_heads, rows), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM((TILE, width), q_PKMH.dtype, transforms=transforms),
-            plgpu.SMEM((TILE, BLOCK), q_PKMH.dtype, transforms=weight_transforms),
+            plgpu.SMEM((TILE, width), q_PKMH.dtype, transforms=_layout(width, q_PKMH.dtype)),
+            plgpu.SMEM((TILE, BLOCK), q_PKMH.dtype, transforms=_layout(BLOCK, q_PKMH.dtype)),
             plgpu.Barrier(),
         ),
-        grid=(groups, kv_heads, rows // TILE * splits),
+        grid=(groups, kv_heads, tiles * splits),
         grid_names=("group", "head", "part"),
         kernel_name="ragged_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(plan_PX4, q_PKMH, limit_PM, k_LBKSH, v_LBKSH)
+
+
+def _layout(columns: int, dtype: Any) -> tuple[Any, Any]:
+    """How a matrix lies in shared memory for the tensor cores and the copies."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(
@@ -146,7 +166,7 @@ def _kernel(
     *,
     splits: int,
     window: int | None,
-    transforms: Any,
+    kept: int,
 ) -> None:
     width = q_smem.shape[-1]
     group, head = lax.axis_index("group"), lax.axis_index("head")
@@ -160,7 +180,7 @@ def _kernel(
     plgpu.copy_gmem_to_smem(q_ref.at[group, head, rows], q_smem, barrier)
     plgpu.barrier_wait(barrier)
     by_row = plgpu.Layout.WGMMA.reduce(1)
-    limit_M = plgpu.load(limit_ref.at[group, rows], layout=by_row, optimized=False)
+    limit_M = plgpu.layout_cast(limit_ref[group, rows], by_row)
 
     def full(value: float, *shape: int) -> jax.Array:
         layout = plgpu.Layout.WGMMA if len(shape) > 1 else by_row
@@ -173,7 +193,7 @@ def _kernel(
         out_MH, highest_M, total_M = carry
         score_MS = pl.run_scoped(
             functools.partial(_product, q_smem, k_smem.transpose((1, 0))),
-            plgpu.ACC((TILE, BLOCK), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((TILE, BLOCK), jnp.float32),
         )
         position_MS = plgpu.broadcasted_iota(jnp.int32, (TILE, BLOCK), 1, layout=plgpu.Layout.WGMMA)
         position_MS += (start + indices[0]) * BLOCK
@@ -191,14 +211,14 @@ def _kernel(
         # that starts from a value.
         new_MH = pl.run_scoped(
             functools.partial(_product, weight_smem, v_smem),
-            plgpu.ACC((TILE, width), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32),
         )
         return out_MH * spread(decay_M, width) + new_MH, new_M, total_M
 
     block = plgpu.BlockSpec(
         (None, None, None, BLOCK, width),
         lambda i: (layer, slot, head, start + i, 0),
-        transforms=transforms,
+        transforms=_layout(width, k_ref.dtype),
     )
     stages = max(2, STAGE_BYTES // (2 * BLOCK * width * 2))
     pipeline = plgpu.emit_pipeline(
@@ -210,8 +230,19 @@ def _kernel(
     )
     out_MH, highest_M, total_M = pipeline(k_ref, v_ref)
     total_M = jnp.maximum(total_M, jnp.finfo(jnp.float32).tiny)  # of nothing: 0, weighing nothing
-    out_ref[split, group, head, rows] = out_MH / spread(total_M, width)
     lse_ref[split, group, head, rows] = highest_M + jnp.log2(total_M)
+    out_MH = (out_MH / spread(total_M, width)).astype(out_ref.dtype)
+
+    def store(out_smem: Any) -> None:
+        out_smem[...] = out_MH
+        plgpu.commit_smem()
+        part = out_ref.at[split, group, head, pl.ds(tile * kept, kept)]
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, kept)], part)
+        plgpu.wait_smem_to_gmem(0)
+
+    # Behind the pipeline, so that it lies where the pipeline's blocks lay.
+    out_layout = _layout(width, out_ref.dtype)
+    pl.run_scoped(store, plgpu.SMEM((TILE, width), out_ref.dtype, transforms=out_layout))
 
 
 def _product(a_ref: Any, b_ref: Any, sum_ref: Any) -> jax.Array:

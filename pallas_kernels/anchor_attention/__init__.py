@@ -1,0 +1,1 @@
+"""Training attention of many blocks against one context."""

@@ -1,0 +1,103 @@
+"""Attention of many training blocks to one context each before its anchor, and to themselves.
+
+For slot g of block a with anchor position p[a], head n reading kv head m = n // (N / K):
+
+    score[s] = q[a, g, n] . k[s, m] / sqrt(H)                   for s < p[a]
+    score[S + w] = q[a, g, n] . k_own[a, w, m] / sqrt(H)        for all w < G
+    out[a, g, n] = sum softmax(score) [v, v_own[a]][:, m]
+
+The context of a block is strictly before its anchor, whose key and value are the first of its own
+block; blocks do not see each other. Every part is differentiable.
+
+Axes: B sequences, A blocks a sequence, G slots a block, S positions, N query heads, K key/value
+heads, H head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.anchor_attention import xla
+
+__all__ = ["anchor_attention", "require"]
+
+
+def require(implementation: str) -> None:
+    """Checks, once at start-up, that an implementation of this operation runs here.
+
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: it does not run here, with the reason.
+    """
+    dispatch.check_name(implementation)
+    if implementation == "mosaic_gpu":
+        raise RuntimeError("anchor_attention has no Mosaic GPU kernel yet: choose xla")
+
+
+def anchor_attention(
+    q_BAGNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    anchor_BA: jax.Array,
+    keep_BA: jax.Array,
+    *,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Grouped-query attention of blocks, each to the context before its anchor and to itself.
+
+    Args:
+        q_BAGNH: queries, rotated; N is a multiple of K.
+        k_BSKH, v_BSKH: the context, in the dtype of the queries. All of it must be finite.
+        own: keys and values [B, A, G, K, H] of the blocks' own slots.
+        anchor_BA: int32 in [0, S], positions of the anchors, ascending in a sequence where a
+            block is kept.
+        keep_BA: bool, False for a block that attends to nothing and gives 0.
+        implementation: "xla" anywhere, in any dtype.
+
+    Returns:
+        [B, A, G, N, H] in the dtype of the queries. Scores and softmax are in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or names that do not fit.
+        RuntimeError: there is no such kernel.
+    """
+    require(implementation)
+    _check(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA)
+    return xla.attend_blocks(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA)
+
+
+def _check(
+    q_BAGNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    anchor_BA: jax.Array,
+    keep_BA: jax.Array,
+) -> None:
+    if q_BAGNH.ndim != 5 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
+        raise ValueError(
+            f"queries {q_BAGNH.shape}, keys {k_BSKH.shape}, values {v_BSKH.shape}: give "
+            "[B, A, G, N, H] and twice [B, S, K, H]"
+        )
+    batch, anchors, slots, heads, width = q_BAGNH.shape
+    sequences, _, kv_heads, kv_width = k_BSKH.shape
+    if sequences != batch or kv_width != width or heads % kv_heads:
+        raise ValueError(
+            f"{heads} query heads of {width} in {batch} sequences cannot read {kv_heads} key heads "
+            f"of {kv_width} in {sequences}"
+        )
+    expected = (batch, anchors, slots, kv_heads, width)
+    if own[0].shape != expected or own[1].shape != expected:
+        raise ValueError(f"own keys {own[0].shape}, values {own[1].shape}: give twice {expected}")
+    dtypes = {x.dtype.name for x in (q_BAGNH, k_BSKH, v_BSKH, *own)}
+    if len(dtypes) > 1:
+        raise ValueError(f"dtypes differ: {', '.join(sorted(dtypes))}")
+    if not anchor_BA.shape == keep_BA.shape == (batch, anchors):
+        raise ValueError(
+            f"anchors {anchor_BA.shape}, kept {keep_BA.shape}: give twice {(batch, anchors)}"
+        )
+    if keep_BA.dtype != jnp.bool_ or not jnp.issubdtype(anchor_BA.dtype, jnp.integer):
+        raise ValueError(f"anchors {anchor_BA.dtype}, kept {keep_BA.dtype}: give int32 and bool")

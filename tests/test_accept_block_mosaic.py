@@ -1,0 +1,135 @@
+"""The Mosaic GPU kernels of `accept_block`: interpreted against XLA, lowered, compiled to SASS."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.accept_block import rule as rules
+from pallas_kernels.accept_block import xla
+from pallas_kernels.accept_block.cases import Case, make_inputs
+from tests import cuda_compile
+
+pytestmark = [
+    pytest.mark.smoke,
+    pytest.mark.skipif(
+        dispatch.version_problem() is not None, reason=str(dispatch.version_problem())
+    ),
+]
+
+XLA = rules.Passes(xla.statistics, xla.draw)
+VOCABULARIES = (32000, 49152, 151936, 262144)
+# What ptxas 13.0 says of each kernel, a thread: 83 to 89 and 90 to 135, over dtypes and shapes.
+REGISTERS = {"accept_statistics": 96, "accept_draw": 144}
+
+
+def mosaic():
+    from pallas_kernels.accept_block import mosaic_gpu
+
+    return rules.Passes(mosaic_gpu.statistics, mosaic_gpu.draw)
+
+
+def interpreted(accept, *args, **options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
+        return jax.block_until_ready(accept(*args))
+
+
+def inputs(case):
+    """Ragged lengths, a greedy request, filters, and tokens that are forbidden."""
+    logits_TV, floor_T, plan, drafts, requests = make_inputs(case, seed=1)
+    logits_TV = logits_TV.at[::2, 7].set(-jnp.inf)
+    floor_T = floor_T.at[1].set(jnp.sort(logits_TV[1].astype(jnp.float32))[-20])
+    length_B = jnp.arange(case.requests, dtype=jnp.int32) % (case.slots + 1)
+    temperature_B = jnp.array([0.7, 1.0, 0.0, 1.5])[: case.requests]
+    plan, requests = (
+        plan._replace(length_B=length_B[::-1]),
+        requests._replace(temperature_B=temperature_B),
+    )
+    return logits_TV, floor_T, plan, drafts, requests
+
+
+@pytest.mark.parametrize("vocabulary", [1100, 1024])
+@pytest.mark.parametrize(
+    ("rule", "draft_vocabulary", "dtype"),
+    [
+        ("rejection", None, "bfloat16"),
+        ("rejection", 300, "float32"),
+        ("coupled", None, "float32"),
+        ("greedy", None, "bfloat16"),
+    ],
+)
+def test_the_tokens_are_those_of_xla(monkeypatch, rule, draft_vocabulary, dtype, vocabulary):
+    from pallas_kernels.accept_block import mosaic_gpu
+
+    monkeypatch.setattr(mosaic_gpu, "MIN_BLOCKS", 1)  # so that there are shares to merge
+    args = inputs(Case(4, 2, vocabulary, draft_vocabulary, dtype, rule))
+    got = interpreted(rules.accept_block, *args, rule, mosaic())
+    expected = rules.accept_block(*args, rule, XLA)
+    np.testing.assert_array_equal(got.accepted_B, expected.accepted_B)
+    np.testing.assert_array_equal(got.next_B, expected.next_B)
+    np.testing.assert_array_equal(got.finite_B, expected.finite_B)
+    np.testing.assert_allclose(got.chance_BG, expected.chance_BG, atol=1e-5)
+
+
+def test_no_races():
+    args = make_inputs(Case(1, 1, 1100))
+    got = interpreted(rules.accept_block, *args, "rejection", mosaic(), detect_races=True)
+    assert got.next_B == rules.accept_block(*args, "rejection", XLA).next_B
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_is_told(bad):
+    logits_XV = jax.random.normal(jax.random.key(0), (3, 2100)).at[1, 2099].set(bad)
+    stats = interpreted(mosaic().statistics, logits_XV, jnp.ones(3), jnp.full(3, -jnp.inf))
+    np.testing.assert_array_equal(stats.finite_X, [True, False, True])
+
+
+def abstract(case):
+    """Leaves and structure of the arguments, without the arrays."""
+    made = jax.eval_shape(functools.partial(make_inputs, case))
+    return jax.tree.flatten(made)
+
+
+def flat_accept(structure, rule):
+    def accept(*leaves):
+        args = jax.tree.unflatten(structure, leaves)
+        return tuple(rules.accept_block(*args, rule, mosaic()))
+
+    return accept
+
+
+CUDA_CASES = [
+    *(Case(7, 7, vocabulary) for vocabulary in VOCABULARIES),
+    *(Case(32, 7, vocabulary, dtype="float32", rule="coupled") for vocabulary in VOCABULARIES),
+    Case(1, 0, 151936),
+    Case(8, 7, 151936, 32768, dtype="float32"),
+    Case(512, 7, 32001, rule="greedy"),
+]
+
+
+@pytest.mark.parametrize("case", CUDA_CASES, ids=[case.name for case in CUDA_CASES])
+def test_lowers_for_cuda(case):
+    leaves, structure = abstract(case)
+    text = cuda_compile.lower(flat_accept(structure, case.rule), *leaves).mlir_module()
+    names = {"accept_statistics"} | ({"accept_draw"} if case.rule != "greedy" else set())
+    assert all(name in text for name in names)
+
+
+@pytest.mark.skipif(cuda_compile.problem() is not None, reason=str(cuda_compile.problem()))
+@pytest.mark.parametrize(
+    "case", [Case(7, 7, 151936), Case(8, 7, 32000, dtype="float32", rule="coupled")],
+    ids=["rejection", "coupled"],
+)  # fmt: skip
+def test_compiles_to_sass_without_spills(case):
+    leaves, structure = abstract(case)
+    kernels = cuda_compile.compile_to_sass(flat_accept(structure, case.rule), *leaves)
+    assert len(kernels) >= 2
+    for name, kernel in kernels.items():
+        most = next(most for part, most in REGISTERS.items() if part in name)
+        assert kernel.spill_bytes == 0
+        assert kernel.registers <= most, (name, kernel)

@@ -1,0 +1,79 @@
+"""The harness of the kernels' benchmarks."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import benchmark
+from pallas_kernels.anchor_attention import bench as anchor_bench
+from pallas_kernels.benchmark import Way, Work
+
+FIELDS = {
+    "case",
+    "implementation",
+    "seconds",
+    "bytes",
+    "flops",
+    "floor_share",
+    "ratio_to_xla",
+}
+
+
+def make_inputs(seed):
+    return (jnp.full(2**16, float(seed)),)
+
+
+def works():
+    for case in ("small", "other"):
+        ways = {
+            "xla": Way(jnp.sin, make_inputs),
+            "twice": Way(lambda x: jnp.sin(2 * x), make_inputs),
+        }
+        yield Work(case, 1000, 10**6, ways)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Bytes and FLOPs a second of a device on which the FLOPs of :func:`works` are the floor."""
+    monkeypatch.setattr(benchmark, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda: 1e10)
+
+
+def test_report_is_the_device_and_a_row_an_implementation(rates):
+    found = json.loads(benchmark.command("", works(), ["--json", "--only", "small"]))
+    assert found["device"] == "cpu"
+    assert "choose xla" in found["left_out"]
+    assert [(row["case"], row["implementation"]) for row in found["rows"]] == [
+        ("small", "xla"),
+        ("small", "twice"),
+    ]
+    xla, twice = found["rows"]
+    for row in (xla, twice):
+        assert row.keys() == FIELDS
+        assert row["seconds"] > 0
+        assert row["floor_share"] == pytest.approx(1e6 / 1e10 / row["seconds"])
+    assert xla["ratio_to_xla"] == 1
+    assert twice["ratio_to_xla"] == pytest.approx(xla["seconds"] / twice["seconds"])
+
+
+def test_table_says_what_was_left_out(rates):
+    lines = benchmark.command("", works(), []).splitlines()
+    assert lines[0].startswith("cpu, jax ")
+    assert lines[1].startswith("XLA alone: mosaic_gpu needs")
+    assert [line.split()[:2] for line in lines[2:]] == [
+        [case, name] for case in ("small", "other") for name in ("xla", "twice")
+    ]
+
+
+def test_floor_is_the_larger_of_bytes_and_flops():
+    work = Work("copy", 10**9, 1, {"xla": Way(jnp.sin, make_inputs)})
+    (row,) = benchmark.measure(work, 1e9, 1e10)
+    assert row["floor_share"] == pytest.approx(1 / row["seconds"])
+
+
+def test_cases_of_a_cpu_have_a_forward_and_a_backward_pass():
+    cases = [work.case for work in anchor_bench.works()]
+    assert len(cases) == 4
+    assert all("float32" in case for case in cases)
+    assert [case.startswith("gradient, ") for case in cases] == [False, True] * 2
