@@ -51,6 +51,14 @@ def test_a_round_that_did_not_draft_leaves_older_confidences():
     assert (known(history), history.fresh) == ({7: 1.0}, frozenset())
 
 
+def test_rounds_without_drafts_leave_nothing_behind():
+    """An engine that never drafts asks for nothing, however long it serves."""
+    history = History()
+    for number in range(5):
+        history = record(history, number, {})
+    assert not history.waiting
+
+
 @pytest.fixture
 def _quick(monkeypatch):
     monkeypatch.setattr(calibrate, "ENOUGH", 8.0)

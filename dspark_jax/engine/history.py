@@ -64,14 +64,25 @@ class History:
 
 def drafted_by(kind: Kind, report: RoundReport, slot: int) -> Drafted:
     """The draft of a slot, from the report of a round that drafted."""
-    accepted, decided = int(report.accepted_B[slot]), int(report.verified_B[slot])
-    if report.count_B[slot] == accepted:  # a draft was the stop token, and the last one looked at
-        decided = accepted
+    reported = report.count_B, report.accepted_B, report.verified_B
+    count, accepted, verified = (int(value_B[slot]) for value_B in reported)
+    decided = decided_drafts(count, accepted, verified)
     return Drafted(kind, report.confidence_logit_BG[slot], accepted, decided)
 
 
+def decided_drafts(count: int, accepted: int, verified: int) -> int:
+    """How many of the verified drafts the target was asked about.
+
+    Where no token of the target's own was committed, an accepted draft was the stop token, and
+    the last one looked at.
+    """
+    return accepted if count == accepted else verified
+
+
 def record(history: History, number: int, drafted: Mapping[int, Drafted]) -> History:
-    """Keeps what a round brought until it is old enough."""
+    """Keeps what a round brought until it is old enough; one without drafts brings nothing."""
+    if not drafted:
+        return history
     return dataclasses.replace(history, waiting=(*history.waiting, (number, drafted)))
 
 

@@ -1,8 +1,7 @@
 """How many rows the next round gets, from what the host knows: one function a policy.
 
-Condition (e) of a lossless schedule (``decoding/schedule.py``) is kept here: the confidences that
-have a part in round t are those of rounds up to t - 2, by their number; a report that happens to
-arrive earlier waits.
+Condition (e) of a lossless schedule (``decoding/schedule.py``): the confidences that have a part in
+round t are those of rounds up to t - 2, by their number; ``history.py`` holds newer ones back.
 """
 
 from __future__ import annotations

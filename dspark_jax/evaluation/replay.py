@@ -144,10 +144,10 @@ def replay_record(
         ValueError: there are no such costs.
     """
     block_size = requests[0].logit_NG.shape[1]
-    accepted = [request.accepted_N for request in requests]
+    survival, accepted = survivals(requests, calibration), [r.accepted_N for r in requests]
     rows: list[dict[str, Any]] = []
     for number in concurrency:
-        batch = make_batch(survivals(requests, calibration), accepted, number)
+        batch = make_batch(survival, accepted, number)
         for replayed in replay(batch, costs(number, block_size), switch):
             rows.append({"concurrency": number, **dataclasses.asdict(replayed)})
     return rows
@@ -168,11 +168,7 @@ def survivals(
     ]
 
 
-def replay(
-    batch: Batch,
-    costs: RoundCosts,
-    switch: DraftSwitch = UNTRIED,
-) -> list[Replayed]:
+def replay(batch: Batch, costs: RoundCosts, switch: DraftSwitch = UNTRIED) -> list[Replayed]:
     """Every policy over the same rounds: the oracle first, then those an engine could use, then
     the lossy ones, which are there for comparison.
 

@@ -22,6 +22,7 @@ from dspark_jax.engine.calibration import ACCEPTANCES
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.history import decided_drafts
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
@@ -149,9 +150,8 @@ def recorded_request(
         strict=True,
     ):
         if logit_G is not None and np.isfinite(logit_G).all():
-            if length == accepted:  # a draft was the stop token: no token of the target's own came
-                verified = accepted
-            elif accepted < verified:  # behind a rejection no prefix is accepted
+            verified = decided_drafts(length, accepted, verified)
+            if accepted < verified:  # behind a rejection no prefix is accepted
                 verified = len(logit_G)
             kept.append((logit_G, verified, accepted))
     logit_NG, verified_N, accepted_N = zip(*kept, strict=True) if kept else ((), (), ())
