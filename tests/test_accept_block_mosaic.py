@@ -89,6 +89,26 @@ def test_what_is_not_finite_is_told(bad):
     np.testing.assert_array_equal(stats.finite_X, [True, False, True])
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_shard_of_the_vocabulary_is_read_as_by_xla(monkeypatch, share):
+    """The interpreter runs one device at a time: the parts that are merged, one by one."""
+    monkeypatch.setattr(xla, "shard_start", lambda num_tokens, _: share * num_tokens)
+    logits_TV, floor_T, *_, requests = make_inputs(Case(3, 1, 1100, dtype="float32"))
+    part_TV = logits_TV[:, 550 * share : 550 * (share + 1)]
+    ones_T = jnp.ones(len(part_TV))
+    got = interpreted(mosaic().statistics, part_TV, ones_T, floor_T)
+    expected = xla.statistics(part_TV, ones_T, floor_T)
+    np.testing.assert_array_equal(got.best_X, expected.best_X)
+    np.testing.assert_allclose(got.mass_X, expected.mass_X, rtol=1e-5)
+    law_T = xla.Law(expected.best_X, jnp.log(expected.mass_X), floor_T, ones_T)
+    key_T2 = jnp.repeat(requests.key_B2, 2, axis=0)
+    score_T, token_T = interpreted(mosaic().draw, part_TV, None, law_T, None, key_T2)
+    expected_score_T, expected_token_T = xla.draw(part_TV, None, law_T, None, key_T2)
+    np.testing.assert_array_equal(token_T, expected_token_T)
+    np.testing.assert_allclose(score_T, expected_score_T, rtol=1e-5)
+    assert (token_T // 550 == share).all()
+
+
 def abstract(case):
     """Leaves and structure of the arguments, without the arrays."""
     made = jax.eval_shape(functools.partial(make_inputs, case))
