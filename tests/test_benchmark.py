@@ -3,11 +3,13 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import benchmark
 from pallas_kernels.anchor_attention import bench as anchor_bench
 from pallas_kernels.benchmark import Way, Work
+from pallas_kernels.ragged_attention import bench as ragged_bench
 
 FIELDS = {
     "case",
@@ -77,3 +79,13 @@ def test_cases_of_a_cpu_have_a_forward_and_a_backward_pass():
     assert len(cases) == 4
     assert all("float32" in case for case in cases)
     assert [case.startswith("gradient, ") for case in cases] == [False, True] * 2
+
+
+def test_cases_of_serving_attention_are_timed_beside_the_library():
+    works = list(ragged_bench.works())
+    assert "verify 5 of 32 x 1024, 9/3 heads of 64" in [work.case for work in works]
+    for work in works:
+        assert set(work.ways) == {"xla", "library"}
+    small = min(works, key=lambda work: work.least_bytes)
+    outs = [np.asarray(way.step(*way.inputs(0)), np.float32) for way in small.ways.values()]
+    np.testing.assert_allclose(*(out.reshape(-1) for out in outs), atol=1e-5)

@@ -1,7 +1,7 @@
 """Times of verification: ``python -m pallas_kernels.accept_block.bench [--json]``.
 
 The implementation ``composition`` is what the operation replaces, put together in the usual way:
-both laws by log-softmax, the chance of every draft, the residual of every slot, a draw from each.
+both laws by log-softmax, the chance of every draft, the residual of the slot that fell, a draw.
 """
 
 from __future__ import annotations
@@ -43,20 +43,22 @@ def composition(
     draft_BG1 = jnp.take_along_axis(draft_BGU, drafts.index_BG[..., None], axis=-1)
     chance_BG = acceptance_chance(target_BG1, draft_BG1)[..., 0]
 
-    key_B12, anchor_B1 = requests.key_B2[:, None], requests.anchor_position_B[:, None]
-    column_C = jnp.arange(num_slots + 1)
-    accept_key_BG2 = random.stream_key(key_B12, random.ACCEPT, anchor_B1, column_C[:-1])
+    key_B2, anchor_B = requests.key_B2, requests.anchor_position_B
+    accept_key_BG2 = random.stream_key(
+        key_B2[:, None], random.ACCEPT, anchor_B[:, None], jnp.arange(num_slots)
+    )
     accepted_B = leading(random.uniform(accept_key_BG2, 1)[..., 0] < chance_BG, plan.length_B)
 
-    excess_BGV = xla.excess(target_BCV[:, :-1], draft_BGU, drafts.d2t_U)
-    mass_BG1 = jnp.sum(excess_BGV, axis=-1, keepdims=True)
-    residual_BGV = jnp.log(excess_BGV / mass_BG1)
-    fallen_BG1 = (column_C[:-1] < plan.length_B[:, None])[..., None] & (mass_BG1 > xla.LEAST_MASS)
-    law_BGV = jnp.where(fallen_BG1, residual_BGV, target_BCV[:, :-1])
-    law_BCV = jnp.concatenate([law_BGV, target_BCV[:, -1:]], axis=1)
-    next_key_BC2 = random.stream_key(key_B12, random.RESIDUAL, anchor_B1, column_C)
-    token_BC = jnp.argmax(law_BCV + random.gumbel(next_key_BC2, law_BCV.shape[-1]), axis=-1)
-    return accepted_B, token_BC[jnp.arange(num_requests), accepted_B].astype(jnp.int32)
+    request_B = jnp.arange(num_requests)
+    target_BV = target_BCV[request_B, accepted_B]
+    draft_BU = draft_BGU[request_B, jnp.minimum(accepted_B, num_slots - 1)]
+    excess_BV = xla.excess(target_BV, draft_BU, drafts.d2t_U)
+    mass_B1 = jnp.sum(excess_BV, axis=-1, keepdims=True)
+    fell_B1 = (accepted_B < plan.length_B)[:, None] & (mass_B1 > xla.LEAST_MASS)
+    law_BV = jnp.where(fell_B1, jnp.log(excess_BV / mass_B1), target_BV)
+    next_key_B2 = random.stream_key(key_B2, random.RESIDUAL, anchor_B, accepted_B)
+    noise_BV = random.gumbel(next_key_B2, law_BV.shape[-1])
+    return accepted_B, jnp.argmax(law_BV + noise_BV, axis=-1).astype(jnp.int32)
 
 
 def works() -> Iterator[Work]:

@@ -6,12 +6,19 @@ each row's own range, the keys and values lying in its own order, [B, S, K, H].
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention.cases import Case
+from pallas_kernels import benchmark
+from pallas_kernels.benchmark import Way, Work
+from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.cases import CASES, Case
+
+CPU_BYTES = 2**28  # of a case's arrays, more of which a CPU is not asked to read again and again
 
 
 def library(
@@ -46,3 +53,45 @@ def library_arguments(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
         "v_BSKH": jnp.swapaxes(arguments["v_BKSH"], 1, 2),
         "limit_PC": limit_PC + case.rows if case.bidirectional else limit_PC,
     }
+
+
+def works() -> Iterator[Work]:
+    """The cases that this device is to run: a CPU the small ones, in float32."""
+    gpu = benchmark.on_gpu()
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    for case in CASES:
+        if not gpu and _total_bytes(case, dtype) > CPU_BYTES:
+            continue
+        inputs = functools.partial(_inputs, case, dtype)
+        ways = {
+            name: Way(functools.partial(_attend, case, name), inputs)
+            for name in benchmark.implementations()
+        }
+        cudnn: Literal["cudnn"] | None = "cudnn" if gpu else None
+        library_inputs = functools.partial(_library_inputs, case, dtype)
+        ways["library"] = Way(
+            functools.partial(library, window=case.window, implementation=cudnn), library_inputs
+        )
+        yield Work(case.name, *case.cost(jnp.dtype(dtype).itemsize), ways)
+
+
+def _total_bytes(case: Case, dtype: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(case.shapes(dtype)))
+
+
+def _inputs(case: Case, dtype: Any, seed: int) -> tuple[dict[str, Any]]:
+    return (case.arguments(dtype, seed),)
+
+
+def _attend(case: Case, implementation: str, arguments: dict[str, Any]) -> jax.Array:
+    return ragged_attention(
+        groups=case.grouping, window=case.window, implementation=implementation, **arguments
+    )
+
+
+def _library_inputs(case: Case, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
+    return tuple(library_arguments(case, case.arguments(dtype, seed)).values())
+
+
+if __name__ == "__main__":
+    print(benchmark.command("Times of ragged_attention on this device.", works()))
