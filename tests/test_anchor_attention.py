@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_naive_reference(elements):
         def total(*values):
             return jnp.vdot(weight_BAGNH, function(*values, ANCHOR_BA, KEEP_BA))
 
-        return jax.grad(total, argnums=(0, 1, 2, 3))
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
 
     found = with_chunks(elements, gradient_of(anchor_attention), *values)
     wanted = gradient_of(naive_jnp)(*values)

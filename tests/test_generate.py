@@ -231,7 +231,7 @@ def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
     ("d2t", "options", "acceptance"),
     [
         (None, {"temperature": 0.7, "top_p": 0.9}, "rejection"),
-        (range(0, 64, 2), {"temperature": 1.0}, "coupled"),
+        pytest.param(range(0, 64, 2), {"temperature": 1.0}, "coupled", marks=pytest.mark.full),
         pytest.param(range(0, 64, 2), {"temperature": 1.0}, "rejection", marks=pytest.mark.full),
         pytest.param(None, {"temperature": 0.7}, "coupled", marks=pytest.mark.full),
         pytest.param(None, {}, "rejection", marks=pytest.mark.full),
