@@ -165,6 +165,14 @@ def _toolkit() -> Path | None:
     return None
 
 
+def ptxas_version() -> str:
+    """Of the assembler that :func:`compile_to_sass` uses."""
+    command = [f"{_toolkit()}/bin/ptxas", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = re.search(r"V(\d+(\.\d+)+)", said)
+    return found[1] if found else said
+
+
 def _run_child(file: Path) -> subprocess.CompletedProcess[str]:
     toolkit = _toolkit()
     environment = os.environ | {

@@ -1,6 +1,4 @@
-"""The Mosaic GPU kernels of `accept_block`: interpreted against XLA, lowered, compiled to SASS."""
-
-import functools
+"""The Mosaic GPU kernels of `accept_block`: interpreted against XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ from pallas_kernels import dispatch
 from pallas_kernels.accept_block import rule as rules
 from pallas_kernels.accept_block import xla
 from pallas_kernels.accept_block.cases import Case, make_inputs
-from tests import cuda_compile
 
 pytestmark = [
     pytest.mark.smoke,
@@ -21,9 +18,6 @@ pytestmark = [
 ]
 
 XLA = rules.Passes(xla.statistics, xla.draw)
-VOCABULARIES = (32000, 49152, 151936, 262144)
-# What ptxas 13.0 says of each kernel, a thread: 83 to 89 and 90 to 135, over dtypes and shapes.
-REGISTERS = {"accept_statistics": 96, "accept_draw": 144}
 
 
 def mosaic():
@@ -107,49 +101,3 @@ def test_a_shard_of_the_vocabulary_is_read_as_by_xla(monkeypatch, share):
     np.testing.assert_array_equal(token_T, expected_token_T)
     np.testing.assert_allclose(score_T, expected_score_T, rtol=1e-5)
     assert (token_T // 550 == share).all()
-
-
-def abstract(case):
-    """Leaves and structure of the arguments, without the arrays."""
-    made = jax.eval_shape(functools.partial(make_inputs, case))
-    return jax.tree.flatten(made)
-
-
-def flat_accept(structure, rule):
-    def accept(*leaves):
-        args = jax.tree.unflatten(structure, leaves)
-        return tuple(rules.accept_block(*args, rule, mosaic()))
-
-    return accept
-
-
-CUDA_CASES = [
-    *(Case(7, 7, vocabulary) for vocabulary in VOCABULARIES),
-    *(Case(32, 7, vocabulary, dtype="float32", rule="coupled") for vocabulary in VOCABULARIES),
-    Case(1, 0, 151936),
-    Case(8, 7, 151936, 32768, dtype="float32"),
-    Case(512, 7, 32001, rule="greedy"),
-]
-
-
-@pytest.mark.parametrize("case", CUDA_CASES, ids=[case.name for case in CUDA_CASES])
-def test_lowers_for_cuda(case):
-    leaves, structure = abstract(case)
-    text = cuda_compile.lower(flat_accept(structure, case.rule), *leaves).mlir_module()
-    names = {"accept_statistics"} | ({"accept_draw"} if case.rule != "greedy" else set())
-    assert all(name in text for name in names)
-
-
-@pytest.mark.skipif(cuda_compile.problem() is not None, reason=str(cuda_compile.problem()))
-@pytest.mark.parametrize(
-    "case", [Case(7, 7, 151936), Case(8, 7, 32000, dtype="float32", rule="coupled")],
-    ids=["rejection", "coupled"],
-)  # fmt: skip
-def test_compiles_to_sass_without_spills(case):
-    leaves, structure = abstract(case)
-    kernels = cuda_compile.compile_to_sass(flat_accept(structure, case.rule), *leaves)
-    assert len(kernels) >= 2
-    for name, kernel in kernels.items():
-        most = next(most for part, most in REGISTERS.items() if part in name)
-        assert kernel.spill_bytes == 0
-        assert kernel.registers <= most, (name, kernel)
