@@ -56,6 +56,8 @@ ACCEPT_CASES = (
     _Accept(1, 0, 151936),
     _Accept(8, 7, 151936, 32768, dtype="float32"),
     _Accept(512, 7, 32001, rule="greedy"),
+    _Accept(7, 7, 151936 // 2),  # a shard, in lanes of 64 tokens
+    _Accept(7, 7, 151936 // 8),  # in lanes of 16
 )
 
 

@@ -47,7 +47,7 @@ def inputs(case):
     return logits_TV, floor_T, plan, drafts, requests
 
 
-@pytest.mark.parametrize("vocabulary", [1100, 1024])
+@pytest.mark.parametrize("vocabulary", [1100, 1072, 1024])
 @pytest.mark.parametrize(
     ("rule", "draft_vocabulary", "dtype"),
     [

@@ -44,9 +44,9 @@ DRAFTER = DrafterConfig(
 SLOTS, POSITIONS, CHUNKS, ROWS_PER_CHUNK = 32, 4096, 2, 128
 
 
-def kernels_of_a_round(kernels, **options):
-    """How many Mosaic GPU kernels the program of a round holds."""
-    cfg = RoundConfig(TARGET, DRAFTER, DRAFTER.block_size, kernels=kernels, **options)
+def program_of_a_round(kernels, **sizes):
+    """The program of a round, lowered for a GPU or a mesh of GPUs."""
+    cfg = RoundConfig(TARGET, DRAFTER, DRAFTER.block_size, kernels=kernels)
     target, drafter = (
         abstract_params(declare(sizes), jnp.bfloat16)
         for declare, sizes in ((declare_target, TARGET), (declare_drafter, DRAFTER))
@@ -62,14 +62,34 @@ def kernels_of_a_round(kernels, **options):
     step = functools.partial(
         decode_round, cfg=cfg, num_rows=SLOTS * 8, rows_per_chunk=ROWS_PER_CHUNK
     )
-    lowered = cuda_compile.lower(step, weights, state, given)
-    return str(lowered.mlir_module()).count("custom_call @mosaic_gpu")
+    mesh = cuda_compile.mesh_of_gpus(**sizes)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(step).trace(weights, state, given).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()
+
+
+def kernels_of_a_round(kernels, **sizes):
+    """The calls of Mosaic GPU kernels in the program of a round."""
+    lines = program_of_a_round(kernels, **sizes).splitlines()
+    return [line for line in lines if "custom_call @mosaic_gpu" in line]
+
+
+# Attention of the target's rows and chunks and of the drafter's blocks; layers are scanned.
+ATTENTION = 3
 
 
 def test_a_round_holds_the_kernels_of_its_configuration(monkeypatch):
     # The program is not run here.
     monkeypatch.setattr(dispatch, "device_problem", lambda device=None: None)
-    # Attention of the target's rows and chunks and of the drafter's blocks; layers are scanned.
-    attention = 3
-    assert kernels_of_a_round("mosaic_gpu") > attention
-    assert kernels_of_a_round("xla") == 0
+    assert len(kernels_of_a_round("mosaic_gpu")) > ATTENTION
+    assert not kernels_of_a_round("xla")
+
+
+def test_on_a_mesh_the_kernels_have_a_shard_each(monkeypatch):
+    """Half of the key heads, and half of the logits, as they lie: no copy with padding."""
+    monkeypatch.setattr(dispatch, "device_problem", lambda device=None: None)
+    calls = kernels_of_a_round("mosaic_gpu", data=1, tensor=2)
+    half_cache = f"x{SLOTS}x{SIZES['num_kv_heads'] // 2}x{POSITIONS}x128xbf16"
+    assert sum(half_cache in call for call in calls) == ATTENTION
+    half_logits = f"tensor<{SLOTS * 8}x{151936 // 2 // 64}x64xf32>"
+    assert sum(half_logits in call for call in calls) == len(calls) - ATTENTION - 1

@@ -2,16 +2,17 @@
 
 A program reads a share of one row, block by block through asynchronous copies, and keeps a running
 result for each place of a block: nothing crosses threads before the end. Shares are merged as
-shards are. Rows lie as [V / 128, 128], so that every access is in bounds whatever V is; what a last
+shards are. Rows lie as [V / L, L], so that every access is in bounds whatever V is; what a last
 block has too much is filled with zeros by the copy and masked.
 
-Axes beside those of ``xla.py``: Q rows of 128 tokens, N shares of a row.
+Axes beside those of ``xla.py``: L lanes, up to 128 tokens; Q = V / L; N shares of a row.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from pallas_kernels import random
 from pallas_kernels.accept_block import xla
 from pallas_kernels.accept_block.xla import Fallen, Law, Statistics
 
-LANES = 128
-# Of LANES in a block, which makes 8 numbers a thread of each running result: what a draw keeps
-# of two laws fits into registers, with four programs or more on a multiprocessor.
-ROWS = 8
+# Tokens of a block, which makes 8 numbers a thread of each running result: what a draw keeps of two
+# laws fits into registers, with four programs or more on a multiprocessor.
+PLACES = 1024
+MOST_LANES, LEAST_LANES = 128, 16  # a row of a block has 32 bytes at least
 STAGES = 4  # blocks under way
 PROGRAMS = 1056  # eight a streaming multiprocessor of an H100 or H200
 MIN_BLOCKS = 8  # of a share: a shorter one is not worth its merge
@@ -72,13 +73,13 @@ def _statistics_kernel(
 ) -> None:
     row, share = lax.axis_index("row"), lax.axis_index("share")
     scale, floor = scale_ref[row], floor_ref[row]
-    layout = _layout(logits_ref.dtype)
+    form = _Form.of(logits_ref, logits_ref.dtype)
 
     def step(indices: Any, logits_smem: Any, carry: Any) -> Any:
         best, first, mass, zero = carry
-        x = plgpu.layout_cast(logits_smem[...], layout).astype(jnp.float32)
+        x = plgpu.layout_cast(logits_smem[...], form.layout).astype(jnp.float32)
         zero = zero + (x - x)  # NaN once anything is not finite
-        token = _tokens(share * blocks + indices[0], layout)
+        token = form.tokens(share * blocks + indices[0])
         x = jnp.where(token < num_tokens, x, -jnp.inf)
         higher = x > best
         # One exponential: of what was the best before, or of what is not the best now.
@@ -87,14 +88,9 @@ def _statistics_kernel(
         mass = jnp.where(higher, mass * decay + kept, mass + kept * decay)
         return jnp.maximum(x, best), jnp.where(higher, token, first), mass, zero
 
-    zeros = _full(0.0, jnp.float32, layout)
-    carry = (
-        _full(LOWEST, jnp.float32, layout),
-        _full(0, jnp.int32, layout),
-        zeros,
-        zeros,
-    )
-    pipeline = _pipeline(step, [row], share, blocks, num_tokens, carry)
+    zeros = form.full(0.0, jnp.float32)
+    carry = form.full(LOWEST, jnp.float32), form.full(0, jnp.int32), zeros, zeros
+    pipeline = _pipeline(step, [row], share, blocks, num_tokens, form, carry)
     best, first, mass, zero = pipeline(logits_ref)
     highest = jnp.max(best)
     best_ref[share, row] = highest
@@ -167,17 +163,17 @@ def _draw_kernel(
     key = key_ref[0, row], key_ref[1, row]
     start = start_ref[0]
     # One layout for both laws, whatever their dtypes.
-    layout = _layout(jnp.float32 if num_laws > 1 else sources[0].dtype)
+    form = _Form.of(sources[0], jnp.float32 if num_laws > 1 else sources[0].dtype)
 
     def logprob(which: int, smem: Any, inside: jax.Array) -> jax.Array:
         best, log_mass, floor, temperature = (law_ref[which, i, row] for i in range(4))
-        x = plgpu.layout_cast(smem[...], layout).astype(jnp.float32)
+        x = plgpu.layout_cast(smem[...], form.layout).astype(jnp.float32)
         kept = inside & (x >= floor)
         return jnp.where(kept, -((best - x) / temperature) - log_mass, -jnp.inf)
 
     def step(indices: Any, *args: Any) -> Any:
         *smems, carry = args
-        token = _tokens(share * blocks + indices[0], layout)
+        token = form.tokens(share * blocks + indices[0])
         inside = token < num_tokens
         counter = (token + start).astype(jnp.uint32)
         word, _ = random.threefry2x32(key, (counter, jnp.zeros_like(counter)))
@@ -193,15 +189,12 @@ def _draw_kernel(
             carry[4] + excess,
         )
 
-    nothing = (
-        _full(-jnp.inf, jnp.float32, layout),
-        _full(NOWHERE, jnp.int32, layout),
-    )
+    nothing = form.full(-jnp.inf, jnp.float32), form.full(NOWHERE, jnp.int32)
     carry: tuple[jax.Array, ...] = nothing
     if num_laws > 1:
-        carry = (*nothing, *nothing, _full(0.0, jnp.float32, layout))
+        carry = (*nothing, *nothing, form.full(0.0, jnp.float32))
     places = [place_ref[which, row] for which in range(num_laws)]
-    pipeline = _pipeline(step, places, share, blocks, num_tokens, carry)
+    pipeline = _pipeline(step, places, share, blocks, num_tokens, form, carry)
     results = pipeline(*sources)
     for pair in range(num_laws):
         score, token = results[2 * pair : 2 * pair + 2]
@@ -247,17 +240,20 @@ def _numbers(law_B: Law) -> jax.Array:
 
 def _shares(num_rows: int, num_tokens: int) -> tuple[int, int]:
     """Shares of a row and blocks of a share: enough programs, each with enough to do."""
-    blocks = pl.cdiv(num_tokens, ROWS * LANES)
+    blocks = pl.cdiv(num_tokens, PLACES)
     shares = max(1, min(PROGRAMS // num_rows, blocks // MIN_BLOCKS))
     blocks_per_share = pl.cdiv(blocks, shares)
     return pl.cdiv(blocks, blocks_per_share), blocks_per_share
 
 
 def _in_lanes(logits_XV: jax.Array) -> jax.Array:
-    """[X, Q, LANES]. Copies where V is no multiple of LANES, which no vocabulary here is."""
+    """[X, Q, L]. Copies where V is not even a multiple of LEAST_LANES."""
     num_rows, num_tokens = logits_XV.shape
-    padded_XV = jnp.pad(logits_XV, ((0, 0), (0, -num_tokens % LANES)))
-    return padded_XV.reshape(num_rows, -1, LANES)
+    lanes = math.gcd(num_tokens, MOST_LANES)
+    if lanes < LEAST_LANES:
+        lanes = MOST_LANES
+        logits_XV = jnp.pad(logits_XV, ((0, 0), (0, -num_tokens % lanes)))
+    return logits_XV.reshape(num_rows, -1, lanes)
 
 
 def _pipeline(
@@ -266,13 +262,14 @@ def _pipeline(
     share: jax.Array,
     blocks: int,
     num_tokens: int,
+    form: _Form,
     carry: Any,
 ) -> Any:
     """``step`` over the blocks of a share, of one row of each array."""
     first = share * blocks
-    count = jnp.minimum(blocks, pl.cdiv(num_tokens, ROWS * LANES) - first)
+    count = jnp.minimum(blocks, pl.cdiv(num_tokens, PLACES) - first)
     specs = [
-        plgpu.BlockSpec((None, ROWS, LANES), lambda i, place=place: (place, first + i, 0))
+        plgpu.BlockSpec((None, *form.shape), lambda i, place=place: (place, first + i, 0))
         for place in places
     ]
     return plgpu.emit_pipeline(
@@ -280,18 +277,29 @@ def _pipeline(
     )
 
 
-def _layout(dtype: Any) -> Any:
-    """Of a block in registers: 16 bytes at a time."""
-    vector = 16 // jnp.dtype(dtype).itemsize
-    return plgpu.Layout.WG_STRIDED((ROWS, LANES), vec_size=vector)
+class _Form(NamedTuple):
+    """A block in registers: its shape [PLACES / L, L], and which thread has what of it."""
 
+    shape: tuple[int, int]
+    layout: Any
 
-def _full(value: float, dtype: Any, layout: Any) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((ROWS, LANES), value, dtype), layout)
+    @classmethod
+    def of(cls, ref: Any, dtype: Any) -> _Form:
+        """Of rows in lanes; a thread has 16 bytes of a dtype at a time."""
+        lanes = ref.shape[-1]
+        shape = PLACES // lanes, lanes
+        vector = 16 // jnp.dtype(dtype).itemsize
+        return cls(shape, plgpu.Layout.WG_STRIDED(shape, vec_size=vector))
 
+    def full(self, value: float, dtype: Any) -> jax.Array:
+        """One value everywhere."""
+        return plgpu.layout_cast(jnp.full(self.shape, value, dtype), self.layout)
 
-def _tokens(block: jax.Array, layout: Any) -> jax.Array:
-    """int32: the token of every place of a block."""
-    q = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 0, layout=layout)
-    lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 1, layout=layout)
-    return (block * ROWS + q) * LANES + lane
+    def tokens(self, block: jax.Array) -> jax.Array:
+        """int32: the token of every place."""
+        q, lane = (
+            plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=self.layout)
+            for axis in (0, 1)
+        )
+        rows, lanes = self.shape
+        return (block * rows + q) * lanes + lane
