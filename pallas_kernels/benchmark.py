@@ -7,6 +7,7 @@ reaches in a copy and in a matrix product: the larger of the two.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -101,6 +102,28 @@ def matmul_rate() -> float:
     return 2 * size**3 / median_seconds({"product": lambda: product(x_XX, x_XX)})["product"]
 
 
+def device_seconds(programs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median times that a GPU itself counts for the kernels of programs, in turns.
+
+    Nothing of the host is in them. Empty where CUPTI cannot be asked: the clock stands for it then.
+    """
+    if not on_gpu() or dispatch.version_problem():
+        return {}
+    from jax.experimental.mosaic.gpu import profiler
+
+    milliseconds: dict[str, list[float]] = {name: [] for name in programs}
+    try:
+        for _ in range(REPEATS):
+            for name, program in programs.items():
+                counted = profiler.measure(program)()[1]
+                if counted is None:
+                    return {}
+                milliseconds[name].append(counted)
+    except RuntimeError:  # CUPTI may be missing, or forbidden to this user
+        return {}
+    return {name: statistics.median(times) / 1e3 for name, times in milliseconds.items()}
+
+
 def measure(work: Work, bytes_per_s: float, flops_per_s: float) -> Iterator[dict[str, Any]]:
     """The rows of one case.
 
@@ -109,33 +132,48 @@ def measure(work: Work, bytes_per_s: float, flops_per_s: float) -> Iterator[dict
         bytes_per_s, flops_per_s: rates of this device.
 
     Yields:
-        One row an implementation: ``case, implementation, seconds, bytes, flops, floor_share``
-        (the floor's time by the implementation's) and ``ratio_to_xla`` (XLA's time by it).
+        One row an implementation: ``case, implementation, seconds`` (those that the device counts
+        if it does, else those of the clock), ``wall_seconds, bytes, flops, floor_share`` (the
+        floor's time by the implementation's) and ``ratio_to_xla`` (XLA's time by it).
     """
-    # A GPU is to find its inputs in memory, and not in a cache where the last call left them.
+    # A GPU is to find its inputs in memory, and not in a cache where the last call left them: a
+    # program goes over as many inputs as no cache holds.
     copies = math.ceil(CACHE_BYTES / max(work.least_bytes, 1)) if on_gpu() else 1
     copies = min(copies, CALLS)
-    rounds = -(-CALLS // copies) if on_gpu() else 1
+    calls = -(-CALLS // copies) if on_gpu() else 1
     makers = {way.inputs for way in work.ways.values()}
     inputs = {maker: [maker(seed) for seed in range(copies)] for maker in makers}
-
-    def all_calls(way: Way) -> Callable[[], list[Any]]:
-        step = jax.jit(way.step)
-        return lambda: [step(*args) for _ in range(rounds) for args in inputs[way.inputs]]
-
-    steps = {name: all_calls(way) for name, way in work.ways.items()}
+    programs = {
+        name: functools.partial(_over_inputs(way.step), inputs[way.inputs])
+        for name, way in work.ways.items()
+    }
+    wall = median_seconds(
+        {name: _repeated(program, calls) for name, program in programs.items()}, calls
+    )
+    found = device_seconds(programs) or wall
+    seconds, wall_s = (
+        {name: value / copies for name, value in times.items()} for times in (found, wall)
+    )
     floor_s = max(work.least_bytes / bytes_per_s, work.least_flops / flops_per_s)
-    medians = median_seconds(steps, rounds * copies)
-    for name, median in medians.items():
+    for name in work.ways:
         yield {
             "case": work.case,
             "implementation": name,
-            "seconds": median,
+            "seconds": seconds[name],
+            "wall_seconds": wall_s[name],
             "bytes": work.least_bytes,
             "flops": work.least_flops,
-            "floor_share": floor_s / median,
-            "ratio_to_xla": medians["xla"] / median,
+            "floor_share": floor_s / seconds[name],
+            "ratio_to_xla": seconds["xla"] / seconds[name],
         }
+
+
+def _over_inputs(step: Callable[..., Any]) -> Callable[[list[tuple[Any, ...]]], Any]:
+    return jax.jit(lambda inputs: [step(*arguments) for arguments in inputs])
+
+
+def _repeated(program: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    return lambda: [program() for _ in range(calls)]
 
 
 def report(works: Iterable[Work]) -> dict[str, Any]:

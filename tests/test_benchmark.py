@@ -15,6 +15,7 @@ FIELDS = {
     "case",
     "implementation",
     "seconds",
+    "wall_seconds",
     "bytes",
     "flops",
     "floor_share",
