@@ -155,7 +155,8 @@ def test_no_name_falls_back():
     arguments = make_inputs(SMALL)
     with pytest.raises(ValueError, match="choose one of xla, mosaic_gpu"):
         anchor_attention(*arguments, implementation="cuda")
-    with pytest.raises(RuntimeError, match="no Mosaic GPU kernel yet"):
+    # This jax is too old, or the kernels have no form for float32.
+    with pytest.raises((RuntimeError, ValueError), match="choose xla"):
         anchor_attention(*arguments, implementation="mosaic_gpu")
 
 

@@ -32,6 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.anchor_attention import SAVED
+
 TILE = 64  # rows of a tensor-core product
 BLOCK = 64  # keys of a step
 STAGE_BYTES = 64 * 1024  # shared memory of a pipeline, so that two programs fit
@@ -43,7 +45,7 @@ Own = tuple[jax.Array, jax.Array]
 _product_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@jax.custom_vjp
 def attend_blocks(
     q_BAGNH: jax.Array,
     k_BSKH: jax.Array,
@@ -51,12 +53,8 @@ def attend_blocks(
     own: Own,
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
-    name: str,
 ) -> jax.Array:
     """[B, A, G, N, H], as :func:`pallas_kernels.anchor_attention.xla.attend_blocks`.
-
-    The backward pass needs arguments, result and log-sum-exps; the latter two are named for
-    policies of ``jax.checkpoint``.
 
     Raises:
         ValueError: a dtype or a size that the kernels have no form for.
@@ -65,12 +63,11 @@ def attend_blocks(
 
 
 def _attend_forward(*arguments: Any) -> tuple[jax.Array, Any]:
-    *given, name = arguments
-    out_BAGNH, lse_BKM = (checkpoint_name(x, name) for x in _forward(*given))
-    return out_BAGNH, (*given, out_BAGNH, lse_BKM)
+    out_BAGNH, lse_BKM = (checkpoint_name(x, SAVED) for x in _forward(*arguments))
+    return out_BAGNH, (*arguments, out_BAGNH, lse_BKM)
 
 
-def _attend_backward(name: str, saved: Any, dout_BAGNH: jax.Array) -> tuple[Any, ...]:
+def _attend_backward(saved: Any, dout_BAGNH: jax.Array) -> tuple[Any, ...]:
     return *_backward(*saved, dout_BAGNH), None, None
 
 
@@ -403,8 +400,7 @@ def _backward_q_kernel(
         return dq_sum[...]
 
     dq_MH = pl.run_scoped(sum_up, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
-    # Behind the last product that reads it, the queries' place is free.
-    plgpu.commit_smem()
+    # No product reads the queries any more: the last step waited for them before it stored scores.
     plgpu.copy_gmem_to_smem(begin_ref.at[sequence, head, rows], q_smem, begin_barrier)
     plgpu.barrier_wait(begin_barrier)
     begin_MH = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -482,7 +478,6 @@ def _backward_kv_kernel(
             dweight_SM = _multiply(v_smem, dout_smem.transpose((1, 0)))
             plgpu.wgmma_wait(0)
             dscore_SM = weight_SM * (dweight_SM - _along_columns(delta_M))
-            plgpu.commit_smem()  # All have read the weights.
             score_smem[...] = dscore_SM.astype(score_smem.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(dk_sum, score_smem, q_smem)
@@ -504,8 +499,6 @@ def _backward_kv_kernel(
 
     total = plgpu.WGMMAAccumulatorRef((BLOCK, width), jnp.float32)
     dk_SH, dv_SH = pl.run_scoped(sum_up, total, total)
-    # Behind the last product that reads them, the places of keys and values are free.
-    plgpu.commit_smem()
     k_smem[...] = (dk_SH * width**-0.5).astype(k_smem.dtype)
     v_smem[...] = dv_SH.astype(v_smem.dtype)
     plgpu.commit_smem()
