@@ -91,7 +91,11 @@ def _by_device(
     batch, _, kv_heads, _ = arguments[1].shape
     sequences = devices.split_over(sequences_axes, batch)
     heads = devices.split_over([heads_axis], kv_heads)
-    blocks, context, whole = P(sequences, None, None, heads), P(sequences, None, heads), P(sequences)
+    blocks, context, whole = (
+        P(sequences, None, None, heads),
+        P(sequences, None, heads),
+        P(sequences),
+    )
     return jax.shard_map(
         attend,
         in_specs=(blocks, context, context, blocks, whole, whole),

@@ -68,7 +68,8 @@ def _attend_forward(*arguments: Any) -> tuple[jax.Array, Any]:
 
 
 def _attend_backward(saved: Any, dout_BAGNH: jax.Array) -> tuple[Any, ...]:
-    return *_backward(*saved, dout_BAGNH), None, None
+    arguments = *saved, dout_BAGNH
+    return *_backward(*arguments), None, None
 
 
 attend_blocks.defvjp(_attend_forward, _attend_backward)
@@ -465,9 +466,7 @@ def _backward_kv_kernel(
 
     def sum_up(dk_sum: Any, dv_sum: Any) -> tuple[jax.Array, jax.Array]:
         def step(_: Any, q_smem: Any, dout_smem: Any, row_smem: Any) -> None:
-            lse_M, delta_M, limit_M = (
-                plgpu.layout_cast(row_smem[i], BY_COLUMN) for i in range(3)
-            )
+            lse_M, delta_M, limit_M = (plgpu.layout_cast(row_smem[i], BY_COLUMN) for i in range(3))
             score_SM = _multiply(k_smem, q_smem.transpose((1, 0))) * (width**-0.5 * LOG2_E)
             seen_SM = _position(block, 0) < _along_columns(limit_M.astype(jnp.int32))
             weight_SM = jnp.exp2(score_SM - _along_columns(lse_M))
