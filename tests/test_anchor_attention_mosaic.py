@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.axes import MESH_RULES, abstract_params
-from dspark_jax.config import DrafterConfig
+from dspark_jax.axes import MESH_RULES, abstract_params, make_mesh
+from dspark_jax.config import DrafterConfig, TrainConfig
 from dspark_jax.models.cache import of_sequences
 from dspark_jax.models.drafter import block_hidden, declare_drafter
-from dspark_jax.models.target import Vocab
+from dspark_jax.models.target import Vocab, declare_target
+from dspark_jax.training import run
+from dspark_jax.training.step import Batch, Frozen, TrainState
 from pallas_kernels import dispatch
 from pallas_kernels.anchor_attention.api import anchor_attention
 from pallas_kernels.anchor_attention.cases import CASES, Case, make_inputs
 from tests import cuda_compile
+from tests.tiny_model import DRAFTER, TARGET
 
 pytestmark = [
     pytest.mark.smoke,
@@ -173,11 +176,10 @@ def test_kernels_compile_without_spills(case, record_property):
 SPLIT = {"sequences_axes": MESH_RULES["B"], "heads_axis": MESH_RULES["K"][0]}
 
 
-@pytest.mark.parametrize(
-    ("batch", "kv_heads", "each"), [(4, 2, (1, 1)), (3, 1, (3, 1)), (4, 3, (1, 3))]
-)
-def test_every_device_attends_for_its_own(emulated_devices, monkeypatch, batch, kv_heads, each):
-    """The XLA form in place of the kernels: the interpreter knows no several devices."""
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The XLA form in place of the kernels, and sequences and key/value heads of its calls: the
+    interpreter knows no several devices."""
     from pallas_kernels.anchor_attention import mosaic_gpu, xla
 
     sizes = set()
@@ -187,18 +189,37 @@ def test_every_device_attends_for_its_own(emulated_devices, monkeypatch, batch, 
         return xla.attend_blocks(q_BAGNH, k_BSKH, *rest)
 
     monkeypatch.setattr(mosaic_gpu, "attend_blocks", attend_blocks)
-    case = Case(batch, 3, 2, 16, 2 * kv_heads, kv_heads, 8, dtype="float32")
-    arguments = make_inputs(case)
-    mesh = jax.make_mesh(
-        (2, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3,
-        devices=emulated_devices,
-    )  # fmt: skip
-    with jax.set_mesh(mesh):
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "each"), [(4, 2, (1, 1)), (3, 1, (3, 1)), (4, 3, (1, 3))]
+)
+def test_every_device_attends_for_its_own(emulated_devices, stand_in, batch, kv_heads, each):
+    """Where the sizes divide; gradients are those of one device."""
+    arguments = make_inputs(Case(batch, 3, 2, 16, 2 * kv_heads, kv_heads, 8, dtype="float32"))
+    with jax.set_mesh(make_mesh(2, 2, 2, devices=emulated_devices)):
         found = jax.jit(functools.partial(both_passes, **SPLIT))(*arguments)
     wanted = jax.jit(with_gradients)(arguments)
     close = {"rtol": 1e-5, "atol": 1e-5}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **close), found, wanted)
-    assert sizes == {each}
+    assert stand_in == {each}
+
+
+def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stand_in):
+    target_cfg, cfg = (dataclasses.replace(cfg, num_kv_heads=2) for cfg in (TARGET, DRAFTER))
+    recipe = TrainConfig(
+        kernels="mosaic_gpu", num_anchors=4, block_size=cfg.block_size, max_length=16,
+        length_buckets=(16,), tokens_per_batch=8 * 16, data_parallel=2, fsdp=2, tensor_parallel=2,
+    )  # fmt: skip
+    programs = run.programs_of(target_cfg, cfg, recipe, 10)
+    target = abstract_params(declare_target(target_cfg))
+    params = abstract_params(declare_drafter(cfg))
+    state = TrainState(jnp.int32(0), params, jax.eval_shape(programs.optimizer.init, params))
+    frozen = Frozen(target, Vocab(target.vocab.embed_VD, target.vocab.unembed_VD), None)
+    batch = Batch(jax.ShapeDtypeStruct((8, 16), jnp.int32), jax.ShapeDtypeStruct((8, 16), bool))
+    programs.step.trace(state, frozen, batch)
+    assert stand_in == {(2, 1)}
 
 
 def drafter_gradient(cfg, positions, anchors):
@@ -222,7 +243,7 @@ def drafter_gradient(cfg, positions, anchors):
     return jax.grad(total, argnums=(0, 2, 3)), params, embed_VD, context, context, position_BA
 
 
-DRAFTER = DrafterConfig(
+WIDE = DrafterConfig(
     vocab_size=32, hidden_size=64, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=64, block_size=3, mask_token_id=1, target_layer_ids=(0,), num_target_layers=2,
 )  # fmt: skip
@@ -232,7 +253,7 @@ DRAFTER = DrafterConfig(
 def test_a_step_runs_each_kernel_once_a_layer(split):
     """Result and log-sum-exps are kept for the backward pass, on a mesh too."""
     mesh = cuda_compile.mesh_of_gpus(**({"data": 2, "fsdp": 1, "tensor": 2} if split else {}))
-    function, *shapes = drafter_gradient(DRAFTER, 128, 8)
+    function, *shapes = drafter_gradient(WIDE, 128, 8)
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @mosaic_gpu.* -> (.*)", text)
