@@ -225,6 +225,11 @@ def require_kernels(recipe: TrainConfig) -> None:
         dispatch.require(recipe.kernels)
     except RuntimeError as problem:
         raise ValueError(f"kernels is {recipe.kernels!r}: {problem}") from problem
+    if recipe.kernels != "xla" and recipe.dtype != "bfloat16":
+        raise ValueError(
+            f"kernels is {recipe.kernels!r}, which takes bfloat16, and dtype is {recipe.dtype!r}: "
+            "set dtype to bfloat16, or choose xla"
+        )
 
 
 def mesh_of(recipe: TrainConfig) -> Mesh:

@@ -477,6 +477,7 @@ def _backward_kv_kernel(
             dweight_SM = _multiply(v_smem, dout_smem.transpose((1, 0)))
             plgpu.wgmma_wait(0)
             dscore_SM = weight_SM * (dweight_SM - _along_columns(delta_M))
+            # In the weights' place: one more matrix, and two programs would not fit.
             score_smem[...] = dscore_SM.astype(score_smem.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(dk_sum, score_smem, q_smem)
