@@ -79,7 +79,7 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
     return gradient, {"loss": loss}
 
 
-def dense_attention(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA, implementation):
+def dense_attention(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA, **_):
     """Every slot against the context and the slots of all blocks, under one boolean mask."""
     batch, anchors, slots, heads, dim = q_BAGNH.shape
     length, groups = k_BSKH.shape[1], heads // k_BSKH.shape[2]

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
-from dspark_jax.axes import declare
+from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.heads import declare_confidence_head, declare_markov_head
@@ -32,7 +31,7 @@ from dspark_jax.models.layers import (
     rope_table,
 )
 from dspark_jax.models.target import Vocab, embed
-from pallas_kernels.anchor_attention.api import anchor_attention
+from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
 
@@ -40,7 +39,7 @@ from pallas_kernels.ragged_attention.groups import group_runs
 # else, several times as large, is cheap to compute again.
 KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("attended"),
+    jax.checkpoint_policies.save_only_these_names(SAVED),
 )
 
 
@@ -147,11 +146,17 @@ def block_hidden(
         keep_BA = jnp.ones(anchor_BA.shape, bool)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
-        context_kv = kv.read(context, layer)
-        attended = anchor_attention(
-            q, *context_kv, (k, v), position_BA, keep_BA, implementation=kernels
+        (heads_axis,) = MESH_RULES["K"]
+        return anchor_attention(
+            q,
+            *kv.read(context, layer),
+            (k, v),
+            position_BA,
+            keep_BA,
+            sequences_axes=MESH_RULES["B"],
+            heads_axis=heads_axis,
+            implementation=kernels,
         )
-        return checkpoint_name(attended, "attended")
 
     return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)
 

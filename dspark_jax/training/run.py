@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from dspark_jax.training.step import (
     step_shardings,
     train_step,
 )
-from pallas_kernels.anchor_attention import api as anchor_attention
+from pallas_kernels import dispatch
 
 logger = logging.getLogger(__name__)
 
@@ -222,9 +222,14 @@ def require_kernels(recipe: TrainConfig) -> None:
         ValueError: it does not; the message says why.
     """
     try:
-        anchor_attention.require(recipe.kernels)
+        dispatch.require(recipe.kernels)
     except RuntimeError as problem:
         raise ValueError(f"kernels is {recipe.kernels!r}: {problem}") from problem
+    if recipe.kernels != "xla" and recipe.dtype != "bfloat16":
+        raise ValueError(
+            f"kernels is {recipe.kernels!r}, which takes bfloat16, and dtype is {recipe.dtype!r}: "
+            "set dtype to bfloat16, or choose xla"
+        )
 
 
 def mesh_of(recipe: TrainConfig) -> Mesh:
@@ -257,6 +262,16 @@ class Programs:
     whole: NamedSharding
 
 
+def on_mesh(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A step that is traced under a mesh, whose axes the kernels look for."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
+    return run
+
+
 @cache
 def programs_of(
     target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
@@ -273,14 +288,14 @@ def programs_of(
     layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
     step = jax.jit(
-        partial(train_step, optimizer=optimizer, layout=layout, **static),
+        on_mesh(partial(train_step, optimizer=optimizer, layout=layout, **static), mesh),
         donate_argnums=0,
         in_shardings=(state, frozen, sequences),
         out_shardings=(state, whole),
     )
     # A held-out batch may have fewer sequences than the mesh has parts.
     evaluate = jax.jit(
-        partial(evaluation_step, **static),
+        on_mesh(partial(evaluation_step, **static), mesh),
         in_shardings=(state.params, frozen, whole),
         out_shardings=whole,
     )

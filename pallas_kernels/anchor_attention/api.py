@@ -15,25 +15,18 @@ heads, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import dispatch
-from pallas_kernels.anchor_attention import xla
+from pallas_kernels import devices, dispatch
+from pallas_kernels.anchor_attention import SAVED, xla
 
-__all__ = ["anchor_attention", "require"]
-
-
-def require(implementation: str) -> None:
-    """Checks, once at start-up, that an implementation of this operation runs here.
-
-    Raises:
-        ValueError: there is no such implementation.
-        RuntimeError: it does not run here, with the reason.
-    """
-    dispatch.check_name(implementation)
-    if implementation == "mosaic_gpu":
-        raise RuntimeError("anchor_attention has no Mosaic GPU kernel yet: choose xla")
+__all__ = ["SAVED", "anchor_attention"]
 
 
 def anchor_attention(
@@ -44,6 +37,8 @@ def anchor_attention(
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
     *,
+    sequences_axes: Sequence[str] = (),
+    heads_axis: str | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """Grouped-query attention of blocks, each to the context before its anchor and to itself.
@@ -55,18 +50,59 @@ def anchor_attention(
         anchor_BA: int32 in [0, S], positions of the anchors, ascending in a sequence where a
             block is kept.
         keep_BA: bool, False for a block that attends to nothing and gives 0.
-        implementation: "xla" anywhere, in any dtype.
+        sequences_axes: axes of the mesh that sequences are split over, where there is a mesh and
+            they divide: each device then runs the kernels on its own sequences. XLA finds that out
+            by itself.
+        heads_axis: the same of query and key/value heads.
+        implementation: "xla" anywhere, in any dtype; "mosaic_gpu" on NVIDIA GPUs of compute
+            capability 9, in bfloat16, for H of 64 or 128.
 
     Returns:
-        [B, A, G, N, H] in the dtype of the queries. Scores and softmax are in float32.
+        [B, A, G, N, H] in the dtype of the queries. Scores and softmax are in float32. It bears the
+        name ``SAVED`` for policies of ``jax.checkpoint``, as do the log-sum-exps of the kernels.
 
     Raises:
         ValueError: shapes, dtypes or names that do not fit.
-        RuntimeError: there is no such kernel.
+        RuntimeError: the implementation does not run on this jax.
     """
-    require(implementation)
-    _check(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA)
-    return xla.attend_blocks(q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA)
+    dispatch.check_name(implementation)
+    arguments = q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA
+    _check(*arguments)
+    if implementation == "xla":
+        return checkpoint_name(xla.attend_blocks(*arguments), SAVED)
+    problem = dispatch.version_problem()
+    if problem:
+        raise RuntimeError(problem)
+    from pallas_kernels.anchor_attention import mosaic_gpu
+
+    return _by_device(mosaic_gpu.attend_blocks, sequences_axes, heads_axis, *arguments)
+
+
+def _by_device(
+    attend: Callable[..., jax.Array],
+    sequences_axes: Sequence[str],
+    heads_axis: str | None,
+    *arguments: Any,
+) -> jax.Array:
+    """``attend(*arguments)``, by all devices of a mesh whose axes are not in use yet."""
+    free = devices.free_axes()
+    if not free:
+        return attend(*arguments)
+    batch, _, kv_heads, _ = arguments[1].shape
+    sequences = devices.split_over(sequences_axes, batch)
+    heads = devices.split_over([heads_axis], kv_heads)
+    blocks, context, whole = (
+        P(sequences, None, None, heads),
+        P(sequences, None, heads),
+        P(sequences),
+    )
+    return jax.shard_map(
+        attend,
+        in_specs=(blocks, context, context, blocks, whole, whole),
+        out_specs=blocks,
+        axis_names=set(free),
+        check_vma=False,
+    )(*arguments)
 
 
 def _check(

@@ -1,7 +1,7 @@
 """Times of training attention: ``python -m pallas_kernels.anchor_attention.bench [--json]``.
 
 Every case is timed twice: the forward pass, and the gradient of queries, keys and values, whose
-floor is that of forward and backward together. There is no kernel yet: XLA is timed alone.
+floor is that of forward and backward together.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ GRADIENT_FLOPS = 3.5
 GRADIENT_BYTES = 3
 
 
-def gradient(*arguments: Any) -> Any:
+def gradient(*arguments: Any, implementation: str = "xla") -> Any:
     """Gradients of queries, context and own keys and values, for a result weighted with itself."""
 
     def weighed(*values: Any) -> jax.Array:
-        out_BAGNH = anchor_attention(*values, *arguments[4:]).astype(jnp.float32)
+        out_BAGNH = anchor_attention(*values, *arguments[4:], implementation=implementation)
+        out_BAGNH = out_BAGNH.astype(jnp.float32)
         return jnp.sum(out_BAGNH * jax.lax.stop_gradient(out_BAGNH))
 
     return jax.grad(weighed, argnums=(0, 1, 2, 3))(*arguments[:4])
@@ -41,7 +42,13 @@ def works() -> Iterator[Work]:
             continue
         least_bytes, least_flops = case.cost()
         inputs = functools.partial(make_inputs, case)
-        forward, backward = ({"xla": Way(step, inputs)} for step in (anchor_attention, gradient))
+        forward, backward = (
+            {
+                name: Way(functools.partial(step, implementation=name), inputs)
+                for name in benchmark.implementations()
+            }
+            for step in (anchor_attention, gradient)
+        )
         yield Work(case.name, least_bytes, least_flops, forward)
         backward_bytes = GRADIENT_BYTES * least_bytes
         backward_flops = int(GRADIENT_FLOPS * least_flops)

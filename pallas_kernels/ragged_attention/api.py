@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
 from pallas_kernels.ragged_attention import xla
 from pallas_kernels.ragged_attention.groups import Groups
 
@@ -91,22 +91,16 @@ def ragged_attention(
 
 def _over_heads(attend: Callable[..., jax.Array], axis: str | None, *arguments: Any) -> jax.Array:
     """``attend(*arguments)``, by all devices of a mesh whose axes are not in use yet."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == jax.sharding.AxisType.Auto
-    }
+    free = devices.free_axes()
     if axis not in free:
         return attend(*arguments)
-    kv_heads = arguments[1].shape[2]
-    split = axis if kv_heads % mesh.shape[axis] == 0 else None
+    split = devices.split_over([axis], arguments[1].shape[2])
     rows, cache, whole = P(None, None, split), P(None, None, split), P()
     return jax.shard_map(
         attend,
         in_specs=(rows, cache, cache, whole, whole, whole, rows),
         out_specs=rows,
-        axis_names=free,
+        axis_names=set(free),
         check_vma=False,
     )(*arguments)
 
