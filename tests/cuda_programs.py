@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.accept_block import cases as accept_cases
 from pallas_kernels.accept_block import rule as accept_rule
+from pallas_kernels.anchor_attention import cases as anchor_cases
+from pallas_kernels.anchor_attention.api import anchor_attention
 from pallas_kernels.ragged_attention import cases as ragged_cases
 from pallas_kernels.ragged_attention.api import ragged_attention
 from tests import cuda_compile
@@ -41,6 +43,7 @@ def programs() -> list[Program]:
     return [
         *map(_accept_program, ACCEPT_CASES),
         *map(_ragged_program, ragged_cases.CASES),
+        *(_anchor_program(case) for case in anchor_cases.CASES if case.dtype == "bfloat16"),
     ]
 
 
@@ -102,6 +105,22 @@ def _ragged_program(case: ragged_cases.Case) -> Program:
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     given = shapes["q_TNH"], layers, layers, shapes["limit_T"], layer, shapes["own"]
     return Program(f"ragged_attention {case.name}", attend, given, frozenset({"ragged_attention"}))
+
+
+# Training attention, forward and backward.
+
+
+def _anchor_program(case: anchor_cases.Case) -> Program:
+    def attend(*arguments: Any) -> Any:
+        def total(*values: Any) -> jax.Array:
+            out = anchor_attention(*values, *arguments[4:], implementation="mosaic_gpu")
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2, 3))(*arguments[:4])
+
+    given = jax.eval_shape(functools.partial(anchor_cases.make_inputs, case))
+    names = ("anchor_attention", "anchor_attention_backward_q", "anchor_attention_backward_kv")
+    return Program(f"anchor_attention {case.name}", attend, given, frozenset(names))
 
 
 def kernels_of(program: Program) -> dict[str, cuda_compile.Kernel]:

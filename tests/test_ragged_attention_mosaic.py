@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel without a GPU: interpreted against XLA, lowered, compiled to SASS."""
+"""The Mosaic GPU kernel without a GPU: interpreted against XLA, split over a mesh."""
 
 import dataclasses
 import functools
