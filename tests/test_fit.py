@@ -427,6 +427,7 @@ def test_a_run_starts_from_another_drafter(recipe, whole, tmp_path):
         elsewhere(recipe, tmp_path, init_drafter=source, bigram_init=True)
 
 
+@pytest.mark.full
 def test_bfloat16_trains_nearly_the_same(recipe, whole, tmp_path):
     """Target and forward pass in bfloat16; weights, gradients and divergences stay float32."""
     fit.fit(elsewhere(recipe, tmp_path, dtype="bfloat16"))

@@ -160,7 +160,7 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
     ("kind", "acceptance"),
     [
         ("rnn", "rejection"),
-        ("reduced", "coupled"),
+        pytest.param("reduced", "coupled", marks=pytest.mark.full),
         pytest.param("rnn", "coupled", marks=pytest.mark.full),
         pytest.param("reduced", "rejection", marks=pytest.mark.full),
         pytest.param("plain", "rejection", marks=pytest.mark.full),
@@ -227,14 +227,15 @@ def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("d2t", "options", "acceptance"),
     [
         (None, {"temperature": 0.7, "top_p": 0.9}, "rejection"),
-        pytest.param(range(0, 64, 2), {"temperature": 1.0}, "coupled", marks=pytest.mark.full),
-        pytest.param(range(0, 64, 2), {"temperature": 1.0}, "rejection", marks=pytest.mark.full),
-        pytest.param(None, {"temperature": 0.7}, "coupled", marks=pytest.mark.full),
-        pytest.param(None, {}, "rejection", marks=pytest.mark.full),
+        (range(0, 64, 2), {"temperature": 1.0}, "coupled"),
+        (range(0, 64, 2), {"temperature": 1.0}, "rejection"),
+        (None, {"temperature": 0.7}, "coupled"),
+        (None, {}, "rejection"),
     ],
 )
 def test_a_vocabulary_in_shards_gives_the_text_of_one(d2t, options, acceptance, emulated_devices):
