@@ -53,6 +53,7 @@ def bench(*words):
     return cli.main(["bench", "acceptance", *words])
 
 
+@pytest.mark.full
 def test_every_set_is_measured_at_every_temperature(models, files, capsys):
     words = [*models, *files, "--max-new-tokens", "16", "--batch", "2"]
     assert bench(*words, "--json") == 0

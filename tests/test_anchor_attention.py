@@ -76,7 +76,7 @@ def inputs(draw):
     return *make_inputs(case, int(random.integers(99)))[:4], anchor_BA, keep_BA
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(arguments=inputs(), elements=st.sampled_from([1, 150, 2**25]))
 def test_every_block_attends_to_what_is_before_it_and_to_itself(arguments, elements):
     """Whatever the chunks: one block at a time, some (the last chunk filled up), all at once."""

@@ -177,6 +177,7 @@ def test_confidences_are_recalibrated_while_texts_stay_the_same(monkeypatch):
         assert (served._history.temperature_G(kind) != 1).any()
 
 
+@pytest.mark.full
 def test_greedy_text_under_rejection_is_that_of_offline_generation():
     served = engine(acceptance="rejection")
     streams = [served.submit(request) for request in requests(temperature=0.0)]

@@ -414,6 +414,7 @@ def test_feature_layers_of_shallow_targets():
     assert TARGET.num_layers == 2
 
 
+@pytest.mark.full
 def test_a_run_starts_from_another_drafter(recipe, whole, tmp_path):
     source = str(whole / "drafter")
     again = elsewhere(recipe, tmp_path / "on", init_drafter=source, steps=2, learning_rate=1e-9)

@@ -134,7 +134,7 @@ def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
 @pytest.mark.parametrize(
     ("threshold", "kinds"),
     [
-        (0.0, ("vanilla", "reduced")),
+        (0.0, ("reduced",)),
         pytest.param(0.0, tuple(DRAFTERS), marks=pytest.mark.full),
         pytest.param(0.5, tuple(DRAFTERS), marks=pytest.mark.full),
     ],
