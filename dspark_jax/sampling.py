@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.accept_block.xla import first_argmax
+from pallas_kernels.chunks import by_rows
 
 
 @struct.dataclass
@@ -84,18 +85,34 @@ def kept_floor(
     filters the logits are not even read.
     """
 
+    leading = logits_XV.shape[:-1]
+
     def filtered() -> jax.Array:
-        gap_XV = _gap(logits_XV, temperature_X)
-        reach_X = jnp.full(gap_XV.shape[:-1], jnp.inf)
-        reach_X = jax.lax.cond(jnp.any(top_k_X > 0), _top_k, _off, gap_XV, reach_X, top_k_X)
-        reach_X = jax.lax.cond(jnp.any(top_p_X < 1), _top_p, _off, gap_XV, reach_X, top_p_X)
-        reach_X = jnp.minimum(reach_X, -jnp.log(min_p_X))
-        kept_XV = jnp.where(gap_XV <= reach_X[..., None], logits_XV, jnp.inf)
-        return jnp.min(kept_XV, axis=-1).astype(jnp.float32)
+        limits_X = temperature_X, top_k_X, top_p_X, min_p_X
+        limits_T = (jnp.broadcast_to(limit_X, leading).reshape(-1) for limit_X in limits_X)
+        logits_TV = logits_XV.reshape(-1, logits_XV.shape[-1])
+        floor_T: jax.Array = by_rows(_filtered_floor, logits_TV, *limits_T)
+        return floor_T.reshape(leading)
 
     wanted = jnp.any((top_k_X > 0) | (top_p_X < 1) | (min_p_X > 0))
-    unfiltered = functools.partial(jnp.full, logits_XV.shape[:-1], -jnp.inf, jnp.float32)
+    unfiltered = functools.partial(jnp.full, leading, -jnp.inf, jnp.float32)
     return jax.lax.cond(wanted, filtered, unfiltered)
+
+
+def _filtered_floor(
+    logits_TV: jax.Array,
+    temperature_T: jax.Array,
+    top_k_T: jax.Array,
+    top_p_T: jax.Array,
+    min_p_T: jax.Array,
+) -> jax.Array:
+    gap_TV = _gap(logits_TV, temperature_T)
+    reach_T = jnp.full(temperature_T.shape, jnp.inf)
+    reach_T = jax.lax.cond(jnp.any(top_k_T > 0), _top_k, _off, gap_TV, reach_T, top_k_T)
+    reach_T = jax.lax.cond(jnp.any(top_p_T < 1), _top_p, _off, gap_TV, reach_T, top_p_T)
+    reach_T = jnp.minimum(reach_T, -jnp.log(min_p_T))
+    kept_TV = jnp.where(gap_TV <= reach_T[:, None], logits_TV, jnp.inf)
+    return jnp.min(kept_TV, axis=-1).astype(jnp.float32)
 
 
 def draft_logprob(logits_XU: jax.Array, temperature_X: jax.Array) -> jax.Array:

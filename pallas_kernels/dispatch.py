@@ -72,3 +72,15 @@ def require(implementation: str, *, device: jax.Device | None = None) -> None:
         problem = version_problem() or device_problem(device)
         if problem:
             raise RuntimeError(problem)
+
+
+def require_kernels(kernels: str) -> None:
+    """:func:`require` for a setting named ``kernels``: what does not run here is a wrong setting.
+
+    Raises:
+        ValueError: it does not run, or there is no such implementation; the message says why.
+    """
+    try:
+        require(kernels)
+    except RuntimeError as problem:
+        raise ValueError(f"kernels is {kernels!r}: {problem}") from problem

@@ -6,6 +6,7 @@ of a single device.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,22 @@ if "xla_force_host_platform_device_count" not in _flags:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the suite's time goes into compiling small programs, which is quicker like this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+# Linux gives a process 65,530 memory mappings unless it is told otherwise, a compiled program has
+# dozens to hundreds of them, and XLA dies without a word where there are no more.
+_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Programs of earlier files are let go before they are too many for one process."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAPPINGS:
+        from dspark_jax.engine.compiled import forget_programs
+
+        forget_programs()
 
 
 @pytest.fixture(scope="session")

@@ -71,12 +71,14 @@ def _accept_program(case: accept_cases.Case) -> Program:
     def accept(*leaves: Any) -> tuple[Any, ...]:
         from pallas_kernels.accept_block import mosaic_gpu
 
-        passes = accept_rule.Passes(mosaic_gpu.statistics, mosaic_gpu.draw)
+        passes = accept_rule.Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
         return tuple(
             accept_rule.accept_block(*jax.tree.unflatten(structure, leaves), case.rule, passes)
         )
 
-    kernels = {"accept_statistics"} | ({"accept_draw"} if case.rule != "greedy" else set())
+    kernels = {"accept_sample"}
+    if case.rule == "rejection" and case.slots:
+        kernels = {"accept_statistics", "accept_draw"}
     return Program(f"accept_block {case.name}", accept, tuple(leaves), frozenset(kernels))
 
 

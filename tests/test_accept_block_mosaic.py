@@ -17,13 +17,13 @@ pytestmark = [
     ),
 ]
 
-XLA = rules.Passes(xla.statistics, xla.draw)
+XLA = rules.Passes(xla.statistics, xla.draw, xla.sample)
 
 
 def mosaic():
     from pallas_kernels.accept_block import mosaic_gpu
 
-    return rules.Passes(mosaic_gpu.statistics, mosaic_gpu.draw)
+    return rules.Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
 
 
 def interpreted(accept, *args, **options):
@@ -80,7 +80,9 @@ def test_no_races():
 def test_what_is_not_finite_is_told(bad):
     logits_XV = jax.random.normal(jax.random.key(0), (3, 2100)).at[1, 2099].set(bad)
     stats = interpreted(mosaic().statistics, logits_XV, jnp.ones(3), jnp.full(3, -jnp.inf))
-    np.testing.assert_array_equal(stats.finite_X, [True, False, True])
+    np.testing.assert_array_equal(stats.finite_T, [True, False, True])
+    drawn = interpreted(mosaic().sample, logits_XV, jnp.ones(3), jnp.full(3, -jnp.inf), None)
+    np.testing.assert_array_equal(drawn.finite_T, [True, False, True])
 
 
 @pytest.mark.parametrize("share", [0, 1])
@@ -92,12 +94,24 @@ def test_a_shard_of_the_vocabulary_is_read_as_by_xla(monkeypatch, share):
     ones_T = jnp.ones(len(part_TV))
     got = interpreted(mosaic().statistics, part_TV, ones_T, floor_T)
     expected = xla.statistics(part_TV, ones_T, floor_T)
-    np.testing.assert_array_equal(got.best_X, expected.best_X)
-    np.testing.assert_allclose(got.mass_X, expected.mass_X, rtol=1e-5)
-    law_T = xla.Law(expected.best_X, jnp.log(expected.mass_X), floor_T, ones_T)
+    np.testing.assert_array_equal(got.best_T, expected.best_T)
+    np.testing.assert_allclose(got.mass_T, expected.mass_T, rtol=1e-5)
+
     key_T2 = jnp.repeat(requests.key_B2, 2, axis=0)
-    score_T, token_T = interpreted(mosaic().draw, part_TV, None, law_T, None, key_T2)
-    expected_score_T, expected_token_T = xla.draw(part_TV, None, law_T, None, key_T2)
-    np.testing.assert_array_equal(token_T, expected_token_T)
-    np.testing.assert_allclose(score_T, expected_score_T, rtol=1e-5)
-    assert (token_T // 550 == share).all()
+    got = interpreted(mosaic().sample, part_TV, ones_T, floor_T, key_T2)
+    expected_T = xla.sample(part_TV, ones_T, floor_T, key_T2)
+    np.testing.assert_array_equal(got.token_T, expected_T.token_T)
+    np.testing.assert_allclose(got.score_T, expected_T.score_T, rtol=1e-5)
+    assert (got.token_T // 550 == share).all()
+
+    row_B, hotter_TV = jnp.array([4, 1, 2]), part_TV / 1.5
+    law_T = xla.Law(expected.best_T, jnp.log(expected.mass_T), floor_T, ones_T)
+    law_B = xla.Law(*(x_T[row_B] for x_T in law_T))
+    draft_law_B = law_B._replace(best_X=law_B.best_X / 1.5, log_mass_X=law_B.log_mass_X + 1)
+    given = part_TV, row_B, law_B, hotter_TV[row_B], draft_law_B, None, requests.key_B2
+    got, expected_B = interpreted(mosaic().draw, *given), xla.draw(*given)
+    np.testing.assert_array_equal(got.token_B, expected_B.token_B)
+    np.testing.assert_array_equal(got.residual_token_B, expected_B.residual_token_B)
+    np.testing.assert_allclose(got.mass_B, expected_B.mass_B, rtol=1e-5)
+    assert (got.token_B // 550 == share).all()
+    assert (got.mass_B > xla.LEAST_MASS).all()

@@ -122,7 +122,7 @@ def costs(smooth):
         ("block", None),
         ("delayed", 100),
         ("delayed", 8),
-        ("causal", 8),
+        pytest.param("causal", 8, marks=pytest.mark.full),
         pytest.param("causal", 100, marks=pytest.mark.full),
         pytest.param("threshold:0.4", None, marks=pytest.mark.full),
         pytest.param("gate:0.5", None, marks=pytest.mark.full),

@@ -98,7 +98,13 @@ def texts(results):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.full) if kind in ("gated", "rnn") else kind
+        for kind in DRAFTERS
+    ],
+)
 def test_greedy_text_is_the_targets_own(target, kind):
     plain = generate(make_decoder(target), requests())
     decoder = make_decoder(target, drafter_of(target, **DRAFTERS[kind]))
@@ -213,18 +219,22 @@ def test_distribution_of_the_text(kind, acceptance):
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), pytest.param((8, 1), marks=pytest.mark.full)])
-def test_eight_devices_give_the_text_of_one(target, sizes, emulated_devices):
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((2, 4), {"temperature": 0.7, "top_p": 0.9}),
+        pytest.param((2, 4), {}, marks=pytest.mark.full),
+        pytest.param((8, 1), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
+        pytest.param((8, 1), {}, marks=pytest.mark.full),
+    ],
+)
+def test_eight_devices_give_the_text_of_one(target, sizes, options, emulated_devices):
     """Heads that do not divide over the mesh are replicated; slots are filled up."""
     drafter = drafter_of(target)
-    mesh = make_mesh(*sizes)
-    sharded = make_decoder(target, drafter, mesh=mesh)
+    sharded = make_decoder(target, drafter, mesh=make_mesh(*sizes))
     single = make_decoder(target, drafter)
-    assert texts(generate(sharded, requests())) == texts(generate(single, requests()))
-    sampled = {"temperature": 0.7, "top_p": 0.9}
-    assert texts(generate(sharded, requests(**sampled), acceptance="coupled")) == texts(
-        generate(single, requests(**sampled), acceptance="coupled")
-    )
+    got = generate(sharded, requests(**options), acceptance="coupled")
+    assert texts(got) == texts(generate(single, requests(**options), acceptance="coupled"))
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ from flax import struct
 from dspark_jax import sampling
 from dspark_jax.decoding import schedule, verify
 from pallas_kernels import random
-from pallas_kernels.accept_block import api, rule, xla
+from pallas_kernels.accept_block import api, rule
 from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan
 
 target_logprob = jax.jit(sampling.target_logprob)
@@ -282,7 +282,7 @@ def test_requests_of_one_batch_each_follow_their_own_law(coupled):
 # The library's functions, each with one rule broken.
 
 accept_block, acceptance_chance = api.accept_block, rule.acceptance_chance
-draw, stream_key = xla.draw, random.stream_key
+choose, stream_key = rule._choose, random.stream_key
 
 
 def chance_upside_down(target_X, draft_X):
@@ -293,14 +293,12 @@ def chance_of_the_target_alone(target_X, draft_X):
     return acceptance_chance(target_X, jnp.zeros_like(draft_X))
 
 
-def draw_from_the_target_always(logits_TV, row_B, law_B, fallen, *others):
-    fallen = fallen._replace(fell_B=jnp.zeros_like(fallen.fell_B))
-    return draw(logits_TV, row_B, law_B, fallen, *others)
+def choose_the_target_always(draws_B, fell_B, axis_name):
+    return choose(draws_B, jnp.zeros_like(fell_B), axis_name)
 
 
-def draw_from_the_residual_always(logits_TV, row_B, law_B, fallen, *others):
-    fallen = fallen._replace(fell_B=jnp.ones_like(fallen.fell_B))
-    return draw(logits_TV, row_B, law_B, fallen, *others)
+def choose_the_residual_always(draws_B, fell_B, axis_name):
+    return choose(draws_B, jnp.ones_like(fell_B), axis_name)
 
 
 def accept_against_another_law(logits_TV, floor_T, plan, drafts, requests, **options):
@@ -319,8 +317,8 @@ def key_of_one_stream(key_B2, stream, anchor_position_B, slot):
 BROKEN = {
     "acceptance ratio upside down": (rule, "acceptance_chance", chance_upside_down),
     "accepted with p alone": (rule, "acceptance_chance", chance_of_the_target_alone),
-    "no residual": (xla, "draw", draw_from_the_target_always),
-    "bonus from the residual": (xla, "draw", draw_from_the_residual_always),
+    "no residual": (rule, "_choose", choose_the_target_always),
+    "bonus from the residual": (rule, "_choose", choose_the_residual_always),
     "another draft law": (api, "accept_block", accept_against_another_law),
     "one stream for all": (random, "stream_key", key_of_one_stream),
 }

@@ -148,7 +148,15 @@ def test_loss_with_other_weights(case):
         assert float(loss) == pytest.approx(variant["loss"], abs=1e-5), variant
 
 
-@pytest.mark.parametrize("elements", [chunks.CHUNK_ELEMENTS, 3000])
+@pytest.mark.parametrize(
+    ("case", "elements"),
+    [
+        *((name, chunks.CHUNK_ELEMENTS) for name in CASES),
+        (CASES[0], 3000),
+        *(pytest.param(name, 3000, marks=pytest.mark.full) for name in CASES[1:]),
+    ],
+    indirect=["case"],
+)
 def test_every_gradient(case, monkeypatch, elements):
     """All blocks at once, and a few at a time with a last chunk that is not full."""
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)

@@ -74,13 +74,10 @@ def accepted_prefix(target_law_BG, draft_law_BG, uniform_BG, length_B):
 @jax.jit
 def next_weight(target_law_BV, draft_law_BGU, accepted_B, length_B):
     """The law of the next token up to a factor, as logarithms."""
-    num_requests, num_slots, _ = draft_law_BGU.shape
-    row_B = num_slots * jnp.arange(num_requests) + jnp.minimum(accepted_B, num_slots - 1)
-    zero_B = jnp.zeros(num_requests)
-    law_B = xla.Law(zero_B, zero_B, zero_B - jnp.inf, zero_B + 1)  # the logits are the law
-    law_XU = draft_law_BGU.reshape(num_requests * num_slots, -1)
-    fallen = xla.Fallen(law_XU, row_B, law_B, accepted_B < length_B, None)
-    return xla.next_weight(target_law_BV, fallen)
+    draft_law_BV = at(draft_law_BGU, jnp.minimum(accepted_B, draft_law_BGU.shape[1] - 1))
+    excess_BV = xla.excess(target_law_BV, draft_law_BV, None)
+    fell_B = (accepted_B < length_B) & (excess_BV.sum(axis=-1) > xla.LEAST_MASS)
+    return jnp.where(fell_B[:, None], jnp.log(excess_BV), target_law_BV)
 
 
 def at(law_BCV, column_B):

@@ -80,18 +80,6 @@ class EngineConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
 
 
-def require_kernels(kernels: str) -> None:
-    """Checks at start-up that an implementation of the kernels runs here.
-
-    Raises:
-        ValueError: it does not, or there is no such implementation; the message says why.
-    """
-    try:
-        dispatch.require(kernels)
-    except RuntimeError as problem:
-        raise ValueError(f"kernels is {kernels!r}: {problem}") from problem
-
-
 @dataclass(frozen=True)
 class Ladder:
     """The sizes that programs are compiled for; slots, rows and chunks are those of a data shard.

@@ -23,7 +23,7 @@ import numpy as np
 from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
 from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.compiled import Programs
-from dspark_jax.engine.config import EngineConfig, fit, make_ladder, require_kernels
+from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.drift import Drift
 from dspark_jax.engine.history import Drafted, History, Kind, advance, drafted_by, record
@@ -39,6 +39,7 @@ from dspark_jax.engine.scheduler import Outlook, Seat, choose_rows
 from dspark_jax.engine.seats import Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, Request, slot_values
 from dspark_jax.engine.stream import Stream
+from pallas_kernels.dispatch import require_kernels
 
 IN_FLIGHT = 2  # rounds that the host launches before it reads the first of them
 SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there

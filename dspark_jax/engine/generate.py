@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.engine.calibration import confidence_temperatures
-from dspark_jax.engine.config import require_kernels
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
 from dspark_jax.engine.state import DecodeState, Request, make_state
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, require_kernels
 
 PREFILL_ROWS = 128
 POSITION_STEP = 128

@@ -32,7 +32,7 @@ from dspark_jax.training.records import (
     plain,
     recipe_record,
 )
-from dspark_jax.training.run import Run, open_source, require_kernels, start_run
+from dspark_jax.training.run import Run, check_kernels, open_source, start_run
 from dspark_jax.training.step import Batch, TrainState, learning_rate
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
@@ -163,7 +163,7 @@ def fit(recipe: TrainConfig) -> Path:
     out = Path(recipe.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out} is a file: name a directory")
-    require_kernels(recipe)
+    check_kernels(recipe)
     source = open_source(recipe)
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)

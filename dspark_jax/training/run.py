@@ -38,7 +38,7 @@ from dspark_jax.training.step import (
     step_shardings,
     train_step,
 )
-from pallas_kernels import dispatch
+from pallas_kernels.dispatch import require_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -215,16 +215,13 @@ def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -
         )
 
 
-def require_kernels(recipe: TrainConfig) -> None:
+def check_kernels(recipe: TrainConfig) -> None:
     """Checks that the recipe's implementation of the kernels runs here.
 
     Raises:
         ValueError: it does not; the message says why.
     """
-    try:
-        dispatch.require(recipe.kernels)
-    except RuntimeError as problem:
-        raise ValueError(f"kernels is {recipe.kernels!r}: {problem}") from problem
+    require_kernels(recipe.kernels)
     if recipe.kernels != "xla" and recipe.dtype != "bfloat16":
         raise ValueError(
             f"kernels is {recipe.kernels!r}, which takes bfloat16, and dtype is {recipe.dtype!r}: "

@@ -44,18 +44,13 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """That have to be read: all logits once, and the rows that are drawn from once more.
-
-        All rows are drawn from under coupled acceptance, and none under greedy, where nothing of
-        the draft is read either.
-        """
+        """That have to be read: all logits once, and under rejection the rows that are drawn from,
+        one of each law a request, once more. The other rules read nothing of the drafter's."""
         size = jnp.dtype(self.dtype).itemsize
         drafted = self.draft_vocabulary or self.vocabulary
         target, draft = self.rows * self.vocabulary, self.requests * self.slots * drafted
-        if self.rule == "greedy":
+        if self.rule != "rejection":
             return size * target
-        if self.rule == "coupled":
-            return size * 2 * target
         return size * (target + draft + self.requests * (self.vocabulary + drafted))
 
 

@@ -1,4 +1,4 @@
-"""The two passes of verification as Mosaic GPU kernels; ``xla.py`` says what they mean.
+"""The passes of verification as Mosaic GPU kernels; ``xla.py`` says what they mean.
 
 A program reads a share of one row, block by block through asynchronous copies, and keeps a running
 result for each place of a block: nothing crosses threads before the end. Shares are merged as
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import random
 from pallas_kernels.accept_block import xla
-from pallas_kernels.accept_block.xla import Fallen, Law, Statistics
+from pallas_kernels.accept_block.xla import Draws, Law, Sample, Statistics
 
 # Tokens of a block, which makes 8 numbers a thread of each running result: what a draw keeps of two
 # laws fits into registers, with four programs or more on a multiprocessor.
@@ -35,28 +36,16 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 NOWHERE = 2**31 - 1
 
 
-def statistics(logits_XV: jax.Array, temperature_X: jax.Array, floor_X: jax.Array) -> Statistics:
+def statistics(logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array) -> Statistics:
     """As :func:`pallas_kernels.accept_block.xla.statistics`, in one reading of the rows."""
-    num_rows, num_tokens = logits_XV.shape
-    shares, blocks = _shares(num_rows, num_tokens)
-    kernel = plgpu.kernel(
-        functools.partial(_statistics_kernel, num_tokens=num_tokens, blocks=blocks),
-        out_type=(
-            jax.ShapeDtypeStruct((shares, num_rows), jnp.float32),
-            jax.ShapeDtypeStruct((shares, num_rows), jnp.int32),
-            jax.ShapeDtypeStruct((shares, num_rows), jnp.float32),
-            jax.ShapeDtypeStruct((shares, num_rows), jnp.float32),
-        ),
-        grid=(num_rows, shares),
-        grid_names=("row", "share"),
-        kernel_name="accept_statistics",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    scale_X = jnp.where(temperature_X == 0, 1, 1 / temperature_X)
-    best_NX, first_NX, mass_NX, zero_NX = kernel(_in_lanes(logits_XV), scale_X, floor_X)
-    first_NX = jnp.minimum(first_NX, num_tokens - 1)  # inside, if all logits are NaN
-    parts_NX = Statistics(best_NX, first_NX, mass_NX, jnp.isfinite(zero_NX))
-    return xla.merge(parts_NX, temperature_X)
+    num_tokens = logits_TV.shape[1]
+    name = "accept_statistics"
+    kernel = _kernel(_statistics_kernel, name, len(logits_TV), num_tokens, "fiff", approx_math=True)
+    scale_T = jnp.where(temperature_T == 0, 1, 1 / temperature_T)
+    best_NT, first_NT, mass_NT, zero_NT = kernel(_in_lanes(logits_TV), scale_T, floor_T)
+    first_NT = jnp.minimum(first_NT, num_tokens - 1)  # inside, if all logits are NaN
+    parts_NT = Statistics(best_NT, first_NT, mass_NT, jnp.isfinite(zero_NT))
+    return xla.merge(parts_NT, temperature_T)
 
 
 def _statistics_kernel(
@@ -99,71 +88,127 @@ def _statistics_kernel(
     zero_ref[share, row] = jnp.sum(zero)
 
 
+def sample(
+    logits_TV: jax.Array,
+    temperature_T: jax.Array,
+    floor_T: jax.Array,
+    key_T2: jax.Array | None,
+    axis_name: str | None = None,
+) -> Sample:
+    """As :func:`pallas_kernels.accept_block.xla.sample`, with the same random bits."""
+    num_rows, num_tokens = logits_TV.shape
+    start = xla.shard_start(num_tokens, axis_name)
+    body = functools.partial(_sample_kernel, noisy=key_T2 is not None)
+    kernel = _kernel(body, "accept_sample", num_rows, num_tokens, "ffif")
+    key_2T = jnp.zeros((2, num_rows), jnp.uint32) if key_T2 is None else key_T2.T
+    given = temperature_T, floor_T, key_2T, jnp.full(1, start, jnp.int32)
+    best_NT, score_NT, token_NT, zero_NT = kernel(_in_lanes(logits_TV), *given)
+    token_NT = start + jnp.minimum(token_NT, num_tokens - 1)  # inside, if all scores are NaN
+    parts_NT = Sample(best_NT, score_NT, token_NT, jnp.isfinite(zero_NT))
+    return xla.merge_samples(parts_NT, temperature_T)
+
+
+def _sample_kernel(
+    logits_ref: Any,
+    temperature_ref: Any,
+    floor_ref: Any,
+    key_ref: Any,
+    start_ref: Any,
+    best_ref: Any,
+    score_ref: Any,
+    token_ref: Any,
+    zero_ref: Any,
+    *,
+    num_tokens: int,
+    blocks: int,
+    noisy: bool,
+) -> None:
+    row, share = lax.axis_index("row"), lax.axis_index("share")
+    floor, temperature = floor_ref[row], temperature_ref[row]
+    loud = jnp.where(temperature == 0, 0.0, 1.0)
+    temperature = jnp.where(temperature == 0, 1.0, temperature)
+    key, start = (key_ref[0, row], key_ref[1, row]), start_ref[0]
+    form = _Form.of(logits_ref, logits_ref.dtype)
+
+    def step(indices: Any, logits_smem: Any, carry: Any) -> Any:
+        best, score, token, zero = carry
+        x = plgpu.layout_cast(logits_smem[...], form.layout).astype(jnp.float32)
+        zero = zero + (x - x)  # NaN once anything is not finite
+        here = form.tokens(share * blocks + indices[0])
+        x = jnp.where(here < num_tokens, x, -jnp.inf)
+        # Scores are relative to the best logit so far, as tiny temperatures need it.
+        highest = jnp.maximum(x, best)
+        score = score - (highest - best) / temperature
+        new = jnp.where(x >= floor, (x - highest) / temperature, -jnp.inf)
+        if noisy:
+            new = new + loud * _noise(key, here + start)
+        return highest, *_keep_best((score, token), new, here), zero
+
+    nothing = form.full(-jnp.inf, jnp.float32), form.full(NOWHERE, jnp.int32)
+    carry = form.full(LOWEST, jnp.float32), *nothing, form.full(0.0, jnp.float32)
+    pipeline = _pipeline(step, [row], share, blocks, num_tokens, form, carry)
+    best, score, token, zero = pipeline(logits_ref)
+    highest = jnp.max(best)
+    score = score - (highest - best) / temperature
+    best_ref[share, row] = highest
+    _put_best(score_ref, token_ref, (share, row), score, token)
+    zero_ref[share, row] = jnp.sum(zero)
+
+
 def draw(
     logits_TV: jax.Array,
-    row_B: jax.Array | None,
+    row_B: jax.Array,
     law_B: Law,
-    fallen: Fallen | None,
+    draft_logits_BU: jax.Array,
+    draft_law_B: Law,
+    d2t_U: jax.Array | None,
     key_B2: jax.Array,
     axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As :func:`pallas_kernels.accept_block.xla.draw`, with the same random bits.
-
-    A program draws from both laws, the target's and the residual, and sums the residual's mass:
-    which of them counts is known only at the end.
-    """
+) -> Draws:
+    """As :func:`pallas_kernels.accept_block.xla.draw`, with the same random bits."""
     num_rows, num_tokens = key_B2.shape[0], logits_TV.shape[1]
-    shares, blocks = _shares(num_rows, num_tokens)
     start = xla.shard_start(num_tokens, axis_name)
-    place_B = jnp.arange(num_rows, dtype=jnp.int32) if row_B is None else row_B.astype(jnp.int32)
-    arrays, places, laws = [logits_TV], [place_B], [law_B]
-    if fallen is not None:
-        draft_YV, draft_place_B = _draft_rows(fallen, num_tokens)
-        arrays, places = [logits_TV, draft_YV], [place_B, draft_place_B]
-        laws = [law_B, fallen.law_B]
-    score = jax.ShapeDtypeStruct((shares, num_rows), jnp.float32)
-    token = jax.ShapeDtypeStruct((shares, num_rows), jnp.int32)
-    kernel = plgpu.kernel(
-        functools.partial(_draw_kernel, num_laws=len(laws), num_tokens=num_tokens, blocks=blocks),
-        out_type=(score, token) if fallen is None else (score, token, score, token, score),
-        grid=(num_rows, shares),
-        grid_names=("row", "share"),
-        kernel_name="accept_draw",
+    draft_logits_BV = draft_logits_BU
+    if d2t_U is not None:
+        draft_logits_BV = jnp.full((num_rows, num_tokens), -jnp.inf, draft_logits_BU.dtype)
+        put = draft_logits_BV.at[:, d2t_U]
+        draft_logits_BV = put.set(draft_logits_BU, unique_indices=True, mode="drop")
+    kernel = _kernel(_draw_kernel, "accept_draw", num_rows, num_tokens, "fifif")
+    score_NB, token_NB, residual_score_NB, residual_token_NB, mass_NB = kernel(
+        row_B.astype(jnp.int32),
+        jnp.stack([_numbers(law_B), _numbers(draft_law_B)]),
+        key_B2.T,
+        jnp.full(1, start, jnp.int32),
+        _in_lanes(logits_TV),
+        _in_lanes(draft_logits_BV),
     )
-    place_YB = jnp.stack(places).astype(jnp.int32)
-    law_Y4B = jnp.stack([_numbers(law_B) for law_B in laws])
-    start_1 = jnp.full(1, start, jnp.int32)
-    refs = [_in_lanes(array) for array in arrays]
-    drawn = kernel(place_YB, law_Y4B, key_B2.T, start_1, *refs)
-    score_B, token_B = _best_share(*drawn[:2])
-    if fallen is not None:
-        residual_score_B, residual_token_B = _best_share(*drawn[2:4])
-        mass_B = jnp.sum(drawn[4], axis=0)
-        if axis_name is not None:
-            mass_B = lax.psum(mass_B, axis_name)
-        from_residual_B = fallen.fell_B & (mass_B > xla.LEAST_MASS)
-        score_B = jnp.where(from_residual_B, residual_score_B, score_B)
-        token_B = jnp.where(from_residual_B, residual_token_B, token_B)
-    return score_B, start + jnp.minimum(token_B, num_tokens - 1)  # inside, if all scores are NaN
+    last = num_tokens - 1  # tokens stay inside, if all scores are NaN
+    score_B, token_B = xla.first_of_best(score_NB, start + jnp.minimum(token_NB, last))
+    residual_score_B, residual_token_B = xla.first_of_best(
+        residual_score_NB, start + jnp.minimum(residual_token_NB, last)
+    )
+    return Draws(score_B, token_B, residual_score_B, residual_token_B, jnp.sum(mass_NB, axis=0))
 
 
 def _draw_kernel(
-    place_ref: Any,
+    row_ref: Any,
     law_ref: Any,
     key_ref: Any,
     start_ref: Any,
-    *refs: Any,
-    num_laws: int,
+    logits_ref: Any,
+    draft_logits_ref: Any,
+    score_ref: Any,
+    token_ref: Any,
+    residual_score_ref: Any,
+    residual_token_ref: Any,
+    mass_ref: Any,
+    *,
     num_tokens: int,
     blocks: int,
 ) -> None:
     row, share = lax.axis_index("row"), lax.axis_index("share")
-    sources = refs[:num_laws]
-    outs = refs[num_laws:]
-    key = key_ref[0, row], key_ref[1, row]
-    start = start_ref[0]
-    # One layout for both laws, whatever their dtypes.
-    form = _Form.of(sources[0], jnp.float32 if num_laws > 1 else sources[0].dtype)
+    key, start = (key_ref[0, row], key_ref[1, row]), start_ref[0]
+    form = _Form.of(logits_ref, jnp.float32)  # one layout for both laws, whatever their dtypes
 
     def logprob(which: int, smem: Any, inside: jax.Array) -> jax.Array:
         best, log_mass, floor, temperature = (law_ref[which, i, row] for i in range(4))
@@ -171,38 +216,32 @@ def _draw_kernel(
         kept = inside & (x >= floor)
         return jnp.where(kept, -((best - x) / temperature) - log_mass, -jnp.inf)
 
-    def step(indices: Any, *args: Any) -> Any:
-        *smems, carry = args
-        token = form.tokens(share * blocks + indices[0])
-        inside = token < num_tokens
-        counter = (token + start).astype(jnp.uint32)
-        word, _ = random.threefry2x32(key, (counter, jnp.zeros_like(counter)))
-        noise = random.gumbel_from_bits(word)
-        target = logprob(0, smems[0], inside)
-        kept = _keep_best(carry[:2], target + noise, token)
-        if num_laws == 1:
-            return kept
-        excess = jnp.maximum(jnp.exp(target) - jnp.exp(logprob(1, smems[1], inside)), 0.0)
-        return (
-            *kept,
-            *_keep_best(carry[2:4], jnp.log(excess) + noise, token),
-            carry[4] + excess,
-        )
+    def step(indices: Any, logits_smem: Any, draft_logits_smem: Any, carry: Any) -> Any:
+        drawn, residual, mass = carry[:2], carry[2:4], carry[4]
+        here = form.tokens(share * blocks + indices[0])
+        inside = here < num_tokens
+        noise = _noise(key, here + start)
+        target = logprob(0, logits_smem, inside)
+        drafted = logprob(1, draft_logits_smem, inside)
+        excess = jnp.maximum(jnp.exp(target) - jnp.exp(drafted), 0.0)
+        drawn = _keep_best(drawn, target + noise, here)
+        residual = _keep_best(residual, jnp.log(excess) + noise, here)
+        return *drawn, *residual, mass + excess
 
     nothing = form.full(-jnp.inf, jnp.float32), form.full(NOWHERE, jnp.int32)
-    carry: tuple[jax.Array, ...] = nothing
-    if num_laws > 1:
-        carry = (*nothing, *nothing, form.full(0.0, jnp.float32))
-    places = [place_ref[which, row] for which in range(num_laws)]
+    carry = *nothing, *nothing, form.full(0.0, jnp.float32)
+    places = [row_ref[row], row]
     pipeline = _pipeline(step, places, share, blocks, num_tokens, form, carry)
-    results = pipeline(*sources)
-    for pair in range(num_laws):
-        score, token = results[2 * pair : 2 * pair + 2]
-        best = jnp.max(score)
-        outs[2 * pair][share, row] = best
-        outs[2 * pair + 1][share, row] = jnp.min(jnp.where(score == best, token, NOWHERE))
-    if num_laws > 1:
-        outs[4][share, row] = jnp.sum(results[4])
+    drawn_score, drawn_token, score, token, mass = pipeline(logits_ref, draft_logits_ref)
+    _put_best(score_ref, token_ref, (share, row), drawn_score, drawn_token)
+    _put_best(residual_score_ref, residual_token_ref, (share, row), score, token)
+    mass_ref[share, row] = jnp.sum(mass)
+
+
+def _noise(key: random.Words, token: jax.Array) -> jax.Array:
+    counter = token.astype(jnp.uint32)
+    word, _ = random.threefry2x32(key, (counter, jnp.zeros_like(counter)))
+    return random.gumbel_from_bits(word)
 
 
 def _keep_best(
@@ -212,21 +251,13 @@ def _keep_best(
     return jnp.where(higher, score, kept[0]), jnp.where(higher, token, kept[1])
 
 
-def _best_share(score_NB: jax.Array, token_NB: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first of the highest scores over the shares of a row."""
-    best_B = jnp.max(score_NB, axis=0)
-    return best_B, jnp.min(jnp.where(score_NB == best_B, token_NB, NOWHERE), axis=0)
-
-
-def _draft_rows(fallen: Fallen, num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Logits of the drafter over the target's vocabulary, and the row of each request."""
-    if fallen.d2t_U is None:
-        return fallen.logits_XU, fallen.row_B
-    num_rows = fallen.row_B.shape[0]
-    logits_BU = fallen.logits_XU[fallen.row_B]
-    nothing_BV = jnp.full((num_rows, num_tokens), -jnp.inf, logits_BU.dtype)
-    logits_BV = nothing_BV.at[:, fallen.d2t_U].set(logits_BU, unique_indices=True, mode="drop")
-    return logits_BV, jnp.arange(num_rows)
+def _put_best(
+    score_ref: Any, token_ref: Any, place: Any, score: jax.Array, token: jax.Array
+) -> None:
+    """The first of the highest scores of a share."""
+    best = jnp.max(score)
+    score_ref[place] = best
+    token_ref[place] = jnp.min(jnp.where(score == best, token, NOWHERE))
 
 
 def _numbers(law_B: Law) -> jax.Array:
@@ -236,6 +267,36 @@ def _numbers(law_B: Law) -> jax.Array:
 
 
 # Blocks and shares.
+
+
+def _kernel(
+    body: Callable[..., None],
+    name: str,
+    num_rows: int,
+    num_tokens: int,
+    outs: str,
+    approx_math: bool = False,
+) -> Callable[..., Any]:
+    """A program for each share of each row.
+
+    Args:
+        body: of a program, told ``num_tokens`` and the ``blocks`` of a share.
+        name: of the kernel.
+        num_rows, num_tokens: that are read.
+        outs: a letter for each array [N, T] that comes out, i for int32 and f for float32.
+        approx_math: functions may be less exact: not for noise, whose digits decide.
+    """
+    shares, blocks = _shares(num_rows, num_tokens)
+    dtypes = {"f": jnp.float32, "i": jnp.int32}
+    kernel: Callable[..., Any] = plgpu.kernel(
+        functools.partial(body, num_tokens=num_tokens, blocks=blocks),
+        out_type=tuple(jax.ShapeDtypeStruct((shares, num_rows), dtypes[out]) for out in outs),
+        grid=(num_rows, shares),
+        grid_names=("row", "share"),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+    )
+    return kernel
 
 
 def _shares(num_rows: int, num_tokens: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import random
 from pallas_kernels.accept_block import xla
-from pallas_kernels.accept_block.xla import Fallen, Law, Statistics
+from pallas_kernels.accept_block.xla import Draws, Law, Sample, Statistics
 
 Rule = Literal["greedy", "rejection", "coupled"]
 
@@ -105,24 +105,25 @@ class Acceptance(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """An implementation of the two readings of logits; ``xla.py`` says what they give."""
+    """An implementation of the readings of logits; ``xla.py`` says what they give."""
 
     statistics: Callable[[jax.Array, jax.Array, jax.Array], Statistics]
-    draw: Callable[..., tuple[jax.Array, jax.Array]]
+    draw: Callable[..., Draws]
+    sample: Callable[..., Sample]
 
 
 class Batch(NamedTuple):
     """Rows of logits, and how they become laws, which are not written out.
 
     Attributes:
-        logits_XV: any float dtype.
-        temperature_X, floor_X: float32, as for :func:`accept_block`.
+        logits_TV: any float dtype.
+        temperature_T, floor_T: float32, as for :func:`accept_block`.
         axis_name: the mesh axis that V is split over; None where the rows are whole.
     """
 
-    logits_XV: jax.Array
-    temperature_X: jax.Array
-    floor_X: jax.Array
+    logits_TV: jax.Array
+    temperature_T: jax.Array
+    floor_T: jax.Array
     axis_name: str | None
 
 
@@ -130,16 +131,16 @@ class Reading(NamedTuple):
     """A batch, the statistics of its rows, and its logits at some chosen tokens."""
 
     batch: Batch
-    stats_X: Statistics
+    stats_T: Statistics
     row_Y: jax.Array
     token_Y: jax.Array
     logit_Y: jax.Array
 
-    @property
-    def law_X(self) -> Law:
-        """The laws of the rows."""
-        floor_X, temperature_X = self.batch.floor_X, self.batch.temperature_X
-        return Law(self.stats_X.best_X, jnp.log(self.stats_X.mass_X), floor_X, temperature_X)
+    def law(self, row_Y: jax.Array) -> Law:
+        """The laws of some rows."""
+        _, temperature_T, floor_T, _ = self.batch
+        law_T = Law(self.stats_T.best_T, jnp.log(self.stats_T.mass_T), floor_T, temperature_T)
+        return Law(*(x_T[row_Y] for x_T in law_T))
 
 
 def accept_block(
@@ -175,19 +176,18 @@ def _accept_equal(
     target: Batch, key_T2: jax.Array | None, plan: VerifyPlan, drafts: Drafts, passes: Passes
 ) -> Acceptance:
     """Drafts stand while they equal the target's own tokens, with the noise of the keys if any."""
-    nothing_Y = jnp.zeros(0, jnp.int32)
-    (reading,) = _merged(_read(target, nothing_Y, nothing_Y, passes))
-    token_T = reading.stats_X.first_X
-    if key_T2 is not None:
-        token_T = _draw(reading, None, None, key_T2, passes)
-    token_BC = token_T[plan.row_BC]
+    sample_T = passes.sample(*target[:3], key_T2, target.axis_name)
+    if target.axis_name is not None:
+        parts_NT = _gather(sample_T, target.axis_name)
+        sample_T = xla.merge_samples(parts_NT, target.temperature_T)
+    token_BC = sample_T.token_T[plan.row_BC]
     stands_BG = drafts.token_BG == token_BC[:, :-1]
     accepted_B = leading(stands_BG, plan.length_B)
     return Acceptance(
         accepted_B,
         _at(token_BC, accepted_B),
         jnp.where(_verified(plan), stands_BG.astype(jnp.float32), 0),
-        _finite(reading, plan),
+        _finite(sample_T.finite_T, plan),
     )
 
 
@@ -215,18 +215,40 @@ def _accept_by_chance(
     key_BG2 = random.stream_key(key_B2[:, None], random.ACCEPT, anchor_B[:, None], slot_G)
     accepted_B = leading(random.uniform(key_BG2, 1)[..., 0] < chance_BG, plan.length_B)
 
-    fallen_B = _at(row_BG, jnp.minimum(accepted_B, num_slots - 1))
-    fallen = Fallen(
-        drafter.logits_XV,
-        fallen_B,
-        jax.tree.map(lambda x_X: x_X[fallen_B], author.law_X),
-        accepted_B < plan.length_B,
-        None if drafts.d2t_U is None else _in_shard(drafts.d2t_U, target),
-    )
+    row_B = _at(plan.row_BC, accepted_B)
+    fell_B = _at(row_BG, jnp.minimum(accepted_B, num_slots - 1))  # or any row, where none did
     next_key_B2 = random.stream_key(key_B2, random.RESIDUAL, anchor_B, accepted_B)
-    next_B = _draw(judge, _at(plan.row_BC, accepted_B), fallen, next_key_B2, passes)
-    chance_BG = jnp.where(_verified(plan), chance_BG, 0)
-    return Acceptance(accepted_B, next_B, chance_BG, _finite(judge, plan))
+    draws_B = passes.draw(
+        target.logits_TV,
+        row_B,
+        judge.law(row_B),
+        drafter.logits_TV[fell_B],
+        author.law(fell_B),
+        None if drafts.d2t_U is None else _in_shard(drafts.d2t_U, target),
+        next_key_B2,
+        target.axis_name,
+    )
+    token_B = _choose(draws_B, accepted_B < plan.length_B, target.axis_name)
+    greedy_B = requests.temperature_B == 0
+    return Acceptance(
+        accepted_B,
+        jnp.where(greedy_B, judge.stats_T.first_T[row_B], token_B),
+        jnp.where(_verified(plan), chance_BG, 0),
+        _finite(judge.stats_T.finite_T, plan),
+    )
+
+
+def _choose(draws_B: Draws, fell_B: jax.Array, axis_name: str | None) -> jax.Array:
+    """int32 [B]: from the residual where a draft fell, unless it has no mass; else the target's."""
+    if axis_name is not None:
+        draws_NB = _gather(draws_B, axis_name)
+        draws_B = Draws(
+            *xla.first_of_best(draws_NB.score_B, draws_NB.token_B),
+            *xla.first_of_best(draws_NB.residual_score_B, draws_NB.residual_token_B),
+            jnp.sum(draws_NB.mass_B, axis=0),
+        )
+    from_residual_B = fell_B & (draws_B.mass_B > xla.LEAST_MASS)
+    return jnp.where(from_residual_B, draws_B.residual_token_B, draws_B.token_B)
 
 
 def acceptance_chance(target_logprob_X: jax.Array, draft_logprob_X: jax.Array) -> jax.Array:
@@ -250,9 +272,9 @@ def _verified(plan: VerifyPlan) -> jax.Array:
     return jnp.arange(plan.row_BC.shape[1] - 1) < plan.length_B[:, None]
 
 
-def _finite(reading: Reading, plan: VerifyPlan) -> jax.Array:
+def _finite(finite_T: jax.Array, plan: VerifyPlan) -> jax.Array:
     unread_BC = jnp.arange(plan.row_BC.shape[1]) > plan.length_B[:, None]
-    return jnp.all(reading.stats_X.finite_X[plan.row_BC] | unread_BC, axis=1)
+    return jnp.all(finite_T[plan.row_BC] | unread_BC, axis=1)
 
 
 def _at(x_BC: jax.Array, column_B: jax.Array) -> jax.Array:
@@ -261,29 +283,10 @@ def _at(x_BC: jax.Array, column_B: jax.Array) -> jax.Array:
 
 def _logprob(reading: Reading) -> jax.Array:
     """float32 [Y] log-probabilities of the chosen tokens."""
-    law_Y = jax.tree.map(lambda x_X: x_X[reading.row_Y], reading.law_X)
+    law_Y = reading.law(reading.row_Y)
     sampled_Y = xla.logprob(reading.logit_Y[:, None], law_Y)[:, 0]
-    one_hot_Y = jnp.where(reading.token_Y == reading.stats_X.first_X[reading.row_Y], 0.0, -jnp.inf)
+    one_hot_Y = jnp.where(reading.token_Y == reading.stats_T.first_T[reading.row_Y], 0.0, -jnp.inf)
     return jnp.where(law_Y.temperature_X == 0, one_hot_Y, sampled_Y)
-
-
-def _draw(
-    reading: Reading,
-    row_Y: jax.Array | None,
-    fallen: Fallen | None,
-    key_Y2: jax.Array,
-    passes: Passes,
-) -> jax.Array:
-    """int32 [Y]: tokens of some rows (None is all); those of greedy rows are known already."""
-    batch, law_Y, first_Y = reading.batch, reading.law_X, reading.stats_X.first_X
-    if row_Y is not None:
-        law_Y, first_Y = jax.tree.map(lambda x_X: x_X[row_Y], (law_Y, first_Y))
-    score_Y, token_Y = passes.draw(batch.logits_XV, row_Y, law_Y, fallen, key_Y2, batch.axis_name)
-    if batch.axis_name is not None:
-        score_NY, token_NY = _gather((score_Y, token_Y), batch.axis_name)
-        best_NY = score_NY == jnp.max(score_NY, axis=0)
-        token_Y = jnp.min(jnp.where(best_NY, token_NY, jnp.iinfo(jnp.int32).max), axis=0)
-    return jnp.where(law_Y.temperature_X == 0, first_Y, token_Y)
 
 
 # Shards of the vocabulary. Numbers of rows cross the mesh in one collective, draws in another.
@@ -291,17 +294,17 @@ def _draw(
 
 def _read(batch: Batch, row_Y: jax.Array, token_Y: jax.Array, passes: Passes) -> Reading:
     """What this shard knows of the rows, and of the chosen tokens in them."""
-    stats_X = passes.statistics(batch.logits_XV, batch.temperature_X, batch.floor_X)
+    stats_T = passes.statistics(batch.logits_TV, batch.temperature_T, batch.floor_T)
     place_Y = _in_shard(token_Y, batch)
-    logit_Y = batch.logits_XV.at[row_Y, place_Y].get(mode="fill", fill_value=-jnp.inf)
-    return Reading(batch, stats_X, row_Y, token_Y, logit_Y.astype(jnp.float32))
+    logit_Y = batch.logits_TV.at[row_Y, place_Y].get(mode="fill", fill_value=-jnp.inf)
+    return Reading(batch, stats_T, row_Y, token_Y, logit_Y.astype(jnp.float32))
 
 
 def _in_shard(token_Y: jax.Array, batch: Batch) -> jax.Array:
     """Places of tokens in this shard; those of others get distinct places beyond its end."""
     if batch.axis_name is None:
         return token_Y
-    num_tokens = batch.logits_XV.shape[-1]
+    num_tokens = batch.logits_TV.shape[-1]
     place_Y = token_Y - xla.shard_start(num_tokens, batch.axis_name)
     inside_Y = (place_Y >= 0) & (place_Y < num_tokens)
     return jnp.where(inside_Y, place_Y, num_tokens + jnp.arange(token_Y.size))
@@ -312,18 +315,18 @@ def _merged(*readings: Reading) -> list[Reading]:
     split = [r for r in readings if r.batch.axis_name is not None]
     if not split:
         return list(readings)
-    parts = [(r.stats_X, r.logit_Y) for r in split]
+    parts = [(r.stats_T, r.logit_Y) for r in split]
     gathered = iter(_gather(parts, split[0].batch.axis_name))
     return [r if r.batch.axis_name is None else _whole(r, *next(gathered)) for r in readings]
 
 
-def _whole(reading: Reading, stats_NX: Statistics, logit_NY: jax.Array) -> Reading:
+def _whole(reading: Reading, stats_NT: Statistics, logit_NY: jax.Array) -> Reading:
     """A reading of whole rows from those of N shards."""
-    num_shards, num_tokens = len(logit_NY), reading.batch.logits_XV.shape[-1]
+    num_shards, num_tokens = len(logit_NY), reading.batch.logits_TV.shape[-1]
     start_N1 = num_tokens * jnp.arange(num_shards)[:, None]
-    parts_NX = stats_NX._replace(first_X=start_N1 + stats_NX.first_X)
-    stats_X = xla.merge(parts_NX, reading.batch.temperature_X)
-    return reading._replace(stats_X=stats_X, logit_Y=jnp.max(logit_NY, axis=0))
+    parts_NT = stats_NT._replace(first_T=start_N1 + stats_NT.first_T)
+    stats_T = xla.merge(parts_NT, reading.batch.temperature_T)
+    return reading._replace(stats_T=stats_T, logit_Y=jnp.max(logit_NY, axis=0))
 
 
 def _gather(tree: Any, axis_name: str | None) -> Any:

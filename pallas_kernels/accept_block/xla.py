@@ -1,40 +1,59 @@
-"""The two passes of verification over logits, in plain JAX: what they mean.
+"""The passes of verification over logits, in plain JAX: what they mean.
 
-:func:`statistics` reads every row once for numbers of the row; :func:`draw` reads one row of each
-request for the token after its accepted drafts. In between stands the rule (``rule.py``), which
-works on single numbers. No law is ever written out for all rows.
+Rejection reads every row once for numbers of the row (:func:`statistics`), and one row of each
+request for the token after its accepted drafts (:func:`draw`). In between stands the rule
+(``rule.py``), which works on single numbers. Where drafts only have to equal the target's own
+tokens, one reading finds these (:func:`sample`). No law is ever written out for all rows.
 
 Axes: X any leading axes, T rows, B rows that are drawn from, V target vocabulary, U draft
-vocabulary, 2 words of a key.
+vocabulary, N shards of a vocabulary, 2 words of a key.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import random
+from pallas_kernels.chunks import by_rows
 
 LEAST_MASS = 1e-8  # a residual with no more mass is rounding: the target's own law stands for it
 
 
 class Statistics(NamedTuple):
-    """What verification needs to know of a row of logits.
+    """What rejection needs to know of a row of logits.
 
     Attributes:
-        best_X: float32 the highest logit.
-        first_X: int32 the first token that has it; needed at temperature 0 alone, and 0 where no
+        best_T: float32 the highest logit.
+        first_T: int32 the first token that has it; needed at temperature 0 alone, and 0 where no
             row has that.
-        mass_X: float32, sum of exp((logit - best) / temperature) over the tokens that are kept.
-        finite_X: bool, all logits are finite.
+        mass_T: float32, sum of exp((logit - best) / temperature) over the tokens that are kept.
+        finite_T: bool, all logits are finite.
     """
 
-    best_X: jax.Array
-    first_X: jax.Array
-    mass_X: jax.Array
-    finite_X: jax.Array
+    best_T: jax.Array
+    first_T: jax.Array
+    mass_T: jax.Array
+    finite_T: jax.Array
+
+
+class Sample(NamedTuple):
+    """A token of each row.
+
+    Attributes:
+        best_T: float32 the highest logit.
+        score_T: float32, (logit - best) / temperature + noise of the token.
+        token_T: int32 the first token with the highest score.
+        finite_T: bool, all logits are finite.
+    """
+
+    best_T: jax.Array
+    score_T: jax.Array
+    token_T: jax.Array
+    finite_T: jax.Array
 
 
 class Law(NamedTuple):
@@ -46,61 +65,182 @@ class Law(NamedTuple):
     temperature_X: jax.Array
 
 
-class Fallen(NamedTuple):
-    """The drafts that were refused, one for each row that is drawn from.
+class Draws(NamedTuple):
+    """A token of each of two laws, with the same noise.
 
     Attributes:
-        logits_XU: of the drafter, any rows.
-        row_B: int32 the row among them that the draft was drawn from.
-        law_B: of these rows.
-        fell_B: bool; elsewhere no draft was refused, and the rest means nothing.
-        d2t_U: int32 target ids of the draft vocabulary, those of another shard beyond V; None
-            where it is the target's.
+        score_B: float32, log p^t + noise of the token.
+        token_B: int32 the first with the highest score.
+        residual_score_B, residual_token_B: likewise of max(0, p^t - p^d), not normalised.
+        mass_B: float32 sum of max(0, p^t - p^d).
     """
 
-    logits_XU: jax.Array
-    row_B: jax.Array
-    law_B: Law
-    fell_B: jax.Array
-    d2t_U: jax.Array | None
+    score_B: jax.Array
+    token_B: jax.Array
+    residual_score_B: jax.Array
+    residual_token_B: jax.Array
+    mass_B: jax.Array
 
 
-def statistics(logits_XV: jax.Array, temperature_X: jax.Array, floor_X: jax.Array) -> Statistics:
+def statistics(logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array) -> Statistics:
     """One reading of the rows.
 
     Args:
-        logits_XV: any float dtype; -inf forbids a token.
-        temperature_X: float32, 0 is greedy.
-        floor_X: float32, the least logit that is kept; -inf keeps all.
+        logits_TV: any float dtype; -inf forbids a token.
+        temperature_T: float32, 0 is greedy.
+        floor_T: float32, the least logit that is kept; -inf keeps all.
     """
-    logits_XV = logits_XV.astype(jnp.float32)
-    best_X, lowest_X = jnp.max(logits_XV, axis=-1), jnp.min(logits_XV, axis=-1)
-    first_X = jax.lax.cond(
-        jnp.any(temperature_X == 0),
-        lambda: _first_index(logits_XV, best_X),
-        lambda: jnp.zeros(best_X.shape, jnp.int32),
+    best_T, mass_T, finite_T = by_rows(_statistics, logits_TV, temperature_T, floor_T)
+    first_T = jax.lax.cond(
+        jnp.any(temperature_T == 0),
+        lambda: by_rows(_first_best, logits_TV),
+        lambda: jnp.zeros(best_T.shape, jnp.int32),
     )
-    weight_XV = jnp.exp(-gap(logits_XV, best_X, temperature_X))
-    mass_X = jnp.sum(jnp.where(logits_XV >= floor_X[..., None], weight_XV, 0), axis=-1)
-    return Statistics(best_X, first_X, mass_X, jnp.isfinite(best_X) & jnp.isfinite(lowest_X))
+    return Statistics(best_T, first_T, mass_T, finite_T)
 
 
-def merge(parts_NX: Statistics, temperature_X: jax.Array) -> Statistics:
-    """Statistics of whole rows from those of N parts of each, whose `first_X` are tokens of it."""
-    best_X = jnp.max(parts_NX.best_X, axis=0)
+def _statistics(
+    logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array
+) -> tuple[jax.Array, ...]:
+    logits_TV = logits_TV.astype(jnp.float32)
+    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    weight_TV = jnp.exp(-gap(logits_TV, best_T, temperature_T))
+    mass_T = jnp.sum(jnp.where(logits_TV >= floor_T[:, None], weight_TV, 0), axis=-1)
+    return best_T, mass_T, jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
+
+
+def _first_best(logits_TV: jax.Array) -> jax.Array:
+    return first_argmax(logits_TV.astype(jnp.float32))
+
+
+def sample(
+    logits_TV: jax.Array,
+    temperature_T: jax.Array,
+    floor_T: jax.Array,
+    key_T2: jax.Array | None,
+    axis_name: str | None = None,
+) -> Sample:
+    """A token of each row by the Gumbel noise of its key, in one reading: no normaliser is needed.
+
+    Args:
+        logits_TV: any float dtype, a shard or whole; -inf forbids a token.
+        temperature_T: float32, 0 is greedy: such rows have no noise.
+        floor_T: float32, the least logit that is kept; -inf keeps all.
+        key_T2: uint32; None where all rows are greedy.
+        axis_name: the mesh axis that the vocabulary is split over, if it is; tokens are of the
+            whole vocabulary then, and scores relative to the best of the shard.
+    """
+    start = shard_start(logits_TV.shape[-1], axis_name)
+    if key_T2 is None:
+        best_T, score_T, token_T, finite_T = by_rows(_greedy, logits_TV)
+    else:
+        draw_rows = functools.partial(_sample, start)
+        best_T, score_T, token_T, finite_T = by_rows(
+            draw_rows, logits_TV, temperature_T, floor_T, key_T2
+        )
+    return Sample(best_T, score_T, start + token_T, finite_T)
+
+
+def _greedy(logits_TV: jax.Array) -> tuple[jax.Array, ...]:
+    logits_TV = logits_TV.astype(jnp.float32)
+    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    finite_T = jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
+    return best_T, jnp.zeros_like(best_T), _first_index(logits_TV, best_T), finite_T
+
+
+def _sample(
+    start: jax.Array | int,
+    logits_TV: jax.Array,
+    temperature_T: jax.Array,
+    floor_T: jax.Array,
+    key_T2: jax.Array,
+) -> tuple[jax.Array, ...]:
+    logits_TV = logits_TV.astype(jnp.float32)
+    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    # Forbidden tokens are left out by name: in a shard without others they would be the best.
+    kept_TV = logits_TV >= jnp.maximum(floor_T, jnp.finfo(jnp.float32).min)[:, None]
+    score_TV = jnp.where(kept_TV, -gap(logits_TV, best_T, temperature_T), -jnp.inf)
+    noise_TV = random.gumbel_at(key_T2, start + jnp.arange(logits_TV.shape[-1]))
+    score_TV = score_TV + jnp.where(temperature_T[:, None] == 0, 0, noise_TV)
+    finite_T = jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
+    return best_T, *_first_of_best(score_TV), finite_T
+
+
+def draw(
+    logits_TV: jax.Array,
+    row_B: jax.Array,
+    law_B: Law,
+    draft_logits_BU: jax.Array,
+    draft_law_B: Law,
+    d2t_U: jax.Array | None,
+    key_B2: jax.Array,
+    axis_name: str | None = None,
+) -> Draws:
+    """Tokens of some rows, by the Gumbel noise of their keys: of p^t and of max(0, p^t - p^d).
+
+    Args:
+        logits_TV: the target's, or a shard of them.
+        row_B: int32 rows to draw from.
+        law_B: of these rows, over the whole vocabulary.
+        draft_logits_BU: the drafter's, any float dtype.
+        draft_law_B: of these.
+        d2t_U: int32 distinct target ids of the draft vocabulary, those of another shard beyond V;
+            None where it is the target's.
+        key_B2: uint32 keys of the noise.
+        axis_name: the mesh axis that the vocabulary is split over, if it is; tokens are of the
+            whole vocabulary then, all else of the shard.
+    """
+    start = shard_start(logits_TV.shape[-1], axis_name)
+
+    def rows(
+        logits_BV: jax.Array, draft_logits_BU: jax.Array, key_B2: jax.Array, *laws: jax.Array
+    ) -> Draws:
+        logprob_BV = logprob(logits_BV, Law(*laws[:4]))
+        excess_BV = excess(logprob_BV, logprob(draft_logits_BU, Law(*laws[4:])), d2t_U)
+        noise_BV = random.gumbel_at(key_B2, start + jnp.arange(logits_BV.shape[-1]))
+        score_B, token_B = _first_of_best(logprob_BV + noise_BV)
+        residual_score_B, residual_token_B = _first_of_best(jnp.log(excess_BV) + noise_BV)
+        mass_B = jnp.sum(excess_BV, axis=-1)
+        return Draws(score_B, start + token_B, residual_score_B, start + residual_token_B, mass_B)
+
+    drawn: Draws = by_rows(rows, logits_TV[row_B], draft_logits_BU, key_B2, *law_B, *draft_law_B)
+    return drawn
+
+
+def merge(parts_NT: Statistics, temperature_T: jax.Array) -> Statistics:
+    """Statistics of whole rows from those of parts of each, whose `first` are tokens of it."""
+    best_T = jnp.max(parts_NT.best_T, axis=0)
     beyond = jnp.iinfo(jnp.int32).max
-    first_NX = jnp.where(parts_NX.best_X < best_X, beyond, parts_NX.first_X)
-    weight_NX = jnp.exp(-gap(parts_NX.best_X.T, best_X, temperature_X)).T
-    mass_NX = jnp.where(weight_NX > 0, weight_NX * parts_NX.mass_X, 0)  # 0, not NaN, of no token
-    finite_X = parts_NX.finite_X.all(axis=0)
-    return Statistics(best_X, first_NX.min(axis=0), mass_NX.sum(axis=0), finite_X)
+    first_NT = jnp.where(parts_NT.best_T < best_T, beyond, parts_NT.first_T)
+    weight_NT = jnp.exp(-_gap_of_parts(parts_NT.best_T, best_T, temperature_T))
+    mass_NT = jnp.where(weight_NT > 0, weight_NT * parts_NT.mass_T, 0)  # 0, not NaN, of no token
+    finite_T = parts_NT.finite_T.all(axis=0)
+    return Statistics(best_T, first_NT.min(axis=0), mass_NT.sum(axis=0), finite_T)
+
+
+def merge_samples(parts_NT: Sample, temperature_T: jax.Array) -> Sample:
+    """Samples of whole rows from those of parts of each."""
+    best_T = jnp.max(parts_NT.best_T, axis=0)
+    score_NT = parts_NT.score_T - _gap_of_parts(parts_NT.best_T, best_T, temperature_T)
+    return Sample(best_T, *first_of_best(score_NT, parts_NT.token_T), parts_NT.finite_T.all(axis=0))
+
+
+def first_of_best(score_NT: jax.Array, token_NT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Highest score over the parts of a row, and the first token with it."""
+    score_T = jnp.max(score_NT, axis=0)
+    below_NT = score_NT < score_T  # nothing is below NaN: a token remains
+    return score_T, jnp.min(jnp.where(below_NT, jnp.iinfo(jnp.int32).max, token_NT), axis=0)
+
+
+def _gap_of_parts(best_NT: jax.Array, best_T: jax.Array, temperature_T: jax.Array) -> jax.Array:
+    return gap(best_NT.T, best_T, temperature_T).T
 
 
 def gap(logits_XV: jax.Array, best_X: jax.Array, temperature_X: jax.Array) -> jax.Array:
     """How far each token lies below the best, in units of the temperature.
 
-    Taking the maximum off before dividing keeps tiny temperatures from overflowing. Temperature 0,
-    where the law is a matter of `first_X`, counts as 1.
+    Taking the maximum off before dividing keeps tiny temperatures from overflowing. Temperature 0
+    counts as 1: its law is a matter of the best token alone.
     """
     scale_X1 = jnp.where(temperature_X == 0, 1, temperature_X)[..., None]
     return (best_X[..., None] - logits_XV) / scale_X1
@@ -112,53 +252,6 @@ def logprob(logits_XV: jax.Array, law_X: Law) -> jax.Array:
     gap_XV = gap(logits_XV, law_X.best_X, law_X.temperature_X)
     kept_XV = logits_XV >= law_X.floor_X[..., None]
     return jnp.where(kept_XV, -gap_XV - law_X.log_mass_X[..., None], -jnp.inf)
-
-
-def draw(
-    logits_TV: jax.Array,
-    row_B: jax.Array | None,
-    law_B: Law,
-    fallen: Fallen | None,
-    key_B2: jax.Array,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """A token of each row, by the Gumbel noise of its key: from normalise(max(0, p^t - p^d)) where
-    a draft was refused and this has any mass, else from p^t.
-
-    Args:
-        logits_TV: the target's, or a shard of them.
-        row_B: int32 rows to draw from; None for all, one behind the other.
-        law_B: of these rows, over the whole vocabulary.
-        fallen: the refused drafts; None where there are none.
-        key_B2: uint32 keys of the noise.
-        axis_name: the mesh axis that the vocabulary is split over, if it is.
-
-    Returns:
-        float32 score and int32 token [B], the first of the highest in this shard.
-    """
-    num_tokens = logits_TV.shape[-1]
-    logprob_BV = logprob(logits_TV if row_B is None else logits_TV[row_B], law_B)
-    if fallen is not None:
-        logprob_BV = next_weight(logprob_BV, fallen, axis_name)
-    start = shard_start(num_tokens, axis_name)
-    score_BV = logprob_BV + random.gumbel_at(key_B2, start + jnp.arange(num_tokens))
-    best_B = jnp.max(score_BV, axis=-1)
-    return best_B, start + _first_index(score_BV, best_B)
-
-
-def next_weight(logprob_BV: jax.Array, fallen: Fallen, axis_name: str | None = None) -> jax.Array:
-    """float32 [B, V]: the law of the next token up to a factor, as logarithms.
-
-    The residual where a draft was refused, unless it has no mass; else the target's own law, which
-    is `logprob_BV`.
-    """
-    draft_logprob_BU = logprob(fallen.logits_XU[fallen.row_B], fallen.law_B)
-    excess_BV = excess(logprob_BV, draft_logprob_BU, fallen.d2t_U)
-    mass_B1 = jnp.sum(excess_BV, axis=-1, keepdims=True)
-    if axis_name is not None:
-        mass_B1 = jax.lax.psum(mass_B1, axis_name)
-    from_residual_B1 = fallen.fell_B[:, None] & (mass_B1 > LEAST_MASS)
-    return jnp.where(from_residual_B1, jnp.log(excess_BV), logprob_BV)
 
 
 def excess(
@@ -185,7 +278,12 @@ def first_argmax(score_XV: jax.Array) -> jax.Array:
     Two plain reductions over float32 vectorise on a CPU where `jnp.argmax` does not: 8 against
     54 ms at [64, 49152] with the noise that is added there. Indices are exact below 2^24.
     """
-    return _first_index(score_XV, jnp.max(score_XV, axis=-1))
+    return _first_of_best(score_XV)[1]
+
+
+def _first_of_best(score_XV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    best_X = jnp.max(score_XV, axis=-1)
+    return best_X, _first_index(score_XV, best_X)
 
 
 def _first_index(score_XV: jax.Array, best_X: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ of a sequence (row a * C + g * R + r), filled up to whole tiles; X tiles; Y bloc
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,14 +32,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tensor_cores as tc
 from pallas_kernels.anchor_attention import SAVED
-
-TILE = 64  # rows of a tensor-core product
-BLOCK = 64  # keys of a step
-STAGE_BYTES = 64 * 1024  # shared memory of a pipeline, so that two programs fit
-LOG2_E = math.log2(math.e)
-BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a row of a product
-BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.tensor_cores import BLOCK, BY_COLUMN, BY_ROW, LOG2_E, TILE
 
 Own = tuple[jax.Array, jax.Array]
 _product_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -101,15 +96,11 @@ def _forward(
     begin_BKM = _to_rows(jnp.where(keep_BA11, lse_BKAC1, 0)[..., 0])
 
     limit_BM = _limits(anchor_BA, keep_BA, q_BKACH.shape[3], k_BSKH.shape[1])
-    out_BKMH, lse_BKM = _run_forward(
-        _ends(limit_BM),
-        limit_BM,
-        _to_rows(q_BKACH),
-        _fill_up(k_BSKH),
-        _fill_up(v_BSKH),
-        begin_BKMH,
-        begin_BKM,
-    )
+    ends_BX, q_BKMH = _ends(limit_BM), _to_rows(q_BKACH)
+    outs = _like(q_BKMH), _like(begin_BKM)
+    kernel = _launch(_forward_kernel, "anchor_attention", q_BKMH, ends_BX.shape[1], outs)
+    k_BSKH, v_BSKH = _fill_up(k_BSKH), _fill_up(v_BSKH)
+    out_BKMH, lse_BKM = kernel(ends_BX, limit_BM, q_BKMH, k_BSKH, v_BSKH, begin_BKMH, begin_BKM)
     return _from_rows(out_BKMH, q_BAGNH.shape), lse_BKM
 
 
@@ -151,11 +142,15 @@ def _backward(
     limit_BKM = jnp.broadcast_to(limit_BM[:, None].astype(jnp.float32), lse_BKM.shape)
     row_BK3M = jnp.stack([lse_BKM, _to_rows(delta_BKAC), limit_BKM], axis=2)
     ends_BX = _ends(limit_BM)
-    dq_BKMH = _run_backward_q(
-        ends_BX, row_BK3M, q_BKMH, dout_BKMH, k_BSKH, v_BSKH, _to_rows(begin_BKACH)
-    )
-    viewers_BY2 = _viewers(ends_BX, k_BSKH.shape[1] // BLOCK)
-    dk_BSKH, dv_BSKH = _run_backward_kv(viewers_BY2, row_BK3M, q_BKMH, dout_BKMH, k_BSKH, v_BSKH)
+    given = row_BK3M, q_BKMH, dout_BKMH, k_BSKH, v_BSKH
+    name = "anchor_attention_backward"
+    tiles, out, barrier = ends_BX.shape[1], _like(q_BKMH), plgpu.Barrier()
+    to_queries = _launch(_backward_q_kernel, f"{name}_q", q_BKMH, tiles, out, barrier)
+    dq_BKMH = to_queries(ends_BX, *given, _to_rows(begin_BKACH))
+    # The first blocks of keys, which most tiles see, come first.
+    blocks, outs = k_BSKH.shape[1] // BLOCK, (_like(k_BSKH), _like(v_BSKH))
+    to_keys = _launch(_backward_kv_kernel, f"{name}_kv", q_BKMH, blocks, outs)
+    dk_BSKH, dv_BSKH = to_keys(_viewers(ends_BX, blocks), *given)
     dq_BAGNH = _from_rows(dq_BKMH, q_BAGNH.shape)
     return dq_BAGNH, dk_BSKH[:, :positions], dv_BSKH[:, :positions], own_gradients
 
@@ -217,53 +212,35 @@ def _viewers(ends_BX: jax.Array, blocks: int) -> jax.Array:
     return jnp.stack([first_BY, jnp.maximum(end_BY, first_BY)], axis=-1)
 
 
-def _layout(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """How a matrix lies in shared memory for the tensor cores and the copies."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
-def _matrix(columns: int, dtype: Any) -> Any:
-    """Shared memory for 64 rows of a matrix."""
-    return plgpu.SMEM((TILE, columns), dtype, transforms=_layout(columns, dtype))
-
-
-def _stages(width: int) -> int:
-    """Steps of two matrices that a pipeline holds at a time."""
-    return STAGE_BYTES // (2 * TILE * width * 2)
-
-
-def _run_forward(
-    ends_BX: jax.Array,
-    limit_BM: jax.Array,
+def _launch(
+    body: Callable[..., None],
+    name: str,
     q_BKMH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    begin_BKMH: jax.Array,
-    begin_BKM: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    programs: int,
+    out_type: Any,
+    *scratch: Any,
+) -> Callable[..., Any]:
+    """A kernel of so many programs for each sequence and head.
+
+    Each has room for two matrices of rows and one of weights, a barrier for two copies, and what is
+    given in ``scratch``. The last axis runs first: programs side by side read the same keys.
+    """
     batch, kv_heads, _, width = q_BKMH.shape
-    dtype = q_BKMH.dtype
-    kernel = plgpu.kernel(
-        _forward_kernel,
-        out_type=(
-            jax.ShapeDtypeStruct(q_BKMH.shape, dtype),
-            jax.ShapeDtypeStruct(begin_BKM.shape, jnp.float32),
-        ),
-        scratch_types=(
-            _matrix(width, dtype),
-            _matrix(width, dtype),
-            _matrix(BLOCK, dtype),
-            plgpu.Barrier(num_arrivals=2),
-        ),
-        # The last axis runs first: programs side by side read the same keys.
-        grid=(batch, kv_heads, ends_BX.shape[1]),
-        grid_names=("sequence", "head", "tile"),
-        kernel_name="anchor_attention",
+    rows, weights = (tc.matrix(columns, q_BKMH.dtype) for columns in (width, BLOCK))
+    kernel: Callable[..., Any] = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=(rows, rows, weights, plgpu.Barrier(num_arrivals=2), *scratch),
+        grid=(batch, kv_heads, programs),
+        grid_names=("sequence", "head", "program"),
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(ends_BX, limit_BM, q_BKMH, k_BSKH, v_BSKH, begin_BKMH, begin_BKM)
+    return kernel
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _forward_kernel(
@@ -284,73 +261,29 @@ def _forward_kernel(
     width = q_smem.shape[-1]
     sequence, head, tile = _tile_of_program(ends_ref.shape[1])
     rows = pl.ds(tile * TILE, TILE)
-    plgpu.copy_gmem_to_smem(q_ref.at[sequence, head, rows], q_smem, barrier)
-    plgpu.copy_gmem_to_smem(begin_ref.at[sequence, head, rows], out_smem, barrier)
-    plgpu.barrier_wait(barrier)
+    part = sequence, head, rows
+    tc.load([(q_ref.at[part], q_smem), (begin_ref.at[part], out_smem)], barrier)
     limit_M = plgpu.layout_cast(limit_ref[sequence, rows], BY_ROW)
     highest_M = plgpu.layout_cast(begin_lse_ref[sequence, head, rows], BY_ROW)
     total_M = plgpu.layout_cast(jnp.full((TILE,), 1, jnp.float32), BY_ROW)
     out_MH = plgpu.layout_cast(out_smem[...], plgpu.Layout.WGMMA).astype(jnp.float32)
 
     def step(indices: Any, k_smem: Any, v_smem: Any, carry: Any) -> Any:
-        out_MH, highest_M, total_M = carry
-        score_MS = _multiply(q_smem, k_smem.transpose((1, 0))) * (width**-0.5 * LOG2_E)
-        seen_MS = _position(indices[0], 1) < _along_rows(limit_M, BLOCK)
-        score_MS = jnp.where(seen_MS, score_MS, -jnp.inf)
-        new_M = jnp.maximum(highest_M, score_MS.max(axis=1))
-        decay_M = jnp.exp2(highest_M - new_M)
-        weight_MS = jnp.exp2(score_MS - _along_rows(new_M, BLOCK))
-        total_M = total_M * decay_M + weight_MS.sum(axis=1)
-        weight_smem[...] = weight_MS.astype(weight_smem.dtype)
-        plgpu.commit_smem()
-        # In a product of its own, not added to what is there: the interpreter has no accumulator
-        # that starts from a value.
-        new_MH = _multiply(weight_smem, v_smem)
-        return out_MH * _along_rows(decay_M, width) + new_MH, new_M, total_M
+        seen_MS = tc.position(indices[0], 1) < tc.along_rows(limit_M, BLOCK)
+        return tc.softmax_step(tc.scores(q_smem, k_smem), seen_MS, v_smem, weight_smem, carry)
 
     keys = _keys_of_step(sequence, head, k_ref)
     pipeline = plgpu.emit_pipeline(
         step,
         grid=(ends_ref[sequence, tile],),
         in_specs=[keys, keys],
-        max_concurrent_steps=_stages(width),
+        max_concurrent_steps=tc.stages(width),
         init_carry=(out_MH, highest_M, total_M),
     )
     out_MH, highest_M, total_M = pipeline(k_ref, v_ref)
     lse_ref[sequence, head, rows] = highest_M + jnp.log2(total_M)
-    out_smem[...] = (out_MH / _along_rows(total_M, width)).astype(out_smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[sequence, head, rows])
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _run_backward_q(
-    ends_BX: jax.Array,
-    row_BK3M: jax.Array,
-    q_BKMH: jax.Array,
-    dout_BKMH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    begin_BKMH: jax.Array,
-) -> jax.Array:
-    batch, kv_heads, _, width = q_BKMH.shape
-    dtype = q_BKMH.dtype
-    kernel = plgpu.kernel(
-        _backward_q_kernel,
-        out_type=jax.ShapeDtypeStruct(q_BKMH.shape, dtype),
-        scratch_types=(
-            _matrix(width, dtype),
-            _matrix(width, dtype),
-            _matrix(BLOCK, dtype),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
-        ),
-        grid=(batch, kv_heads, ends_BX.shape[1]),
-        grid_names=("sequence", "head", "tile"),
-        kernel_name="anchor_attention_backward_q",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    return kernel(ends_BX, row_BK3M, q_BKMH, dout_BKMH, k_BSKH, v_BSKH, begin_BKMH)
+    out_smem[...] = (out_MH / tc.along_rows(total_M, width)).astype(out_smem.dtype)
+    tc.store([(out_smem, out_ref.at[part])])
 
 
 def _backward_q_kernel(
@@ -371,9 +304,8 @@ def _backward_q_kernel(
     width = q_smem.shape[-1]
     sequence, head, tile = _tile_of_program(ends_ref.shape[1])
     rows = pl.ds(tile * TILE, TILE)
-    plgpu.copy_gmem_to_smem(q_ref.at[sequence, head, rows], q_smem, barrier)
-    plgpu.copy_gmem_to_smem(dout_ref.at[sequence, head, rows], dout_smem, barrier)
-    plgpu.barrier_wait(barrier)
+    part = sequence, head, rows
+    tc.load([(q_ref.at[part], q_smem), (dout_ref.at[part], dout_smem)], barrier)
     lse_M, delta_M, limit_M = (
         plgpu.layout_cast(row_ref[sequence, head, i, rows], BY_ROW) for i in range(3)
     )
@@ -381,11 +313,11 @@ def _backward_q_kernel(
 
     def sum_up(dq_sum: Any) -> jax.Array:
         def step(indices: Any, k_smem: Any, v_smem: Any) -> None:
-            score_MS = _multiply(q_smem, k_smem.transpose((1, 0))) * (width**-0.5 * LOG2_E)
-            dweight_MS = _multiply(dout_smem, v_smem.transpose((1, 0)))
-            seen_MS = _position(indices[0], 1) < _along_rows(limit_M, BLOCK)
-            weight_MS = jnp.exp2(score_MS - _along_rows(lse_M, BLOCK))
-            dscore_MS = weight_MS * (dweight_MS - _along_rows(delta_M, BLOCK))
+            score_MS = tc.scores(q_smem, k_smem)
+            dweight_MS = tc.multiply(dout_smem, v_smem.transpose((1, 0)))
+            seen_MS = tc.position(indices[0], 1) < tc.along_rows(limit_M, BLOCK)
+            weight_MS = jnp.exp2(score_MS - tc.along_rows(lse_M, BLOCK))
+            dscore_MS = weight_MS * (dweight_MS - tc.along_rows(delta_M, BLOCK))
             dscore_smem[...] = jnp.where(seen_MS, dscore_MS, 0).astype(dscore_smem.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(dq_sum, dscore_smem, k_smem)
@@ -396,47 +328,16 @@ def _backward_q_kernel(
             step,
             grid=(ends_ref[sequence, tile],),
             in_specs=[keys, keys],
-            max_concurrent_steps=_stages(width),
+            max_concurrent_steps=tc.stages(width),
         )(k_ref, v_ref)
         return dq_sum[...]
 
     dq_MH = pl.run_scoped(sum_up, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
     # No product reads the queries any more: the last step waited for them before it stored scores.
-    plgpu.copy_gmem_to_smem(begin_ref.at[sequence, head, rows], q_smem, begin_barrier)
-    plgpu.barrier_wait(begin_barrier)
+    tc.load([(begin_ref.at[part], q_smem)], begin_barrier)
     begin_MH = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA).astype(jnp.float32)
     dout_smem[...] = (begin_MH + dq_MH * width**-0.5).astype(dout_smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(dout_smem, dq_ref.at[sequence, head, rows])
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _run_backward_kv(
-    viewers_BY2: jax.Array,
-    row_BK3M: jax.Array,
-    q_BKMH: jax.Array,
-    dout_BKMH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    batch, kv_heads, _, width = q_BKMH.shape
-    dtype = q_BKMH.dtype
-    kernel = plgpu.kernel(
-        _backward_kv_kernel,
-        out_type=(jax.ShapeDtypeStruct(k_BSKH.shape, dtype),) * 2,
-        scratch_types=(
-            _matrix(width, dtype),
-            _matrix(width, dtype),
-            _matrix(TILE, dtype),
-            plgpu.Barrier(num_arrivals=2),
-        ),
-        # The first blocks of keys, which most tiles see, come first.
-        grid=(batch, kv_heads, viewers_BY2.shape[1]),
-        grid_names=("sequence", "head", "block"),
-        kernel_name="anchor_attention_backward_kv",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    return kernel(viewers_BY2, row_BK3M, q_BKMH, dout_BKMH, k_BSKH, v_BSKH)
+    tc.store([(dout_smem, dq_ref.at[part])])
 
 
 def _backward_kv_kernel(
@@ -454,29 +355,27 @@ def _backward_kv_kernel(
     barrier: Any,
 ) -> None:
     width = k_smem.shape[-1]
-    sequence, head, block = (lax.axis_index(name) for name in ("sequence", "head", "block"))
-    keys = pl.ds(block * BLOCK, BLOCK)
+    sequence, head, block = (lax.axis_index(name) for name in ("sequence", "head", "program"))
+    part = sequence, pl.ds(block * BLOCK, BLOCK), head
     first, end = viewers_ref[sequence, block, 0], viewers_ref[sequence, block, 1]
 
     @pl.when(end > first)
     def _() -> None:
-        plgpu.copy_gmem_to_smem(k_ref.at[sequence, keys, head], k_smem, barrier)
-        plgpu.copy_gmem_to_smem(v_ref.at[sequence, keys, head], v_smem, barrier)
-        plgpu.barrier_wait(barrier)
+        tc.load([(k_ref.at[part], k_smem), (v_ref.at[part], v_smem)], barrier)
 
     def sum_up(dk_sum: Any, dv_sum: Any) -> tuple[jax.Array, jax.Array]:
         def step(_: Any, q_smem: Any, dout_smem: Any, row_smem: Any) -> None:
             lse_M, delta_M, limit_M = (plgpu.layout_cast(row_smem[i], BY_COLUMN) for i in range(3))
-            score_SM = _multiply(k_smem, q_smem.transpose((1, 0))) * (width**-0.5 * LOG2_E)
-            seen_SM = _position(block, 0) < _along_columns(limit_M.astype(jnp.int32))
-            weight_SM = jnp.exp2(score_SM - _along_columns(lse_M))
+            score_SM = tc.scores(k_smem, q_smem)
+            seen_SM = tc.position(block, 0) < tc.along_columns(limit_M.astype(jnp.int32))
+            weight_SM = jnp.exp2(score_SM - tc.along_columns(lse_M))
             weight_SM = jnp.where(seen_SM, weight_SM, 0)
             score_smem[...] = weight_SM.astype(score_smem.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(dv_sum, score_smem, dout_smem)
-            dweight_SM = _multiply(v_smem, dout_smem.transpose((1, 0)))
+            dweight_SM = tc.multiply(v_smem, dout_smem.transpose((1, 0)))
             plgpu.wgmma_wait(0)
-            dscore_SM = weight_SM * (dweight_SM - _along_columns(delta_M))
+            dscore_SM = weight_SM * (dweight_SM - tc.along_columns(delta_M))
             # In the weights' place: one more matrix, and two programs would not fit.
             score_smem[...] = dscore_SM.astype(score_smem.dtype)
             plgpu.commit_smem()
@@ -486,14 +385,14 @@ def _backward_kv_kernel(
         matrix = plgpu.BlockSpec(
             (None, None, TILE, width),
             lambda i: (sequence, head, first + i, 0),
-            transforms=_layout(width, q_ref.dtype),
+            transforms=tc.layout(width, q_ref.dtype),
         )
         row = plgpu.BlockSpec((None, None, 3, TILE), lambda i: (sequence, head, 0, first + i))
         plgpu.emit_pipeline(
             step,
             grid=(end - first,),
             in_specs=[matrix, matrix, row],
-            max_concurrent_steps=_stages(width),
+            max_concurrent_steps=tc.stages(width),
         )(q_ref, dout_ref, row_ref)
         return dk_sum[...], dv_sum[...]
 
@@ -501,15 +400,12 @@ def _backward_kv_kernel(
     dk_SH, dv_SH = pl.run_scoped(sum_up, total, total)
     k_smem[...] = (dk_SH * width**-0.5).astype(k_smem.dtype)
     v_smem[...] = dv_SH.astype(v_smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[sequence, keys, head])
-    plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[sequence, keys, head])
-    plgpu.wait_smem_to_gmem(0)
+    tc.store([(k_smem, dk_ref.at[part]), (v_smem, dv_ref.at[part])])
 
 
 def _tile_of_program(tiles: int) -> tuple[Any, Any, Any]:
     """Sequence, head and tile. The last tiles, whose rows see most, come first."""
-    tile = tiles - 1 - lax.axis_index("tile")
+    tile = tiles - 1 - lax.axis_index("program")
     return lax.axis_index("sequence"), lax.axis_index("head"), tile
 
 
@@ -519,31 +415,5 @@ def _keys_of_step(sequence: Any, head: Any, k_ref: Any) -> Any:
     return plgpu.BlockSpec(
         (None, BLOCK, None, width),
         lambda i: (sequence, i, head, 0),
-        transforms=_layout(width, k_ref.dtype),
+        transforms=tc.layout(width, k_ref.dtype),
     )
-
-
-def _multiply(a_smem: Any, b_smem: Any) -> jax.Array:
-    """A product by the tensor cores, in float32."""
-
-    def product(sum_ref: Any) -> jax.Array:
-        plgpu.wgmma(sum_ref, a_smem, b_smem)
-        return sum_ref[...]
-
-    shape = a_smem.shape[0], b_smem.shape[1]
-    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-
-
-def _position(block: Any, axis: int) -> jax.Array:
-    """int32 positions of a block's keys along an axis of its scores."""
-    shape = TILE, BLOCK
-    offset = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-    return offset + block * BLOCK
-
-
-def _along_rows(x_M: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(x_M, (TILE, columns), [0])
-
-
-def _along_columns(x_M: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(x_M, (BLOCK, TILE), [1])

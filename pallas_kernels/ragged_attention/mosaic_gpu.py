@@ -15,7 +15,6 @@ a multiple of 64; X tiles of a group; Z splits.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -24,13 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE = 64  # rows of a tensor-core product
-BLOCK = 64  # keys of a step
+from pallas_kernels import tensor_cores as tc
+from pallas_kernels.tensor_cores import BLOCK, BY_ROW, LOG2_E, TILE
+
 PROGRAMS = 264  # two a streaming multiprocessor of an H100 or H200
 MIN_BLOCKS = 4  # of a split: a shorter one does not pay for its merge
-STAGE_BYTES = 64 * 1024  # shared memory of the pipeline, so that two programs fit
 LOWEST = -1e30  # a maximum of nothing that is still a number
-LOG2_E = math.log2(math.e)
 
 
 def attend_groups(
@@ -133,8 +131,8 @@ def _run_kernel(
             jax.ShapeDtypeStruct((splits, groups, kv_heads, rows), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM((TILE, width), q_PKMH.dtype, transforms=_layout(width, q_PKMH.dtype)),
-            plgpu.SMEM((TILE, BLOCK), q_PKMH.dtype, transforms=_layout(BLOCK, q_PKMH.dtype)),
+            tc.matrix(width, q_PKMH.dtype),
+            tc.matrix(BLOCK, q_PKMH.dtype),
             plgpu.Barrier(),
         ),
         grid=(groups, kv_heads, tiles * splits),
@@ -143,13 +141,6 @@ def _run_kernel(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(plan_PX4, q_PKMH, limit_PM, k_LBKSH, v_LBKSH)
-
-
-def _layout(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """How a matrix lies in shared memory for the tensor cores and the copies."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(
@@ -177,77 +168,45 @@ def _kernel(
     count = jnp.clip(end - start, 0, share)
     rows = pl.ds(tile * TILE, TILE)
 
-    plgpu.copy_gmem_to_smem(q_ref.at[group, head, rows], q_smem, barrier)
-    plgpu.barrier_wait(barrier)
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    limit_M = plgpu.layout_cast(limit_ref[group, rows], by_row)
-
-    def full(value: float, *shape: int) -> jax.Array:
-        layout = plgpu.Layout.WGMMA if len(shape) > 1 else by_row
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-    def spread(x_M: jax.Array, columns: int) -> jax.Array:
-        return lax.broadcast_in_dim(x_M, (TILE, columns), [0])
+    tc.load([(q_ref.at[group, head, rows], q_smem)], barrier)
+    limit_M = plgpu.layout_cast(limit_ref[group, rows], BY_ROW)
 
     def step(indices: Any, k_smem: Any, v_smem: Any, carry: Any) -> Any:
-        out_MH, highest_M, total_M = carry
-        score_MS = pl.run_scoped(
-            functools.partial(_product, q_smem, k_smem.transpose((1, 0))),
-            plgpu.WGMMAAccumulatorRef((TILE, BLOCK), jnp.float32),
-        )
-        position_MS = plgpu.broadcasted_iota(jnp.int32, (TILE, BLOCK), 1, layout=plgpu.Layout.WGMMA)
-        position_MS += (start + indices[0]) * BLOCK
-        seen_MS = position_MS < spread(limit_M, BLOCK)
+        position_MS = tc.position(start + indices[0], 1)
+        seen_MS = position_MS < tc.along_rows(limit_M, BLOCK)
         if window is not None:
-            seen_MS &= position_MS >= spread(limit_M - window, BLOCK)
-        score_MS = jnp.where(seen_MS, score_MS * (width**-0.5 * LOG2_E), -jnp.inf)
-        new_M = jnp.maximum(highest_M, score_MS.max(axis=1))
-        decay_M = jnp.exp2(highest_M - new_M)
-        weight_MS = jnp.exp2(score_MS - spread(new_M, BLOCK))
-        total_M = total_M * decay_M + weight_MS.sum(axis=1)
-        weight_smem[...] = weight_MS.astype(weight_smem.dtype)
-        plgpu.commit_smem()
-        # In a product of its own, not added to what is there: the interpreter has no accumulator
-        # that starts from a value.
-        new_MH = pl.run_scoped(
-            functools.partial(_product, weight_smem, v_smem),
-            plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32),
-        )
-        return out_MH * spread(decay_M, width) + new_MH, new_M, total_M
+            seen_MS &= position_MS >= tc.along_rows(limit_M - window, BLOCK)
+        return tc.softmax_step(tc.scores(q_smem, k_smem), seen_MS, v_smem, weight_smem, carry)
 
     block = plgpu.BlockSpec(
         (None, None, None, BLOCK, width),
         lambda i: (layer, slot, head, start + i, 0),
-        transforms=_layout(width, k_ref.dtype),
+        transforms=tc.layout(width, k_ref.dtype),
     )
-    stages = max(2, STAGE_BYTES // (2 * BLOCK * width * 2))
+    nothing = (
+        plgpu.layout_cast(jnp.full((TILE, width), 0.0, jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((TILE,), LOWEST, jnp.float32), BY_ROW),
+        plgpu.layout_cast(jnp.full((TILE,), 0.0, jnp.float32), BY_ROW),
+    )
     pipeline = plgpu.emit_pipeline(
         step,
         grid=(count,),
         in_specs=[block, block],
-        max_concurrent_steps=stages,
-        init_carry=(full(0, TILE, width), full(LOWEST, TILE), full(0, TILE)),
+        max_concurrent_steps=tc.stages(width),
+        init_carry=nothing,
     )
     out_MH, highest_M, total_M = pipeline(k_ref, v_ref)
     total_M = jnp.maximum(total_M, jnp.finfo(jnp.float32).tiny)  # of nothing: 0, weighing nothing
     lse_ref[split, group, head, rows] = highest_M + jnp.log2(total_M)
-    out_MH = (out_MH / spread(total_M, width)).astype(out_ref.dtype)
+    out_MH = (out_MH / tc.along_rows(total_M, width)).astype(out_ref.dtype)
 
     def store(out_smem: Any) -> None:
         out_smem[...] = out_MH
-        plgpu.commit_smem()
         part = out_ref.at[split, group, head, pl.ds(tile * kept, kept)]
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, kept)], part)
-        plgpu.wait_smem_to_gmem(0)
+        tc.store([(out_smem.at[pl.ds(0, kept)], part)])
 
     # Behind the pipeline, so that it lies where the pipeline's blocks lay.
-    out_layout = _layout(width, out_ref.dtype)
-    pl.run_scoped(store, plgpu.SMEM((TILE, width), out_ref.dtype, transforms=out_layout))
-
-
-def _product(a_ref: Any, b_ref: Any, sum_ref: Any) -> jax.Array:
-    plgpu.wgmma(sum_ref, a_ref, b_ref)
-    return sum_ref[...]
+    pl.run_scoped(store, tc.matrix(width, out_ref.dtype))
 
 
 def _attend_own(q_PKMH: jax.Array, k_PWKH: jax.Array, v_PWKH: jax.Array) -> Part:
