@@ -125,8 +125,8 @@ def _sample_kernel(
 ) -> None:
     row, share = lax.axis_index("row"), lax.axis_index("share")
     floor, temperature = floor_ref[row], temperature_ref[row]
-    loud = jnp.where(temperature == 0, 0.0, 1.0)
-    temperature = jnp.where(temperature == 0, 1.0, temperature)
+    greedy = temperature == 0
+    temperature = jnp.where(greedy, 1.0, temperature)
     key, start = (key_ref[0, row], key_ref[1, row]), start_ref[0]
     form = _Form.of(logits_ref, logits_ref.dtype)
 
@@ -141,7 +141,8 @@ def _sample_kernel(
         score = score - (highest - best) / temperature
         new = jnp.where(x >= floor, (x - highest) / temperature, -jnp.inf)
         if noisy:
-            new = new + loud * _noise(key, here + start)
+            silence = form.full(0.0, jnp.float32)
+            new = new + lax.cond(greedy, lambda: silence, lambda: _noise(key, here + start))
         return highest, *_keep_best((score, token), new, here), zero
 
     nothing = form.full(-jnp.inf, jnp.float32), form.full(NOWHERE, jnp.int32)
