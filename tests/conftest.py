@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # Linux gives a process 65,530 memory mappings unless it is told otherwise, a compiled program has
 # dozens to hundreds of them, and XLA dies without a word where there are no more.
-_MAPPINGS = 20_000
+_MAPPINGS = 10_000
 
 
 @pytest.fixture(autouse=True, scope="module")
