@@ -59,16 +59,11 @@ def _in_few_rows(function: Callable[..., Any], *arrays_TX: jax.Array) -> Any:
     num_rows = arrays_TX[0].shape[0]
     if num_rows <= CPU_ROWS:
         return function(*arrays_TX)
-    words_TX = [_as_words(x_TX) for x_TX in arrays_TX]
+    words_TX, dtypes = [_as_words(x_TX) for x_TX in arrays_TX], [x_TX.dtype for x_TX in arrays_TX]
 
     def few(start: jax.Array) -> Any:
-        part = [jax.lax.dynamic_slice_in_dim(x_TX, start, CPU_ROWS) for x_TX in words_TX]
-        return function(
-            *(
-                jax.lax.bitcast_convert_type(x, x_TX.dtype) if x.dtype != x_TX.dtype else x
-                for x, x_TX in zip(part, arrays_TX, strict=True)
-            )
-        )
+        part = (jax.lax.dynamic_slice_in_dim(x_TX, start, CPU_ROWS) for x_TX in words_TX)
+        return function(*map(jax.lax.bitcast_convert_type, part, dtypes))
 
     def step(turn: jax.Array, done_TX: Any) -> Any:
         # The last rows begin early enough to be as many: some are computed again.

@@ -183,12 +183,12 @@ def draw(
         _in_lanes(logits_TV),
         _in_lanes(draft_logits_BV),
     )
-    last = num_tokens - 1  # tokens stay inside, if all scores are NaN
-    score_B, token_B = xla.first_of_best(score_NB, start + jnp.minimum(token_NB, last))
-    residual_score_B, residual_token_B = xla.first_of_best(
-        residual_score_NB, start + jnp.minimum(residual_token_NB, last)
+    token_NB, residual_token_NB = (
+        start + jnp.minimum(token, num_tokens - 1)  # inside, if all scores are NaN
+        for token in (token_NB, residual_token_NB)
     )
-    return Draws(score_B, token_B, residual_score_B, residual_token_B, jnp.sum(mass_NB, axis=0))
+    parts_NB = Draws(score_NB, token_NB, residual_score_NB, residual_token_NB, mass_NB)
+    return xla.merge_draws(parts_NB)
 
 
 def _draw_kernel(

@@ -178,8 +178,7 @@ def _accept_equal(
     """Drafts stand while they equal the target's own tokens, with the noise of the keys if any."""
     sample_T = passes.sample(*target[:3], key_T2, target.axis_name)
     if target.axis_name is not None:
-        parts_NT = _gather(sample_T, target.axis_name)
-        sample_T = xla.merge_samples(parts_NT, target.temperature_T)
+        sample_T = xla.merge_samples(_gather(sample_T, target.axis_name), target.temperature_T)
     token_BC = sample_T.token_T[plan.row_BC]
     stands_BG = drafts.token_BG == token_BC[:, :-1]
     accepted_B = leading(stands_BG, plan.length_B)
@@ -241,12 +240,7 @@ def _accept_by_chance(
 def _choose(draws_B: Draws, fell_B: jax.Array, axis_name: str | None) -> jax.Array:
     """int32 [B]: from the residual where a draft fell, unless it has no mass; else the target's."""
     if axis_name is not None:
-        draws_NB = _gather(draws_B, axis_name)
-        draws_B = Draws(
-            *xla.first_of_best(draws_NB.score_B, draws_NB.token_B),
-            *xla.first_of_best(draws_NB.residual_score_B, draws_NB.residual_token_B),
-            jnp.sum(draws_NB.mass_B, axis=0),
-        )
+        draws_B = xla.merge_draws(_gather(draws_B, axis_name))
     from_residual_B = fell_B & (draws_B.mass_B > xla.LEAST_MASS)
     return jnp.where(from_residual_B, draws_B.residual_token_B, draws_B.token_B)
 

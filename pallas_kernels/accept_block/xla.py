@@ -103,10 +103,16 @@ def _statistics(
     logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array
 ) -> tuple[jax.Array, ...]:
     logits_TV = logits_TV.astype(jnp.float32)
-    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    best_T, finite_T = _best(logits_TV)
     weight_TV = jnp.exp(-gap(logits_TV, best_T, temperature_T))
     mass_T = jnp.sum(jnp.where(logits_TV >= floor_T[:, None], weight_TV, 0), axis=-1)
-    return best_T, mass_T, jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
+    return best_T, mass_T, finite_T
+
+
+def _best(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest of float32 logits, and whether all are finite."""
+    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    return best_T, jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
 
 
 def _first_best(logits_TV: jax.Array) -> jax.Array:
@@ -142,8 +148,7 @@ def sample(
 
 def _greedy(logits_TV: jax.Array) -> tuple[jax.Array, ...]:
     logits_TV = logits_TV.astype(jnp.float32)
-    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
-    finite_T = jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
+    best_T, finite_T = _best(logits_TV)
     return best_T, jnp.zeros_like(best_T), _first_index(logits_TV, best_T), finite_T
 
 
@@ -167,13 +172,12 @@ def _sample(
     key_T2: jax.Array,
 ) -> tuple[jax.Array, ...]:
     logits_TV = logits_TV.astype(jnp.float32)
-    best_T, lowest_T = jnp.max(logits_TV, axis=-1), jnp.min(logits_TV, axis=-1)
+    best_T, finite_T = _best(logits_TV)
     # Forbidden tokens are left out by name: in a shard without others they would be the best.
     kept_TV = logits_TV >= jnp.maximum(floor_T, jnp.finfo(jnp.float32).min)[:, None]
     score_TV = jnp.where(kept_TV, -gap(logits_TV, best_T, temperature_T), -jnp.inf)
     noise_TV = random.gumbel_at(key_T2, start + jnp.arange(logits_TV.shape[-1]))
     score_TV = score_TV + jnp.where(temperature_T[:, None] == 0, 0, noise_TV)
-    finite_T = jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
     return best_T, *_first_of_best(score_TV), finite_T
 
 
@@ -220,23 +224,32 @@ def draw(
 
 def merge(parts_NT: Statistics, temperature_T: jax.Array) -> Statistics:
     """Statistics of whole rows from those of parts of each, whose `first` are tokens of it."""
-    best_T = jnp.max(parts_NT.best_T, axis=0)
-    beyond = jnp.iinfo(jnp.int32).max
-    first_NT = jnp.where(parts_NT.best_T < best_T, beyond, parts_NT.first_T)
+    best_T, first_T = _first_of_parts(parts_NT.best_T, parts_NT.first_T)
     weight_NT = jnp.exp(-_gap_of_parts(parts_NT.best_T, best_T, temperature_T))
     mass_NT = jnp.where(weight_NT > 0, weight_NT * parts_NT.mass_T, 0)  # 0, not NaN, of no token
     finite_T = parts_NT.finite_T.all(axis=0)
-    return Statistics(best_T, first_NT.min(axis=0), mass_NT.sum(axis=0), finite_T)
+    return Statistics(best_T, first_T, mass_NT.sum(axis=0), finite_T)
 
 
 def merge_samples(parts_NT: Sample, temperature_T: jax.Array) -> Sample:
     """Samples of whole rows from those of parts of each."""
     best_T = jnp.max(parts_NT.best_T, axis=0)
     score_NT = parts_NT.score_T - _gap_of_parts(parts_NT.best_T, best_T, temperature_T)
-    return Sample(best_T, *first_of_best(score_NT, parts_NT.token_T), parts_NT.finite_T.all(axis=0))
+    return Sample(
+        best_T, *_first_of_parts(score_NT, parts_NT.token_T), parts_NT.finite_T.all(axis=0)
+    )
 
 
-def first_of_best(score_NT: jax.Array, token_NT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def merge_draws(parts_NB: Draws) -> Draws:
+    """Draws of whole rows from those of parts of each."""
+    return Draws(
+        *_first_of_parts(parts_NB.score_B, parts_NB.token_B),
+        *_first_of_parts(parts_NB.residual_score_B, parts_NB.residual_token_B),
+        mass_B=jnp.sum(parts_NB.mass_B, axis=0),
+    )
+
+
+def _first_of_parts(score_NT: jax.Array, token_NT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Highest score over the parts of a row, and the first token with it."""
     score_T = jnp.max(score_NT, axis=0)
     below_NT = score_NT < score_T  # nothing is below NaN: a token remains
