@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.devices import free_axes
 
 # Elements of the largest array of one chunk: 128 MB in float32.
 CHUNK_ELEMENTS = 2**25
@@ -15,14 +18,15 @@ CHUNK_ELEMENTS = 2**25
 CPU_ROWS = 4
 
 
-def chunk_sizes(length: int, elements: int) -> tuple[int, int]:
+def chunk_sizes(length: int, elements: int, limit: int | None = None) -> tuple[int, int]:
     """(count, size) of the fewest chunks, all of one size, that stay below ``CHUNK_ELEMENTS``.
 
     Args:
         length: of the axis.
         elements: of the largest array that one entry of the axis needs.
+        limit: lower than ``CHUNK_ELEMENTS``, where smaller chunks are faster.
     """
-    most = max(1, CHUNK_ELEMENTS // elements)
+    most = max(1, min(limit or CHUNK_ELEMENTS, CHUNK_ELEMENTS) // elements)
     count = -(-length // most)
     return count, -(-length // count)
 
@@ -39,6 +43,29 @@ def join_chunks(x_CBAX: jax.Array, length: int) -> jax.Array:
     """The inverse of :func:`split_chunks`: the first ``length`` entries of the axis."""
     x_BCAX = jnp.moveaxis(x_CBAX, 0, 1)
     return x_BCAX.reshape(x_BCAX.shape[0], -1, *x_BCAX.shape[3:])[:, :length]
+
+
+def by_sequences(function: Callable[..., Any], *arrays_BX: Any) -> Any:
+    """``function`` of arrays with a leading axis of sequences; each one's result is its own alone.
+
+    On a CPU one sequence after the other, whose backward pass computes it again: what lies between
+    input and result then stays in the cache (attention of 8 x 448 positions is 4 times as fast).
+    All at once on other devices, and where a mesh splits the sequences.
+
+    Args:
+        function: of trees of arrays [B, ...], to an array [B, ...]; any B.
+        arrays_BX: the trees.
+    """
+    if math.prod(free_axes().values()) > 1:
+        return function(*arrays_BX)
+
+    @jax.checkpoint
+    def one(arrays_X: Any) -> Any:
+        return function(*jax.tree.map(lambda x: x[None], arrays_X))[0]
+
+    return jax.lax.platform_dependent(
+        *arrays_BX, cpu=lambda *arrays: jax.lax.map(one, arrays), default=function
+    )
 
 
 def by_rows(function: Callable[..., Any], *arrays_TX: jax.Array) -> Any:

@@ -271,7 +271,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
     code = random.normal(size=(*shape, 4)).astype(np.float32)
     label = random.integers(0, TARGET.vocab_size, shape)
     ce_weight, l1_weight = random.random((2, *shape)).astype(np.float32)
-    slots = losses._Slots(teacher, None, label, ce_weight, l1_weight)
+    slots = losses._Slots(None, teacher, None, label, ce_weight, l1_weight)
     w2_RU = jnp.asarray(params.head.w2_RU)
 
     def plain(w2_RU, hidden, code):
@@ -282,11 +282,43 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
         return (ce_weight * ce + l1_weight * l1).sum()
 
     def chunked(w2_RU, hidden, code):
-        return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, slots)[0]
+        return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, None, slots)[0]
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(w2_RU, hidden, code)
     found = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(w2_RU, hidden, code)
     assert_same(found, jax.tree.map(lambda x: 2 * x, expected))
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_laws_computed_once_a_batch_change_nothing(
+    frozen, params, batch, monkeypatch, reduced, micro_batches
+):
+    """Six updates of one or two of the sequences, with the target's laws spelt out ahead, in
+    pieces, and from its hidden states in every update."""
+    cfg = dataclasses.replace(DRAFTER, draft_vocab_size=len(REDUCED) if reduced else None)
+    vocab, places = frozen.vocab, None
+    if reduced:
+        vocab = bind_vocab(cfg, Vocab(None, None, REDUCED), TARGET, frozen.target.vocab)
+        params = random_params(21, declare_drafter(cfg))
+        places = draft_places(TARGET.vocab_size, REDUCED)
+    frozen = Frozen(frozen.target, vocab, places)
+    recipe = dataclasses.replace(
+        RECIPE, updates_per_batch=6, sequences_per_update=micro_batches,
+        micro_batches=micro_batches, tokens_per_batch=2 * LENGTH,
+    )  # fmt: skip
+    optimizer = step.make_optimizer(recipe, 6)
+    monkeypatch.setattr(losses, "LAW_ROWS", 7)
+    found = []
+    for elements in (losses.LAW_ELEMENTS, 0):
+        monkeypatch.setattr(step, "LAW_ELEMENTS", elements)
+        assert step.laws_pay(cfg, recipe, batch) == bool(elements)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        train = partial(step.train_step, target_cfg=TARGET, cfg=cfg, recipe=recipe)
+        found.append(jax.jit(partial(train, optimizer=optimizer))(state, frozen, batch))
+    (state, metrics), (expected_state, expected) = found
+    assert_same(metrics, expected)
+    assert_same(state.params, expected_state.params)
 
 
 def test_micro_batches_change_nothing(frozen, params, batch):

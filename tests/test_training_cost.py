@@ -152,7 +152,9 @@ def flops_of(jaxpr) -> float:
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contract)
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(flops_of(inner) for inner in inner_jaxprs(equation))
+        inside = [flops_of(inner) for inner in inner_jaxprs(equation)]
+        # Of the forms that different devices run, one.
+        total += max(inside) if equation.primitive.name == "cond" else times * sum(inside)
     return total
 
 

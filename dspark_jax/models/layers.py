@@ -13,8 +13,11 @@ from flax import struct
 
 from dspark_jax.axes import Param, declare
 from dspark_jax.config import RopeConfig, TransformerConfig
+from pallas_kernels.chunks import by_sequences
 
 Tree = Any
+
+ATTENTION_ROWS = 128  # queries at a time where whole sequences are read
 
 
 @struct.dataclass
@@ -136,13 +139,32 @@ def rotate(x_XNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_XNH.dtype)
 
 
+@jax.custom_vjp
 def matmul(x_XI: jax.Array, w_IO: jax.Array) -> jax.Array:
     """``x @ w``, accumulated in float32, in the dtype of ``x_XI``.
 
     Saying so matters on CPUs: XLA widens the operands of a bfloat16 product with a bfloat16 result,
-    which is half as fast as this.
+    which is half as fast as this. The derivative is stated for their sake too: of the two matrices
+    behind the weights' gradient XLA transposes the first, fused with all that it is computed from,
+    so here the first is the narrower one.
     """
     return jnp.matmul(x_XI, w_IO, preferred_element_type=jnp.float32).astype(x_XI.dtype)
+
+
+def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, Any]:
+    return matmul(x_XI, w_IO), (x_XI, w_IO)
+
+
+def _matmul_backward(kept: Any, slope_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_XI, w_IO = kept
+    x_TI, slope_TO = (x.reshape(-1, x.shape[-1]) for x in (x_XI, slope_XO))
+    widens = w_IO.shape[0] <= w_IO.shape[1]
+    first, second = (x_TI, slope_TO) if widens else (slope_TO, x_TI)
+    gradient = jnp.matmul(first.T, second, preferred_element_type=jnp.float32).astype(w_IO.dtype)
+    return matmul(slope_XO, w_IO.T), gradient if widens else gradient.T
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project_qkv(
@@ -177,28 +199,40 @@ def project_kv(
     return rotate(k_XKH, table), v_XKH
 
 
-def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """Grouped-query attention with a boolean mask; softmax in float32.
+def attend_causally(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Grouped-query attention of whole sequences, each position to itself and those before it.
+
+    ``ATTENTION_ROWS`` queries at a time against the keys before their last one: half of the scores
+    are never computed.
 
     Args:
-        q_BTNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
+        q_BSNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
         k_BSKH, v_BSKH: keys and values.
-        mask_BTS: True where query t may read key s; every query needs at least one such key.
 
     Returns:
-        [B, T, N, H] in the dtype of the queries.
+        [B, S, N, H] in the dtype of the queries; softmax in float32.
     """
-    batch, rows, heads, dim = q_BTNH.shape
+    return by_sequences(_attend_causally, q_BSNH, k_BSKH, v_BSKH)
+
+
+def _attend_causally(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    batch, length, _, dim = q_BSNH.shape
     kv_heads = k_BSKH.shape[2]
-    q = q_BTNH.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
-    score = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32)
-    score = jnp.where(mask_BTS[:, None, None], score * dim**-0.5, -jnp.inf)
-    weight = jax.nn.softmax(score, axis=-1).astype(v_BSKH.dtype)
-    # In the order of the product's own axes: another order makes a CPU copy the values first.
-    out = jnp.einsum("bkgts,bskh->bkgth", weight, v_BSKH, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(out.astype(v_BSKH.dtype), 3, 1).reshape(batch, rows, heads, dim)
+    k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
+    q = q_BSNH.reshape(batch, length, kv_heads, -1, dim)
+    parts = []
+    for first in range(0, length, ATTENTION_ROWS):
+        end = min(first + ATTENTION_ROWS, length)
+        k, v = k_BKSH[:, :, :end], v_BKSH[:, :, :end]
+        part = jnp.moveaxis(q[:, first:end], 1, 3)
+        score = jnp.einsum("bkrth,bksh->bkrts", part, k, preferred_element_type=jnp.float32)
+        visible_TS = jnp.arange(end) <= jnp.arange(first, end)[:, None]
+        score = jnp.where(visible_TS, score * dim**-0.5, -jnp.inf)
+        weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        # In the order of the product's own axes: another order makes a CPU copy the values first.
+        out = jnp.einsum("bkrts,bksh->bkrth", weight, v, preferred_element_type=jnp.float32)
+        parts.append(jnp.moveaxis(out.astype(v.dtype), 3, 1))
+    return jnp.concatenate(parts, axis=1).reshape(q_BSNH.shape)
 
 
 def finish_layer(

@@ -20,7 +20,7 @@ from dspark_jax.config import TargetConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.layers import (
     Layer,
-    attend,
+    attend_causally,
     declare_layers,
     finish_layer,
     loop_layers,
@@ -163,9 +163,6 @@ def encode(
     length = token_BS.shape[1]
     position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_BS.shape)
     table = rope_table(position_BS, cfg)
-    mask_BTS = jnp.broadcast_to(
-        jnp.tril(jnp.ones((length, length), bool)), (token_BS.shape[0], length, length)
-    )
     x_BSD = embed(target.vocab, token_BS)
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
@@ -173,7 +170,7 @@ def encode(
         layer = fetch(layer)
         h_BSD = rms_norm(x_BSD, layer.input_norm_D, cfg.rms_norm_eps)
         q, k, v = project_qkv(layer, h_BSD, table, cfg)
-        x_BSD = finish_layer(layer, x_BSD, attend(q, k, v, mask_BTS), cfg)
+        x_BSD = finish_layer(layer, x_BSD, attend_causally(q, k, v), cfg)
         return x_BSD, _keep_feature(feature_FBSD, x_BSD, index, feature_layers)
 
     carry = (x_BSD, _start_features(x_BSD, feature_layers))

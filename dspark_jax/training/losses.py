@@ -8,7 +8,8 @@ in float32: in bfloat16 the gradient of the total variation cancels.
 The distributions of a batch's slots would be far larger than everything else, so they exist for a
 few blocks at a time: :func:`head_loss` goes through the blocks in chunks and takes the gradient of
 a chunk while its logits are there. Nothing is computed twice, and memory does not grow with the
-vocabulary.
+vocabulary. The target's side is the same in every update of a batch: where it fits,
+:func:`spell_out` computes it once for all of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from dspark_jax.training.anchors import BlockLabels
 from pallas_kernels.chunks import chunk_sizes, join_chunks, split_chunks
 
 EPSILON = 1e-6
+# Logits of a chunk on a CPU: 8 MB, which its caches hold. 2 to 4 times more or fewer are slower.
+CPU_CHUNK_ELEMENTS = 2**21
+# Positions of the target at a time, and the most numbers, 1 GB, that its laws may take.
+LAW_ROWS = 512
+LAW_ELEMENTS = 2**28
 
 
 @struct.dataclass
@@ -41,10 +47,12 @@ class Teacher:
         hidden_BSD: last hidden states, normalised.
         log_norm_BS: float32 logarithm of the sum of all V exponentials, where the draft vocabulary
             is reduced; None where the U logits are all there are.
+        row_BS: int32 rows of ``law_TU`` (:func:`spell_out`); the others are None where it is given.
     """
 
-    hidden_BSD: jax.Array
-    log_norm_BS: Any
+    hidden_BSD: Any = None
+    log_norm_BS: Any = None
+    row_BS: Any = None
 
 
 @struct.dataclass
@@ -96,6 +104,38 @@ def make_teacher(target_vocab: Vocab, hidden_BSD: jax.Array, reduced: bool) -> T
     return Teacher(hidden_BSD, join_chunks(log_norm_CBX, length))
 
 
+def spell_out(
+    target_vocab: Vocab, vocab: Vocab, hidden_BSD: jax.Array, supervised_BS: jax.Array
+) -> tuple[Teacher, jax.Array]:
+    """The target's distributions that every update of a batch reads, computed once.
+
+    Args:
+        target_vocab: the target's LM head.
+        vocab: the drafter's vocabulary.
+        hidden_BSD: the target's last (normalised) hidden states.
+        supervised_BS: bool; other positions cost nothing.
+
+    Returns:
+        The teacher, and ``law_TU``: float32 probabilities inside the draft vocabulary, of the
+        supervised positions one behind the other; what follows them is 0.
+    """
+    hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    order_T = jnp.argsort(~supervised_BS.reshape(-1), stable=True)
+    rows = min(LAW_ROWS, len(order_T))
+    padded_T = jnp.pad(order_T, (0, -len(order_T) % rows))
+
+    def step(turn: jax.Array, law_TU: jax.Array) -> jax.Array:
+        hidden_XD = hidden_TD[jax.lax.dynamic_slice_in_dim(padded_T, turn * rows, rows)]
+        logits_XV = unembed(target_vocab, hidden_XD)
+        logits_XU = logits_XV if vocab.d2t_U is None else logits_XV[:, vocab.d2t_U]
+        law_XU = jnp.exp(logits_XU - jax.nn.logsumexp(logits_XV, axis=-1, keepdims=True))
+        return jax.lax.dynamic_update_slice_in_dim(law_TU, law_XU, turn * rows, axis=0)
+
+    empty_TU = jnp.zeros((len(padded_T), lm_head(vocab).shape[0]))
+    law_TU = jax.lax.fori_loop(0, -(-supervised_BS.sum() // rows), step, empty_TU)
+    return Teacher(row_BS=jnp.argsort(order_T).reshape(supervised_BS.shape)), law_TU
+
+
 def draft_blocks(
     drafter: DrafterParams,
     vocab: Vocab,
@@ -137,9 +177,13 @@ def draft_logits(vocab: Vocab, w2_RU: Any, hidden_XD: jax.Array, code_XR: Any) -
 
 @struct.dataclass
 class _Slots:
-    """What a chunk reads beside the drafter's outputs: all fixed, all [B, A, G, ...]."""
+    """What a chunk reads beside the drafter's outputs: all fixed, all [B, A, G, ...].
 
-    teacher_BAGD: jax.Array
+    Of the target its rows of ``law_TU``, or its hidden states with the normaliser.
+    """
+
+    row_BAG: Any
+    hidden_BAGD: Any
     log_norm_BAG: Any
     label_BAG: jax.Array
     ce_weight_BAG: jax.Array
@@ -153,6 +197,7 @@ def head_loss(
     hidden_BAGD: jax.Array,
     code_BAGR: jax.Array | None,
     vocab: Vocab,
+    law_TU: Any,
     slots: _Slots,
 ) -> tuple[jax.Array, LossTerms]:
     """``sum(ce_weight * CE) + sum(l1_weight * |p^d - p^t|_1)`` over all slots.
@@ -161,12 +206,14 @@ def head_loss(
         count_size: how many chunks of how many anchors.
         w2_RU, hidden_BAGD, code_BAGR: what the logits are made of; the gradient is theirs.
         vocab: the drafter's LM head, which for a reduced vocabulary is a part of the target's.
+        law_TU: of :func:`spell_out`, or None.
         slots: the target's side, labels and weights.
 
     Returns:
         The loss, float32, and its terms, which carry no gradient.
     """
-    loss, terms, _ = _scan_chunks(False, count_size, w2_RU, hidden_BAGD, code_BAGR, vocab, slots)
+    arguments = w2_RU, hidden_BAGD, code_BAGR, vocab, law_TU, slots
+    loss, terms, _ = _scan_chunks(False, count_size, *arguments)
     return loss, terms
 
 
@@ -191,6 +238,7 @@ def _scan_chunks(
     hidden_BAGD: jax.Array,
     code_BAGR: Any,
     vocab: Vocab,
+    law_TU: Any,
     slots: _Slots,
 ) -> tuple[jax.Array, LossTerms, Any]:
     """Loss, terms, and the gradients of w2, hidden and code (None where not asked for)."""
@@ -201,7 +249,7 @@ def _scan_chunks(
         loss, ce, w2_gradient = carry
         hidden, code, some = part
         logits = draft_logits(vocab, w2_RU, hidden, code)
-        loss_part, ce_part, l1, logit_gradient = _chunk_loss(logits, vocab, some)
+        loss_part, ce_part, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some)
         carry = (loss + loss_part, ce + ce_part, w2_gradient)
         if not with_gradient:
             return carry, (l1, None)
@@ -224,7 +272,7 @@ def _scan_chunks(
 
 
 def _chunk_loss(
-    logits_XU: jax.Array, vocab: Vocab, slots: _Slots
+    logits_XU: jax.Array, vocab: Vocab, law_TU: Any, slots: _Slots
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Loss, cross-entropy sum, l1 of every slot, and the loss's gradient by the logits.
 
@@ -232,27 +280,42 @@ def _chunk_loss(
 
         d CE / d logits = p - onehot(y),    d |p - t|_1 / d logits = p (s - sum(p s)).
     """
-    log_prob_XU = jax.nn.log_softmax(logits_XU, axis=-1)
-    prob_XU = jnp.exp(log_prob_XU)
-    teacher_XU = unembed(vocab, slots.teacher_BAGD)
-    if slots.log_norm_BAG is None:
-        teacher_XU = jax.nn.softmax(teacher_XU, axis=-1)
-        outside_X = jnp.zeros(())
-    else:
-        teacher_XU = jnp.exp(teacher_XU - slots.log_norm_BAG[..., None])
-        outside_X = jnp.maximum(1.0 - teacher_XU.sum(-1), 0.0)
-    difference_XU = prob_XU - teacher_XU
-    l1_X = jnp.abs(difference_XU).sum(-1) + outside_X
-    hit_XU = jnp.arange(logits_XU.shape[-1]) == slots.label_BAG[..., None]
-    ce_X = -jnp.where(hit_XU, log_prob_XU, 0.0).sum(-1)
+    # In few passes over [X, U], which cost as much as the products: no array of one-hot labels,
+    # and one exponential.
+    peak_X = jnp.max(logits_XU, axis=-1, keepdims=True)
+    power_XU = jnp.exp(logits_XU - peak_X)
+    total_X = power_XU.sum(-1, keepdims=True)
+    prob_XU = power_XU / total_X
+    law_XU = _target_law(vocab, law_TU, slots)
+    outside_X = jnp.zeros(())
+    if vocab.d2t_U is not None:
+        outside_X = jnp.maximum(1.0 - law_XU.sum(-1), 0.0)
+    l1_X = jnp.abs(prob_XU - law_XU).sum(-1) + outside_X
+    known_X = slots.label_BAG >= 0
+    place_X1 = jnp.where(known_X, slots.label_BAG, 0)[..., None]
+    logit_X = jnp.take_along_axis(logits_XU, place_X1, axis=-1)
+    ce_X = jnp.where(known_X, (peak_X + jnp.log(total_X) - logit_X)[..., 0], 0.0)
     ce = (slots.ce_weight_BAG * ce_X).sum()
     loss = ce + (slots.l1_weight_BAG * l1_X).sum()
 
-    sign_XU = jnp.sign(difference_XU)
-    mean_X = (prob_XU * sign_XU).sum(-1)
-    gradient_XU = slots.l1_weight_BAG[..., None] * prob_XU * (sign_XU - mean_X[..., None])
-    gradient_XU += slots.ce_weight_BAG[..., None] * (prob_XU - hit_XU)
+    sign_XU = jnp.sign(prob_XU - law_XU)
+    mean_X = (prob_XU * sign_XU).sum(-1, keepdims=True)
+    l1_weight_X, ce_weight_X = slots.l1_weight_BAG[..., None], slots.ce_weight_BAG[..., None]
+    gradient_XU = prob_XU * (l1_weight_X * (sign_XU - mean_X) + ce_weight_X)
+    at_label = jnp.indices(known_X.shape, sparse=True)
+    label_X = jnp.where(known_X, slots.label_BAG, logits_XU.shape[-1])
+    gradient_XU = gradient_XU.at[(*at_label, label_X)].add(-slots.ce_weight_BAG, mode="drop")
     return loss, ce, l1_X, gradient_XU
+
+
+def _target_law(vocab: Vocab, law_TU: Any, slots: _Slots) -> jax.Array:
+    """The target's probabilities [X, U] of the slots of a chunk."""
+    if law_TU is not None:
+        return law_TU[slots.row_BAG]
+    logits_XU = unembed(vocab, slots.hidden_BAGD)
+    if slots.log_norm_BAG is None:
+        return jax.nn.softmax(logits_XU, axis=-1)
+    return jnp.exp(logits_XU - slots.log_norm_BAG[..., None])
 
 
 def slot_weights(supervised_BAG: jax.Array, decay: float) -> jax.Array:
@@ -333,6 +396,7 @@ def dspark_loss(
     totals: LossTotals,
     t2d_V: jax.Array | None,
     *,
+    law_TU: jax.Array | None = None,
     ce_weight: float = 0.1,
     l1_weight: float = 0.9,
     confidence_weight: float = 1.0,
@@ -350,6 +414,7 @@ def dspark_loss(
         totals: of the whole batch.
         t2d_V: int32 place of every token in the draft vocabulary, -1 outside it; None where the
             draft vocabulary is all of V.
+        law_TU: of :func:`spell_out`, with its teacher.
         ce_weight, l1_weight, confidence_weight: of the three terms.
         decay: see :func:`slot_weights`.
 
@@ -357,25 +422,27 @@ def dspark_loss(
         The loss (float32 scalar) and its parts and metrics; those ending in ``_G`` are per slot.
         All of them add up over micro-batches.
     """
-    at_slots = jax.vmap(lambda x_SX, position_AG: x_SX[position_AG])  # of its own sequence
-    log_norm_BAG = teacher.log_norm_BS
-    if log_norm_BAG is not None:
-        log_norm_BAG = at_slots(log_norm_BAG, labels.position_BAG)
     # Weights that make every weighted sum a share of the batch's weighted mean.
     weight_BAG = slot_weights(labels.supervised_BAG, decay)
     ce_BAG = ce_slot_weights(weight_BAG, labels, t2d_V) / (totals.ce + EPSILON)
     weight_BAG = weight_BAG / (totals.slot + EPSILON)
+    at_slots = jax.vmap(lambda x_SX, position_AG: x_SX[position_AG])  # of its own sequence
+    seen = jax.tree.map(lambda x: at_slots(x, labels.position_BAG), teacher)
     slots = _Slots(
-        teacher_BAGD=at_slots(teacher.hidden_BSD, labels.position_BAG),
-        log_norm_BAG=log_norm_BAG,
+        row_BAG=seen.row_BS,
+        hidden_BAGD=seen.hidden_BSD,
+        log_norm_BAG=seen.log_norm_BS,
         label_BAG=labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG],
         ce_weight_BAG=ce_weight * ce_BAG,
         l1_weight_BAG=l1_weight * weight_BAG,
     )
     batch, anchors, block = labels.label_BAG.shape
-    chunks = chunk_sizes(anchors, batch * block * lm_head(vocab).shape[0])
+    limit = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else None
+    chunks = chunk_sizes(anchors, batch * block * lm_head(vocab).shape[0], limit)
     w2_RU = None if drafter.head is None else drafter.head.w2_RU
-    loss, terms = head_loss(chunks, w2_RU, outputs.hidden_BAGD, outputs.code_BAGR, vocab, slots)
+    loss, terms = head_loss(
+        chunks, w2_RU, outputs.hidden_BAGD, outputs.code_BAGR, vocab, law_TU, slots
+    )
     metrics = {"l1": (weight_BAG * terms.l1_BAG).sum()}
     if ce_weight:
         metrics["ce"] = terms.ce / ce_weight

@@ -20,13 +20,16 @@ from dspark_jax.models.drafter import DrafterParams, declare_drafter
 from dspark_jax.models.target import TargetParams, Vocab, declare_target, encode
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
 from dspark_jax.training.losses import (
+    LAW_ELEMENTS,
     LossTotals,
     Teacher,
     draft_blocks,
     dspark_loss,
     loss_totals,
     make_teacher,
+    spell_out,
 )
+from pallas_kernels.devices import free_axes
 
 
 @struct.dataclass
@@ -215,10 +218,12 @@ def blocks_loss(
     cfg: DrafterConfig,
     recipe: TrainConfig,
     layout: Layout | None = None,
+    law_TU: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of some blocks, as shares of a batch with these totals.
 
-    The forward pass runs in ``recipe.dtype``; gradients and divergences are float32.
+    The forward pass runs in ``recipe.dtype``; gradients and divergences are float32. ``law_TU``
+    comes with a teacher of :func:`~dspark_jax.training.losses.spell_out`.
     """
     params = jax.tree.map(lambda x: x.astype(recipe.dtype), params)
     if layout is not None:
@@ -236,6 +241,7 @@ def blocks_loss(
         blocks.keep_BA,
         totals,
         frozen.t2d_V,
+        law_TU=law_TU,
         ce_weight=recipe.ce_weight,
         l1_weight=recipe.l1_weight,
         confidence_weight=recipe.confidence_weight,
@@ -250,10 +256,11 @@ def blocks_gradient(
     cfg: DrafterConfig,
     recipe: TrainConfig,
     layout: Layout | None = None,
+    law_TU: jax.Array | None = None,
 ) -> tuple[DrafterParams, dict[str, jax.Array]]:
     """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other."""
     totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
-    gradient_of = jax.grad(partial(blocks_loss, layout=layout), has_aux=True)
+    gradient_of = jax.grad(partial(blocks_loss, layout=layout, law_TU=law_TU), has_aux=True)
     count = recipe.micro_batches
     if count == 1:
         return gradient_of(params, frozen, blocks, totals, cfg, recipe)
@@ -270,6 +277,24 @@ def blocks_gradient(
     return jax.lax.scan(add, start, rest)[0]
 
 
+def read_target(
+    frozen: Frozen,
+    batch: Batch,
+    target_cfg: TargetConfig,
+    cfg: DrafterConfig,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Features and last hidden states of the frozen target for a batch, which may bring them."""
+    if batch.feature_BSFD is not None:
+        return batch.feature_BSFD, batch.hidden_BSD
+    read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    if layout is not None:
+        gather = partial(jax.lax.with_sharding_constraint, shardings=layout.layer)
+        read = partial(read, fetch=gather)
+    hidden_BSD, feature_BSFD = read()
+    return feature_BSFD, hidden_BSD
+
+
 def target_outputs(
     frozen: Frozen,
     batch: Batch,
@@ -278,15 +303,17 @@ def target_outputs(
     layout: Layout | None = None,
 ) -> tuple[jax.Array, Teacher]:
     """Features and distributions of the frozen target for a batch that may bring its outputs."""
-    hidden_BSD, feature_BSFD = batch.hidden_BSD, batch.feature_BSFD
-    if feature_BSFD is None:
-        read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
-        if layout is not None:
-            gather = partial(jax.lax.with_sharding_constraint, shardings=layout.layer)
-            read = partial(read, fetch=gather)
-        hidden_BSD, feature_BSFD = read()
-    teacher = make_teacher(frozen.target.vocab, hidden_BSD, frozen.vocab.d2t_U is not None)
-    return feature_BSFD, teacher
+    feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout)
+    reduced = frozen.vocab.d2t_U is not None
+    return feature_BSFD, make_teacher(frozen.target.vocab, hidden_BSD, reduced)
+
+
+def laws_pay(cfg: DrafterConfig, recipe: TrainConfig, batch: Batch) -> bool:
+    """Whether the target's laws of a batch are computed once for all updates: where there are
+    several, memory bears it, and no mesh splits the sequences."""
+    numbers = batch.token_BS.size * (cfg.draft_vocab_size or cfg.vocab_size)
+    devices = math.prod(free_axes().values())
+    return recipe.updates_per_batch > 1 and devices == 1 and numbers <= LAW_ELEMENTS
 
 
 def train_step(
@@ -316,7 +343,16 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     if layout is not None:
         frozen = jax.lax.with_sharding_constraint(frozen, layout.frozen)
-    seen = (batch, target_outputs(frozen, batch, target_cfg, cfg, layout))
+    law_TU = None
+    if laws_pay(cfg, recipe, batch):
+        feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout)
+        teacher, law_TU = spell_out(
+            frozen.target.vocab, frozen.vocab, hidden_BSD, batch.loss_mask_BS
+        )
+        target = feature_BSFD, teacher
+    else:
+        target = target_outputs(frozen, batch, target_cfg, cfg, layout)
+    seen = (batch.replace(feature_BSFD=None, hidden_BSD=None), target)  # type: ignore[attr-defined]
     size = batch.token_BS.shape[0]
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
@@ -331,7 +367,7 @@ def train_step(
             chosen = order_B[(first + jnp.arange(share)) % size]
             part = jax.tree.map(lambda x: x[chosen], seen)
         blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
-        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe, layout)
+        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe, layout, law_TU)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), optimizer_state), metrics
