@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dspark_jax.axes import map_params
 from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.models import layers
 from dspark_jax.models.cache import empty_cache
 from dspark_jax.models.hf import load_hf_target
 from dspark_jax.models.layers import unstack_layers
@@ -172,3 +173,27 @@ def test_bfloat16_stays_close_to_float32():
     error = jnp.abs(logits[jnp.bfloat16] - logits[jnp.float32]).max()
     # Eight bits of mantissa, through three layers of two residual additions each.
     assert error < 8 * 2.0**-8 * jnp.abs(logits[jnp.float32]).max()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 128])
+def test_whole_sequences_attend_to_what_came_before(monkeypatch, rows):
+    """Whatever number of queries at a time: softmax over the keys up to each one's own."""
+    monkeypatch.setattr(layers, "ATTENTION_ROWS", rows)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, n, 8)) for i, n in enumerate((4, 2, 2)))
+    found = jax.jit(lambda *qkv: layers.attend_causally(*qkv))(q, k, v)
+    for b, t, n in np.ndindex(2, 9, 4):
+        score_S = np.asarray(k[b, : t + 1, n // 2], np.float64) @ np.asarray(q[b, t, n]) / 8**0.5
+        weight_S = np.exp(score_S) / np.exp(score_S).sum()
+        expected_H = weight_S @ np.asarray(v[b, : t + 1, n // 2])
+        np.testing.assert_allclose(found[b, t, n], expected_H, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 3)])
+def test_the_derivative_of_a_product_is_that_of_a_product(sizes):
+    x, w = jax.random.normal(jax.random.key(0), (2, 4, sizes[0])), jnp.ones(sizes)
+    weight = jax.random.normal(jax.random.key(1), (2, 4, sizes[1]))
+
+    def gradient(product):
+        return jax.grad(lambda x, w: jnp.vdot(weight, product(x, w)), argnums=(0, 1))(x, w)
+
+    jax.tree.map(np.testing.assert_allclose, gradient(layers.matmul), gradient(jnp.matmul))
