@@ -75,7 +75,7 @@ def stream_key(
 
     Folding the anchor's position and the slot, not their sum: the same token position in a later
     round is another draw, which no earlier confidence has seen. This is condition (d) of a lossless
-    schedule (``dspark_jax/decoding/schedule.py``). Arguments broadcast.
+    schedule (``dspark_jax/scheduler/schedule.py``). Arguments broadcast.
     """
     return fold_in(key_B2, anchor_position_B, 4 * slot + stream)
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from dspark_jax import cli
+from dspark_jax.checkpoints import load
+from dspark_jax.cli import command as cli
 from dspark_jax.engine.generate import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation import acceptance
 from dspark_jax.evaluation.acceptance import compare, summarise
 from dspark_jax.evaluation.prompts import read_prompt_sets
 from dspark_jax.evaluation.speed import fill_up
-from dspark_jax.models import load
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 ROW = {
@@ -28,7 +28,7 @@ ROW = {
 @pytest.fixture(autouse=True)
 def _no_compilation_cache(monkeypatch):
     """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dspark_jax.models.drafter import declare_drafter
+from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.training.bigram import (
     NORM_START,
     PRIOR_STRENGTH,

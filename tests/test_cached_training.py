@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax import cli
+from dspark_jax.checkpoints import load
+from dspark_jax.checkpoints.load import load_target
+from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
-from dspark_jax.models import load
-from dspark_jax.models.load import load_target
-from dspark_jax.models.target import Vocab
+from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import (
     cache_writer,
     data,

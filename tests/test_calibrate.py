@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import calibrate, reliability, schedule
-from dspark_jax.engine.calibration import (
+from dspark_jax.scheduler import reliability, schedule, temperatures
+from dspark_jax.scheduler.calibration import (
     FILE_NAME,
     Calibration,
     CalibrationTable,
@@ -53,7 +53,7 @@ def test_golden_recorded_rounds():
     accepted = arrays["accept_prefix_mask"].sum(axis=1)
     drafted = arrays["draft_token_count"] > 0
     verified = np.where(drafted, arrays["effective_proposal_length"], 0)
-    survival = calibrate.predicted_survival(arrays["confidence_logits"])
+    survival = temperatures.predicted_survival(arrays["confidence_logits"])
     report = reliability.confidence_report(survival, accepted, verified)
     assert len(report.positions) == 5
     for position, expected in zip(report.positions, golden["row"]["per_position"], strict=True):
@@ -83,13 +83,13 @@ def sampled_rounds(rng, num, temperatures, spread=2.0):
 def test_sequential_scaling_finds_the_temperatures():
     rng, true = np.random.default_rng(0), np.array([2.0, 0.6, 1.0, 1.6])
     logit, accepted = sampled_rounds(rng, 20_000, true)
-    found = calibrate.fit_temperatures(logit, accepted)
+    found = temperatures.fit_temperatures(logit, accepted)
     np.testing.assert_allclose(found, true, rtol=0.15)
 
     logit, accepted = sampled_rounds(rng, 20_000, true)
     whole = np.full(len(accepted), 4)
     before, after = (
-        reliability.confidence_report(calibrate.predicted_survival(logit, t), accepted, whole)
+        reliability.confidence_report(temperatures.predicted_survival(logit, t), accepted, whole)
         for t in (np.ones(4), found)
     )
     assert after.ece_mean_high < 0.02 < before.ece_mean_low
@@ -143,7 +143,7 @@ def test_positions_that_nobody_verified_have_no_numbers():
 )
 def test_records_that_do_not_fit_are_refused(logit, accepted, message):
     with pytest.raises(ValueError, match=message):
-        calibrate.fit_temperatures(logit, accepted)
+        temperatures.fit_temperatures(logit, accepted)
     with pytest.raises(ValueError, match=message):
         reliability.confidence_report(logit, accepted, accepted)
 
@@ -151,11 +151,11 @@ def test_records_that_do_not_fit_are_refused(logit, accepted, message):
 def test_device_and_host_agree_and_survival_still_never_rises():
     rng = np.random.default_rng(3)
     logit, temperature = rng.normal(2, 3, (500, 7)), rng.uniform(0.3, 4, 7)
-    calibrated = jax.jit(calibrate.calibrated_confidence)
+    calibrated = jax.jit(temperatures.calibrated_confidence)
     confidence = calibrated(jnp.array(logit), jnp.array(temperature))
     assert confidence.dtype == np.float32
     survival = schedule.prefix_survival(confidence)
-    expected = calibrate.predicted_survival(logit, temperature)
+    expected = temperatures.predicted_survival(logit, temperature)
     np.testing.assert_allclose(survival, expected, rtol=7 * ROUNDING, atol=1e-30)
     assert (np.diff(np.asarray(survival), axis=1) <= 0).all()
     of_requests = calibrated(jnp.array(logit), jnp.tile(jnp.array(temperature), (500, 1)))
@@ -167,13 +167,13 @@ def test_device_and_host_agree_and_survival_still_never_rises():
 
 def decode_online(true, verify, count_unverified=False, num_rounds=100, num_requests=400):
     """Rounds of a batch; `verify` picks lengths by the raw logits, as a scheduler would."""
-    rng, state = np.random.default_rng(4), calibrate.start_online(np.ones(len(true)))
+    rng, state = np.random.default_rng(4), temperatures.start_online(np.ones(len(true)))
     for _ in range(num_rounds):
         logit, would_accept = sampled_rounds(rng, num_requests, true)
         verified = verify(logit)
         accepted = np.minimum(would_accept, verified)
         seen = np.full(num_requests, len(true)) if count_unverified else verified
-        state = calibrate.observe(state, logit, accepted, seen)
+        state = temperatures.observe(state, logit, accepted, seen)
     return state
 
 
@@ -198,22 +198,22 @@ def test_counting_slots_that_were_not_verified_as_rejected_is_noticed():
 
 def test_few_outcomes_leave_the_temperatures_as_they_are():
     prior = np.array([1.3, 0.8])
-    state = calibrate.start_online(prior)
+    state = temperatures.start_online(prior)
     logit = np.array([[4.0, np.nan], [4.0, 4.0]])
-    state = calibrate.observe(state, logit, np.array([2, 0]), np.array([2, 2]))
+    state = temperatures.observe(state, logit, np.array([2, 0]), np.array([2, 2]))
     np.testing.assert_array_equal(state.weight_G, [2, 0])  # not finite; not decided about
     np.testing.assert_array_equal(state.temperature_G, prior)
-    idle = calibrate.observe(state, logit, np.array([0, 0]), np.array([0, 0]))
+    idle = temperatures.observe(state, logit, np.array([0, 0]), np.array([0, 0]))
     np.testing.assert_array_equal(idle.loss_GJ, state.loss_GJ)
 
 
 def test_old_outcomes_fade():
-    rng, state = np.random.default_rng(5), calibrate.start_online(np.ones(1))
+    rng, state = np.random.default_rng(5), temperatures.start_online(np.ones(1))
     for true, rounds in ((0.5, 100), (2.0, 200)):
         for _ in range(rounds):
             logit, accepted = sampled_rounds(rng, 200, np.array([true]))
-            state = calibrate.observe(state, logit, accepted, np.ones(200, int))
-    assert state.weight_G[0] <= calibrate.WINDOW
+            state = temperatures.observe(state, logit, accepted, np.ones(200, int))
+    assert state.weight_G[0] <= temperatures.WINDOW
     assert state.temperature_G[0] == pytest.approx(2.0, rel=0.2)
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax import cli
+from dspark_jax.checkpoints.deepspec import bind_vocab
+from dspark_jax.cli import command as cli
 from dspark_jax.engine import generate as offline
-from dspark_jax.engine.calibration import FILE_NAME, Calibration, CalibrationTable, read_calibration
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
@@ -19,14 +19,19 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation import confidence, pictures, rounds
 from dspark_jax.evaluation.rounds import RecordedRequest, read_record, recorded_request
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import declare_target
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.scheduler.calibration import (
+    FILE_NAME,
+    Calibration,
+    CalibrationTable,
+    read_calibration,
+)
 from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
 
 
 def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     # Compilation takes nearly all of the time: as few programs as will do.
     few = {"slot_buckets": (6,), "row_buckets": (4,), "chunk_buckets": (1,), "chunk_rows": 16}
     monkeypatch.setattr(rounds, "EngineConfig", functools.partial(EngineConfig, **few))

@@ -13,18 +13,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax.axes import map_params
-from dspark_jax.config import DrafterConfig, RopeConfig
-from dspark_jax.models.deepspec import (
+from dspark_jax.checkpoints.deepspec import (
     bind_vocab,
     drafter_config,
     drafter_config_dict,
     load_drafter,
     save_drafter,
 )
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.hf import load_hf_target
-from dspark_jax.models.target import Vocab
-from dspark_jax.models.tensors import LoadError
+from dspark_jax.checkpoints.hf import load_hf_target
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.config import DrafterConfig, RopeConfig
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.vocab import Vocab
 
 DATA = Path(__file__).parent / "data"
 DRAFTERS = (

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.chat import ChatFormat, encode_conversation, find_chat_format, render
+from dspark_jax.checkpoints.conversations import Conversation, read_answered, read_conversations
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer
 from dspark_jax.config import TrainConfig
-from dspark_jax.models.tensors import LoadError
-from dspark_jax.models.tokenizer import chat_prompt_ids, load_tokenizer
 from dspark_jax.training import data
-from dspark_jax.training.chat import ChatFormat, encode_conversation, find_chat_format, render
-from dspark_jax.training.conversations import Conversation, read_answered, read_conversations
 
 DATA = Path(__file__).parent / "data"
 RECIPE = TrainConfig(max_length=64, tokens_per_batch=256, min_loss_tokens=8)

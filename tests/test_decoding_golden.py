@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints import deepspec, hf
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.state import Request
 from dspark_jax.models import cache as kv
-from dspark_jax.models import deepspec, hf
-from dspark_jax.models.drafter import block_hidden, extend_context
-from dspark_jax.models.heads import (
+from dspark_jax.models.cache import Rows
+from dspark_jax.models.drafters.dspark import block_hidden, extend_context
+from dspark_jax.models.drafters.heads import (
     MarkovHead,
     bias_logits,
     block_codes,
@@ -22,7 +23,8 @@ from dspark_jax.models.heads import (
     sample_block,
     start_state,
 )
-from dspark_jax.models.target import Rows, extend, unembed
+from dspark_jax.models.targets.llama import extend
+from dspark_jax.models.vocab import unembed
 from pallas_kernels.accept_block.xla import first_argmax
 
 FOLDER = Path(__file__).parent / "data" / "spec_decode_greedy" / "qwen3"

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.models import default
-from dspark_jax.models.cache import empty_cache
-from dspark_jax.models.load import load_drafter_for, load_target
-from dspark_jax.models.target import Rows, extend, unembed
-from dspark_jax.models.tensors import LoadError
-from dspark_jax.models.tokenizer import TextStream, chat_prompt_ids, unused_token
+from dspark_jax.checkpoints import default
+from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, unused_token
+from dspark_jax.engine.text import TextStream
+from dspark_jax.models.cache import Rows, empty_cache
+from dspark_jax.models.targets.llama import extend
+from dspark_jax.models.vocab import unembed
 
 GREEDY = json.loads((Path(__file__).parent / "data/smollm2_greedy/greedy.json").read_text())
 # Below this difference of the two best logits another order of the sums may pick the other one.

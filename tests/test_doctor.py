@@ -6,12 +6,12 @@ import types
 import numpy as np
 import pytest
 
-from dspark_jax import cli
-from dspark_jax.decoding.budget import WINDOW, RoundCosts
+from dspark_jax.cli import command as cli
 from dspark_jax.engine.reader import Generation
 from dspark_jax.evaluation import doctor
 from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, Stretch, predict_speedups
 from dspark_jax.evaluation.rounds import RecordedRequest
+from dspark_jax.scheduler.budget import WINDOW, RoundCosts
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 
@@ -150,7 +150,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
 
 
 def test_the_report_is_a_table_or_json(models, monkeypatch, capsys):

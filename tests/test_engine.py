@@ -14,19 +14,22 @@ import pytest
 from scipy import stats
 
 from dspark_jax.axes import make_mesh
-from dspark_jax.decoding import calibrate
+from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.memory import plan_slots
-from dspark_jax.engine.plan import Shape, Sizes
-from dspark_jax.engine.profile import make_profile, setting_of
+from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.state import Request
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import declare_target, encode, unembed
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target, encode
+from dspark_jax.models.vocab import unembed
+from dspark_jax.scheduler import temperatures
+from dspark_jax.scheduler.profile import make_profile
+from dspark_jax.scheduler.seconds import Seconds
+from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels import random
 from tests import test_generate
 from tests.tiny_model import DRAFTER, TARGET, random_params
@@ -122,6 +125,7 @@ def costs(smooth):
         ("block", None),
         ("delayed", 100),
         ("delayed", 8),
+        ("delayed", None),
         pytest.param("causal", 8, marks=pytest.mark.full),
         pytest.param("causal", 100, marks=pytest.mark.full),
         pytest.param("threshold:0.4", None, marks=pytest.mark.full),
@@ -147,6 +151,29 @@ def test_text_is_that_of_offline_generation(policy, smooth):
     assert texts([served.submit(requests()[3]).wait()]) == expected()[3:4]
 
 
+@pytest.mark.parametrize(("drafted_s", "drafts"), [(1.1, True), (9.0, False)])
+def test_an_engine_learns_whether_drafts_pay(monkeypatch, drafted_s, drafts):
+    """It starts without a compilation, tries drafts, and keeps to what it saw that they cost."""
+    read = Seconds.read
+
+    def read_by_an_abacus(self, number, shape, steady):
+        took_s = drafted_s if shape.num_draft else 1.0
+        read(self, number, shape, True, self._last_s + took_s)
+
+    monkeypatch.setattr(Seconds, "read", read_by_an_abacus)
+    served = Engine(decoder(), dataclasses.replace(CONFIG, policy="delayed"))
+    assert not served._programs._ready
+    streams = [served.submit(request) for request in requests()]
+    served.run()
+    assert texts(stream.result for stream in streams) == expected()
+    verified = [n for stream in streams for n in stream.result.verified_lengths]
+    assert any(verified)
+    streams = [served.submit(request) for request in requests()]
+    served.run()
+    verified = np.array([n for stream in streams for n in stream.result.verified_lengths])
+    assert (np.mean(verified > 0) > 0.5) == drafts
+
+
 @pytest.mark.full
 def test_bfloat16_is_served():
     """Its text depends on the sizes of rounds; that of one request in one engine does not."""
@@ -166,7 +193,7 @@ def test_bfloat16_is_served():
 
 
 def test_confidences_are_recalibrated_while_texts_stay_the_same(monkeypatch):
-    monkeypatch.setattr(calibrate, "ENOUGH", 8.0)
+    monkeypatch.setattr(temperatures, "ENOUGH", 8.0)
     served = engine(policy="delayed", smooth=100, recalibrate=True)
     streams = [served.submit(request) for request in requests()]
     served.run()

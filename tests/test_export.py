@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax import cli
 from dspark_jax.axes import map_params
+from dspark_jax.checkpoints import load
+from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.load import load_drafter_for, load_target, read_drafter
+from dspark_jax.checkpoints.speculators import load_speculators
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.cli import command as cli
 from dspark_jax.evaluation import export
-from dspark_jax.models import load
-from dspark_jax.models.deepspec import save_drafter
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.full_vocabulary import with_full_vocabulary
-from dspark_jax.models.heads import bias_logits, block_codes, confidence_logit
-from dspark_jax.models.load import load_drafter_for, load_target, read_drafter
-from dspark_jax.models.speculators import load_speculators
-from dspark_jax.models.target import Vocab
-from dspark_jax.models.tensors import LoadError
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
+from dspark_jax.models.drafters.heads import bias_logits, block_codes, confidence_logit
+from dspark_jax.models.vocab import Vocab
 from tests.tiny_model import DRAFTER, TARGET, random_params, write_target
 
 REDUCED = np.array([0, 1, 2, 5, 11, 30, 31, 32, 50, 64, 77, 80, 96], np.int32)
@@ -407,7 +407,7 @@ def run(capsys, *words):
 
 @files_alone
 def test_the_commands_write_and_say_where(target_dir, drafters, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     source, there, back = drafters("vanilla", 13), tmp_path / "there", tmp_path / "back"
     words = ("--target", target_dir, "--drafter", source, "--format", "speculators", "--out", there)
     code, out, _ = run(capsys, "export", *words)
@@ -431,7 +431,7 @@ def assert_refused(result, *expected):
 
 @files_alone
 def test_wrong_use_is_refused_in_one_line(target_dir, drafters, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     out = ("--out", tmp_path / "x")
     assert_refused(run(capsys, "export", *out), "--format")
     assert_refused(run(capsys, "export", "--format", "gguf", *out), "gguf")

@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.checkpoint import Checkpoints
+from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.state import Request
-from dspark_jax.models.load import load_drafter_for, load_target
 from dspark_jax.training import data, fit, records, run
 from dspark_jax.training.records import MetricsLog
 from tests.tiny_model import TARGET, write_target
@@ -212,8 +212,8 @@ def test_a_killed_run_resumes_to_the_same_end(recipe, tmp_path):
         config = tmp_path / f"{out.name}.py"
         run = elsewhere(recipe, out, steps=40)
         config.write_text(f"from dspark_jax.config import TrainConfig\nconfig = {run!r}\n")
-        code = "import sys; from dspark_jax.cli import main; sys.exit(main(['train', sys.argv[1]]))"
-        command = [sys.executable, "-c", code, str(config)]
+        code = "import sys; from dspark_jax.cli.command import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "train", str(config)]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -10,16 +10,17 @@ import pytest
 from scipy import stats
 
 from dspark_jax.axes import init_params, make_mesh
+from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.programs import round_program
 from dspark_jax.engine.state import Request
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.heads import DraftBlock
-from dspark_jax.models.target import Vocab, declare_target, encode, unembed
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.targets.llama import declare_target, encode
+from dspark_jax.models.vocab import Vocab, unembed
 from pallas_kernels import random
 
 TARGET = TargetConfig(

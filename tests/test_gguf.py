@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from dspark_jax.checkpoints.gguf import load_gguf_target, open_gguf
+from dspark_jax.checkpoints.hf import load_hf_target
+from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import RopeConfig
-from dspark_jax.models.gguf import load_gguf_target, open_gguf
-from dspark_jax.models.hf import load_hf_target
-from dspark_jax.models.target import encode, unembed
-from dspark_jax.models.tensors import LoadError
+from dspark_jax.models.targets.llama import encode
+from dspark_jax.models.vocab import unembed
 
 GOLDEN = Path(__file__).parent / "data" / "hf_targets"
 ARCHITECTURES = {

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dspark_jax.checkpoints.hf import load_hf_target, target_config
+from dspark_jax.checkpoints.load import load_target
+from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import RopeConfig
-from dspark_jax.models.hf import load_hf_target, target_config
-from dspark_jax.models.load import load_target
-from dspark_jax.models.tensors import LoadError
 
 DATA = Path(__file__).parent / "data"
 CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")

@@ -5,8 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import calibrate
-from dspark_jax.engine.history import Drafted, History, advance, drafted_by, record
+from dspark_jax.engine.reader import drafted_by
+from dspark_jax.scheduler import temperatures
+from dspark_jax.scheduler.history import Drafted, History, advance, record
 
 GREEDY, SAMPLED = (True, (1.0, 1.0)), (False, (2.0, 0.5))
 
@@ -61,7 +62,7 @@ def test_rounds_without_drafts_leave_nothing_behind():
 
 @pytest.fixture
 def _quick(monkeypatch):
-    monkeypatch.setattr(calibrate, "ENOUGH", 8.0)
+    monkeypatch.setattr(temperatures, "ENOUGH", 8.0)
 
 
 def observed(recalibrates, accepted, rounds=20):

@@ -6,9 +6,10 @@ import numpy as np
 
 from dspark_jax.axes import init_params
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models.drafter import declare_drafter, inject
-from dspark_jax.models.layers import project_qkv, rms_norm, rope_table
-from dspark_jax.models.target import Vocab, embed
+from dspark_jax.models.drafters.dspark import declare_drafter, inject
+from dspark_jax.models.layers import project_qkv, rms_norm
+from dspark_jax.models.rope import rope_table
+from dspark_jax.models.vocab import Vocab, embed
 from dspark_jax.training.local_heads import constant_direction, start_with_local_heads
 
 CFG = DrafterConfig(

@@ -19,7 +19,8 @@ import pytest
 from flax import struct
 
 from dspark_jax import sampling
-from dspark_jax.decoding import schedule, verify
+from dspark_jax.engine import verify
+from dspark_jax.scheduler import schedule
 from pallas_kernels import random
 from pallas_kernels.accept_block import api, rule
 from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan

@@ -15,15 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dspark_jax import cli
+from dspark_jax.checkpoints import load
+from dspark_jax.checkpoints.conversations import read_answered, read_questions
+from dspark_jax.checkpoints.tokenizer import load_tokenizer
+from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prepare import Share, prepare
-from dspark_jax.models import load
-from dspark_jax.models.tokenizer import load_tokenizer
 from dspark_jax.training import data
-from dspark_jax.training.conversations import read_answered, read_questions
 from pallas_kernels import random as keys
 from tests.tiny_model import CONTEXT, write_target
 
@@ -311,7 +311,7 @@ def test_there_must_be_something_to_answer(tmp_path):
 
 @pytest.fixture
 def dspark(target, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
 
     def call(*words, models=("--target", target, "--drafter", "none")):
         try:
@@ -387,7 +387,7 @@ def test_killed_processes_lose_nothing(target, source, tmp_path):
     """kill -9 at random moments, again and again."""
 
     def start(out):
-        code = "import sys; from dspark_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from dspark_jax.cli.command import main; sys.exit(main(sys.argv[1:]))"
         words = ["prepare", source, "--out", out, "--target", target, "--temperature", "0.9"]
         command = [sys.executable, "-c", code, *map(str, words), "--batch", "1"]
         command += ["--max-new-tokens", "400"]

@@ -10,27 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax import cli
 from dspark_jax.axes import make_mesh
-from dspark_jax.engine import replays
+from dspark_jax.checkpoints.deepspec import bind_vocab
+from dspark_jax.cli import command as cli
+from dspark_jax.engine import timing
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
-from dspark_jax.engine.drift import WINDOW, Drift
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
-from dspark_jax.engine.plan import Shape, Sizes
-from dspark_jax.engine.profile import (
-    Profile,
-    make_profile,
-    read_profile,
-    setting_of,
-    write_profile,
-)
-from dspark_jax.engine.replays import measure_profile
+from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.state import Request
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import declare_target
+from dspark_jax.engine.timing import measure_profile
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.scheduler.drift import WINDOW, Drift
+from dspark_jax.scheduler.profile import Profile, make_profile, read_profile, write_profile
+from dspark_jax.scheduler.shape import Shape, Sizes
 from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
 
 SMALL, LARGE = Sizes(2, 64), Sizes(2, 128)
@@ -315,8 +310,8 @@ def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
         asked.append((config.slots, config.positions, config.policy, replays))
         return dataclasses.replace(example(), setting={**names, "device": "abacus"})
 
-    monkeypatch.setattr(replays, "measure_profile", measure)
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(timing, "measure_profile", measure)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     models = ["--target", str(write_target(tmp_path / "target"))]
     path = tmp_path / "profile.json"
     sizes = ["--slots", "3", "--positions", "50", "--replays", "4"]

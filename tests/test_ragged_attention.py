@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from dspark_jax.models.cache import empty_cache
-from dspark_jax.models.drafter import block_hidden, declare_drafter, slot_hidden
+from dspark_jax.models.drafters.dspark import block_hidden, declare_drafter, slot_hidden
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.target import declare_target
+from dspark_jax.models.targets.llama import declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.bench import library, library_arguments

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dspark_jax.models.cache import empty_cache
-from dspark_jax.models.drafter import declare_drafter, slot_hidden
+from dspark_jax.models.cache import Rows, empty_cache
+from dspark_jax.models.drafters.dspark import declare_drafter, slot_hidden
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.target import Rows, declare_target, extend
+from dspark_jax.models.targets.llama import declare_target, extend
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.cases import CASES, Case

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from dspark_jax import cli
-from dspark_jax.decoding.budget import RoundCosts
-from dspark_jax.engine.plan import Shape, Sizes
-from dspark_jax.engine.profile import make_profile, write_profile
-from dspark_jax.evaluation import costs, replay
+from dspark_jax.cli import command as cli
+from dspark_jax.evaluation import imagined, replay
 from dspark_jax.evaluation.rounds import RecordedRequest, read_record, record_line
+from dspark_jax.scheduler.budget import RoundCosts
+from dspark_jax.scheduler.profile import make_profile, write_profile
+from dspark_jax.scheduler.shape import Shape, Sizes
 
 SLOTS = 4
 DEVICES = {
-    "smooth": lambda number: costs.imagined_costs(1, number, SLOTS),
-    "staircase": lambda number: costs.imagined_costs(16, number, SLOTS),
+    "smooth": lambda number: imagined.imagined_costs(1, number, SLOTS),
+    "staircase": lambda number: imagined.imagined_costs(16, number, SLOTS),
     "draft costs as much as it can bring": lambda number: RoundCosts(
         (number * (1 + SLOTS),), (0.01,), 0.05, 0.01
     ),
@@ -137,7 +137,7 @@ def test_slots_go_on_with_the_next_request():
 
 
 def test_costs_of_imagined_devices():
-    smooth, stairs = (costs.imagined_costs(tile, 3, 4) for tile in (1, 8))
+    smooth, stairs = (imagined.imagined_costs(tile, 3, 4) for tile in (1, 8))
     assert smooth.buckets == tuple(range(4, 16))
     assert stairs.buckets == (8, 16)
     assert smooth.verify_s_K[-1] < stairs.verify_s_K[-1]

@@ -12,8 +12,9 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.inputs import Chunks, RoundConfig, RoundInput, Weights
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.state import StateConfig, make_state
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import Vocab, declare_target
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.vocab import Vocab
 from pallas_kernels import dispatch
 from tests import cuda_compile
 

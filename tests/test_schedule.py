@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import budget, schedule
-from dspark_jax.decoding.budget import DraftSwitch, RoundCosts
+from dspark_jax.scheduler import budget, schedule
+from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts
 
 B, G = 5, 4
 TOP = B * (G + 1)

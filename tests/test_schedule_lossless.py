@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import budget, schedule
-from dspark_jax.decoding.budget import DraftSwitch, RoundCosts
+from dspark_jax.scheduler import budget, schedule
+from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts
 from pallas_kernels import random
 from pallas_kernels.accept_block import xla
 from tests.test_lossless import (

@@ -17,11 +17,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dspark_jax.axes import make_mesh, param_shardings, partition
+from dspark_jax.checkpoints.conversations import read_answered
+from dspark_jax.checkpoints.load import load_target
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.models.load import load_target
-from dspark_jax.models.target import declare_target
+from dspark_jax.models.targets.llama import declare_target
 from dspark_jax.training import data, fit, run
-from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import TARGET, write_target
 
 # What the tiny target has too few of, and an odd number of.
@@ -193,7 +193,7 @@ def test_two_processes_of_four_devices(recipe, expected, tmp_path, cached):
         port = free.getsockname()[1]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     together = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
-    code = "import sys; from dspark_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from dspark_jax.cli.command import main; sys.exit(main(sys.argv[1:]))"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, "train", str(config), *together, str(process)],

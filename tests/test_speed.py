@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dspark_jax import cli
+from dspark_jax.cli import command as cli
 from dspark_jax.engine import generate as engine
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.inputs import RoundConfig
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 
 def test_bench_speed_reports_everything(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
     files = []
     for name, prompts in (("a", ("hello", "one", "left out")), ("b", ("two",))):
         files += ["--prompts", str(tmp_path / f"{name}.jsonl")]
@@ -129,7 +129,7 @@ def test_logits_that_are_not_finite_are_no_measurement():
 
 
 def test_a_prompt_that_does_not_fit_is_named(models):
-    from dspark_jax.models.load import load_target
+    from dspark_jax.checkpoints.load import load_target
 
     target = load_target(models[1])
     decoder = make_decoder((target.cfg, target.params), None, target.tokenizer)

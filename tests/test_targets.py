@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_jax.axes import map_params
+from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models import layers
-from dspark_jax.models.cache import empty_cache
-from dspark_jax.models.hf import load_hf_target
+from dspark_jax.models.cache import Rows, empty_cache
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.target import Rows, declare_target, encode, extend, unembed
+from dspark_jax.models.targets.llama import declare_target, encode, extend
+from dspark_jax.models.vocab import unembed
 
 GOLDEN = Path(__file__).parent / "data" / "hf_targets"
 CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")

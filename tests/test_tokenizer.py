@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from dspark_jax.models.tensors import LoadError
-from dspark_jax.models.tokenizer import (
-    TextStream,
-    chat_prompt_ids,
-    load_tokenizer,
-    stop_ids,
-    unused_token,
-)
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer, stop_ids, unused_token
+from dspark_jax.engine.text import TextStream
 
 QWEN = Path(__file__).parent / "data" / "tokenizer_qwen_plain"
 CONTROL = ["<|end|>", "<|user|>", "<|assistant|>", "<reserved_0>"]

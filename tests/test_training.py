@@ -11,13 +11,16 @@ import numpy as np
 import optax
 import pytest
 
+from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.config import TrainConfig
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import Vocab, declare_target, unembed
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import anchors, losses, step
+from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.run import draft_places
 from dspark_jax.training.step import Batch, Frozen, TrainState
+from dspark_jax.training.teacher import LAW_ELEMENTS, Teacher, laws_pay, make_teacher
 from pallas_kernels import chunks
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
@@ -189,7 +192,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
     )
     random = np.random.default_rng(0)
     shape = labels.label_BAG.shape
-    teacher = losses.Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
+    teacher = Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
     totals = losses.loss_totals(labels, keep_BA, None, 4.0)
 
     @jax.jit
@@ -233,7 +236,7 @@ def test_reduced_vocabulary_against_the_whole_one(frozen, monkeypatch, elements)
 
     @jax.jit
     def loss_of_outputs(outputs):
-        teacher = losses.make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
+        teacher = make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
         totals = losses.loss_totals(labels, keep_BA, t2d_V, 4.0)
         return losses.dspark_loss(headless, vocab, outputs, teacher, labels, keep_BA, totals, t2d_V)
 
@@ -307,12 +310,12 @@ def test_laws_computed_once_a_batch_change_nothing(
         RECIPE, updates_per_batch=6, sequences_per_update=micro_batches,
         micro_batches=micro_batches, tokens_per_batch=2 * LENGTH,
     )  # fmt: skip
-    optimizer = step.make_optimizer(recipe, 6)
-    monkeypatch.setattr(losses, "LAW_ROWS", 7)
+    optimizer = make_optimizer(recipe, 6)
+    monkeypatch.setattr("dspark_jax.training.teacher.LAW_ROWS", 7)
     found = []
-    for elements in (losses.LAW_ELEMENTS, 0):
-        monkeypatch.setattr(step, "LAW_ELEMENTS", elements)
-        assert step.laws_pay(cfg, recipe, batch) == bool(elements)
+    for elements in (LAW_ELEMENTS, 0):
+        monkeypatch.setattr("dspark_jax.training.teacher.LAW_ELEMENTS", elements)
+        assert laws_pay(cfg, recipe, batch.token_BS.size) == bool(elements)
         state = TrainState(jnp.int32(0), params, optimizer.init(params))
         train = partial(step.train_step, target_cfg=TARGET, cfg=cfg, recipe=recipe)
         found.append(jax.jit(partial(train, optimizer=optimizer))(state, frozen, batch))
@@ -342,7 +345,7 @@ def test_micro_batches_change_nothing(frozen, params, batch):
 
 
 def rates(recipe, total):
-    return np.asarray(step.learning_rate(recipe, total)(jnp.arange(200)))[:total]
+    return np.asarray(learning_rate(recipe, total)(jnp.arange(200)))[:total]
 
 
 def test_learning_rates_are_the_recorded_ones():
@@ -365,7 +368,7 @@ def test_learning_rate_rises_overshoots_and_ends_at_zero():
     np.testing.assert_allclose(rate[5:], closed, rtol=1e-4, atol=1e-9)
     assert 1e-3 < rate[5] < 1.005e-3
     assert rate[6] == pytest.approx(1e-3, rel=1e-6)
-    schedule = step.learning_rate(recipe, 50)
+    schedule = learning_rate(recipe, 50)
     assert float(schedule(50)) == pytest.approx(0, abs=1e-10)
     assert float(schedule(70)) == pytest.approx(0, abs=1e-10)  # never rises again
 
@@ -391,7 +394,7 @@ def test_optimiser_follows_the_recorded_weights(kind):
     recipe = dataclasses.replace(
         RECIPE, learning_rate=0.006, warmup_fraction=0.1, clip_norm=1e9 if bfloat16 else 1.0
     )
-    optimizer = step.make_optimizer(recipe, 30)
+    optimizer = make_optimizer(recipe, 30)
     params = {name: jnp.asarray(record[f"init/{name}"]) for name in names}
     state = optimizer.init(params)
 
@@ -420,7 +423,7 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
     count = 3
     batch, target = jax.tree.map(lambda x: x[:1], (batch, target))
     recipe = dataclasses.replace(RECIPE, updates_per_batch=count)
-    optimizer = step.make_optimizer(recipe, 4 * count)
+    optimizer = make_optimizer(recipe, 4 * count)
     state = TrainState(jnp.int32(5), params, jax.jit(optimizer.init)(params))
     static = {"target_cfg": TARGET, "cfg": DRAFTER}
     train = jax.jit(partial(step.train_step, recipe=recipe, optimizer=optimizer, **static))
@@ -453,7 +456,7 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
 def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(frozen, params, batch):
     """Too large a learning rate: the first update still has its numbers, the second has not."""
     recipe = dataclasses.replace(RECIPE, updates_per_batch=3, learning_rate=1e38, clip_norm=1e9)
-    optimizer = step.make_optimizer(recipe, 3)
+    optimizer = make_optimizer(recipe, 3)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     static = {"target_cfg": TARGET, "cfg": DRAFTER, "recipe": recipe, "optimizer": optimizer}
     _, metrics = jax.jit(partial(step.train_step, **static))(state, frozen, batch)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax.models import deepspec
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.tensors import write_params
+from dspark_jax.checkpoints import deepspec
+from dspark_jax.checkpoints.tensors import write_params
+from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.training import anchors, losses
+from dspark_jax.training.teacher import make_teacher
 from pallas_kernels import chunks
 
 DATA = Path(__file__).parent / "data"
@@ -50,7 +51,7 @@ class Case:
         self.feature_BSFD = feature.reshape(
             *self.token_BS.shape, len(self.cfg.target_layer_ids), -1
         )
-        self.teacher = losses.make_teacher(
+        self.teacher = make_teacher(
             self.vocab, jnp.asarray(self.batch["target_last_hidden_states"]), False
         )
         self.outputs = jax.jit(self._outputs)

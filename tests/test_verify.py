@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dspark_jax import sampling
-from dspark_jax.decoding import schedule, verify
+from dspark_jax.engine import verify
+from dspark_jax.scheduler import schedule
 from pallas_kernels import random
 from pallas_kernels.accept_block import rule, xla
 from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan, accept_block

@@ -11,11 +11,11 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dspark_jax.axes import map_params
+from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.deepspec import save_drafter
-from dspark_jax.models.drafter import declare_drafter
-from dspark_jax.models.target import declare_target
-from dspark_jax.models.tensors import write_params
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import declare_target
 
 PRINTABLE = sorted(set(string.printable) - set("\t\n\r\v\f"))
 CONTEXT = 512

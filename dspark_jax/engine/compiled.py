@@ -19,8 +19,7 @@ from tqdm import tqdm
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput
-from dspark_jax.engine.plan import HostPlan, Shape, Sizes, round_input
-from dspark_jax.engine.policy import Policy
+from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.programs import (
     BY_SLOT,
     EVERYWHERE,
@@ -39,6 +38,8 @@ from dspark_jax.engine.state import (
     slot_values,
     state_shardings,
 )
+from dspark_jax.scheduler.policy import Policy
+from dspark_jax.scheduler.shape import Shape, Sizes
 
 Executable = Callable[..., Any]
 
@@ -104,6 +105,10 @@ class Programs:
             return program, weights, self._state(shape.sizes), self._given(shape)
 
         return self._once(shape, build)
+
+    def ready(self, shape: Shape) -> bool:
+        """Whether the program of such rounds is compiled."""
+        return shape in self._ready
 
     def draft(self, sizes: Sizes, num_chunks: int) -> Executable:
         """``draft_ahead(weights, state, given, steps_per_s_T)``."""

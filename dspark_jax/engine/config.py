@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dspark_jax.engine.policy import Policy
+from dspark_jax.scheduler.policy import Policy
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 
@@ -41,7 +41,7 @@ class EngineConfig:
         min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
-            the calibration on (``calibrate.OnlineCalibration``).
+            the calibration on (``temperatures.OnlineCalibration``).
         kernels: the implementation of the operations of ``pallas_kernels``.
     """
 

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from dspark_jax.axes import param_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.state import StateConfig
-from dspark_jax.models.drafter import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.target import TargetParams, Vocab, by_columns, declare_target, lm_head
+from dspark_jax.models.targets.llama import TargetParams, declare_target
+from dspark_jax.models.vocab import Vocab, by_columns, lm_head
+from dspark_jax.scheduler.calibration import Calibration
 
 
 @dataclass(frozen=True)

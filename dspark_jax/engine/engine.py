@@ -12,49 +12,41 @@ import heapq
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from dspark_jax.decoding.budget import DraftSwitch, bucket_for, steps_per_s
-from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, fit, make_ladder
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.drift import Drift
-from dspark_jax.engine.history import Drafted, History, Kind, advance, drafted_by, record
-from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights, replace_weights
+from dspark_jax.engine.inputs import RoundInput, Weights, replace_weights
 from dspark_jax.engine.memory import check_sizes
-from dspark_jax.engine.plan import Admission, HostPlan, Move, Shape, Sizes
-from dspark_jax.engine.policy import make_policy
-from dspark_jax.engine.profile import Profile
+from dspark_jax.engine.plan import Admission, HostPlan, Move
 from dspark_jax.engine.programs import BY_SLOT, num_shards
-from dspark_jax.engine.reader import Reader
-from dspark_jax.engine.replays import profile_for
-from dspark_jax.engine.scheduler import Outlook, Seat, choose_rows
-from dspark_jax.engine.seats import Tenant, plan_chunks, plan_moves, room, spread
+from dspark_jax.engine.reader import Reader, drafted_by
+from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, Request, slot_values
 from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.timing import profile_of
+from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
+from dspark_jax.scheduler.calibration import confidence_temperatures
+from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
+from dspark_jax.scheduler.drift import Drift
+from dspark_jax.scheduler.history import Drafted, History, Kind, advance, record
+from dspark_jax.scheduler.policy import make_policy
+from dspark_jax.scheduler.profile import Profile
+from dspark_jax.scheduler.seconds import Seconds
+from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels.dispatch import require_kernels
 
 IN_FLIGHT = 2  # rounds that the host launches before it reads the first of them
+SHORTEST_WAIT_S = 1e-4  # below that the host found a round over
 SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A round that was launched and not read: who decodes in which slot, and who for the first
-    time."""
-
-    number: int
-    report: RoundReport
-    shape: Shape
-    steady: bool
-    members: tuple[tuple[Tenant, int, bool], ...]
 
 
 class Engine:
@@ -75,7 +67,7 @@ class Engine:
             decoder: weights, tokenizer and mesh.
             config: sizes and policy.
             profile: of the rounds, for policies that weigh their seconds, and of no use to others;
-                None compiles everything and measures a short one.
+                None learns the seconds from the rounds that are run.
 
         Raises:
             ValueError: the sizes do not fit the models, the mesh or the memory, the profile belongs
@@ -97,9 +89,11 @@ class Engine:
         self._calibration = decoder.calibration
         self._block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
         self._profile = self._drift = None
-        if self.policy.needs_seconds:
-            self._profile = profile_for(self._programs, self._weights, profile)
+        if self.policy.needs_seconds and profile is not None:
+            self._profile = profile_of(self._programs, profile)
             self._drift = Drift(self._profile)
+        self._seconds = Seconds()
+        self._waited = False
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
@@ -215,10 +209,14 @@ class Engine:
 
     def _read_oldest(self) -> None:
         """Take in the report of the oldest round in flight."""
-        done = self._in_flight.popleft()
+        done, began_s = self._in_flight.popleft(), time.perf_counter()
         report = jax.device_get(done.report)
+        # Of a round that was over before anybody looked, nobody knows how long it took.
+        waited, before = time.perf_counter() - began_s > SHORTEST_WAIT_S, self._waited
+        self._waited, steady = waited, done.steady and waited and before
+        self._seconds.read(done.number, done.shape, steady)
         if self._drift is not None:
-            self._drift.read(done.shape, done.steady)
+            self._drift.read(done.shape, steady)
         drafted: dict[int, Drafted] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.shape.num_draft + 1
@@ -267,7 +265,8 @@ class Engine:
         number, num_rows = next(self._numbers), 0
         if self.policy.num_draft:
             outlook = self._outlook(number, drafted, num_chunks)
-            self._switch, num_rows = choose_rows(self.policy, self._switch, outlook)
+            if outlook.costs is not None or not self.policy.needs_seconds:
+                self._switch, num_rows = choose_rows(self.policy, self._switch, outlook)
         return HostPlan(
             number,
             moves,
@@ -315,12 +314,19 @@ class Engine:
             for tenant in self._tenants
             if tenant.decoding
         ]
-        costs = None
-        if self._profile is not None:
-            costs = self._profile.costs(self._sizes, num_chunks, self._shards)
         rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
+        costs = None
+        if self.policy.needs_seconds:
+            costs = self._costs(number, num_chunks, self._shards)
         floor = self.config.min_tokens_per_s_user
         return Outlook(seats, rows, self._shards, costs, floor)
+
+    def _costs(self, number: int, num_chunks: int, num_shards: int) -> RoundCosts | None:
+        """Seconds of what round ``number`` may be; None while too little is known."""
+        if self._profile is not None:
+            return self._profile.costs(self._sizes, num_chunks, num_shards)
+        rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
+        return self._seconds.costs(number, self._sizes, rows, self.policy.num_draft, num_shards)
 
     # Launching.
 
@@ -339,20 +345,17 @@ class Engine:
             state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
         given, shape = programs.round_input(plan, self._temperature_BG()), plan.shape
         if self.policy.kind == "causal" and shape.num_draft:
-            shape, given = self._draft_ahead(state, given, shape)
+            shape, given = self._draft_ahead(plan.number, state, given, shape)
+        ready = programs.ready(shape)
+        if not ready:  # the rounds in flight will be over long before they are read
+            self._in_flight = deque(replace(done, steady=False) for done in self._in_flight)
         self._state, report = programs.round(shape)(self._weights, state, given)
         columns, members = shape.num_draft + 1, []
-        beginning = {
-            shard * plan.shape.sizes.slots + chunk.slot
-            for shard, part in enumerate(plan.chunks)
-            for chunk in part
-            if chunk.last
-        }
         for tenant in self._tenants:
             if tenant.decoding:
                 tenant.pending += columns
-                members.append((tenant, tenant.slot, tenant.slot in beginning))
-        steady = bool(self._in_flight) and not (plan.moves or plan.admissions)
+                members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
+        steady = ready and bool(self._in_flight) and not (plan.moves or plan.admissions)
         self._in_flight.append(InFlight(plan.number, report, shape, steady, tuple(members)))
 
     def _temperatures(self) -> dict[Kind, np.ndarray]:
@@ -371,13 +374,13 @@ class Engine:
         return temperature_BG
 
     def _draft_ahead(
-        self, state: DecodeState, given: RoundInput, shape: Shape
+        self, number: int, state: DecodeState, given: RoundInput, shape: Shape
     ) -> tuple[Shape, RoundInput]:
         """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
         where the host waits for the device."""
-        assert self._profile is not None
         size, chunks = shape.sizes, shape.num_chunks
-        costs = self._profile.costs(size, chunks)
+        costs = self._costs(number, chunks, num_shards=1)
+        assert costs is not None
         steps_per_s_T = self._programs.put(steps_per_s(costs))
         draft = self._programs.draft(size, chunks)
         block, wanted_D = draft(self._weights, state, given, steps_per_s_T)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.engine.calibration import confidence_temperatures
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
-from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
 from dspark_jax.engine.state import DecodeState, Request, make_state
+from dspark_jax.scheduler.calibration import confidence_temperatures
+from dspark_jax.scheduler.policy import make_policy
 from pallas_kernels.dispatch import Implementation, require_kernels
 
 PREFILL_ROWS = 128

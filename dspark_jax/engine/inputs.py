@@ -9,9 +9,10 @@ import jax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.heads import DraftBlock
-from dspark_jax.models.target import TargetParams, Vocab
+from dspark_jax.models.drafters.dspark import DrafterParams
+from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.targets.llama import TargetParams
+from dspark_jax.models.vocab import Vocab
 from pallas_kernels.dispatch import Implementation
 
 

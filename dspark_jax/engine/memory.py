@@ -9,9 +9,9 @@ import jax
 
 from dspark_jax.engine.config import EngineConfig, Ladder, make_ladder
 from dspark_jax.engine.decoder import Decoder, state_config
-from dspark_jax.engine.policy import make_policy
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.state import make_state
+from dspark_jax.scheduler.policy import make_policy
 
 LOGIT_COPIES = 3  # logits, and two numbers for each that XLA may write down on the way
 

@@ -10,14 +10,7 @@ import numpy as np
 
 from dspark_jax.engine.inputs import Chunks, RoundInput
 from dspark_jax.engine.state import Request
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a state: slots of a data shard, and positions of a slot."""
-
-    slots: int
-    positions: int
+from dspark_jax.scheduler.shape import Shape, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,23 +52,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Which program runs a round; all sizes are those of a data shard.
-
-    Attributes:
-        sizes: of the state.
-        num_draft: most drafts that a request verifies; 0 for a round without a draft.
-        num_rows: anchors and verified drafts.
-        num_chunks: pieces of prompts; 0 for none.
-    """
-
-    sizes: Sizes
-    num_draft: int
-    num_rows: int
-    num_chunks: int
-
-
-@dataclass(frozen=True)
 class HostPlan:
     """Everything that the host decides about one round.
 
@@ -94,6 +70,16 @@ class HostPlan:
     occupied: frozenset[int]
     chunks: tuple[tuple[Chunk, ...], ...]
     shape: Shape
+
+    @property
+    def beginning(self) -> frozenset[int]:
+        """Slots whose request begins to decode, over all data shards."""
+        return frozenset(
+            shard * self.shape.sizes.slots + chunk.slot
+            for shard, part in enumerate(self.chunks)
+            for chunk in part
+            if chunk.last
+        )
 
 
 def round_input(plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:

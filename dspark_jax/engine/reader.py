@@ -9,7 +9,8 @@ import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.state import Request
-from dspark_jax.models.tokenizer import TextStream
+from dspark_jax.engine.text import TextStream
+from dspark_jax.scheduler.history import Drafted, Kind, decided_drafts
 
 
 @dataclass
@@ -138,3 +139,11 @@ class Reader:
         shown, self._held = self._held, ""
         self.result.text += shown
         return shown
+
+
+def drafted_by(kind: Kind, report: RoundReport, slot: int) -> Drafted:
+    """The draft of a slot, from the report of a round that drafted."""
+    reported = report.count_B, report.accepted_B, report.verified_B
+    count, accepted, verified = (int(value_B[slot]) for value_B in reported)
+    decided = decided_drafts(count, accepted, verified)
+    return Drafted(kind, report.confidence_logit_BG[slot], accepted, decided)

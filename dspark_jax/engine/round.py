@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dspark_jax import sampling
-from dspark_jax.decoding import schedule, verify
-from dspark_jax.decoding.calibrate import calibrated_confidence
+from dspark_jax.engine import verify
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.models.drafter import slot_hidden
-from dspark_jax.models.heads import DraftBlock, sample_block
+from dspark_jax.models.drafters.dspark import slot_hidden
+from dspark_jax.models.drafters.heads import DraftBlock, sample_block
+from dspark_jax.scheduler import schedule
+from dspark_jax.scheduler.temperatures import calibrated_confidence
 from pallas_kernels import random
 from pallas_kernels.accept_block.api import (
     Acceptance,
@@ -217,7 +218,7 @@ def rank(
     """Survival of the drafts that the policy wants, float32 [B, K] for K = ``cfg.num_draft``; 0 for
     all others.
 
-    Lossless by the conditions of ``decoding/schedule.py``: it never rises along a block, and a
+    Lossless by the conditions of ``scheduler/schedule.py``: it never rises along a block, and a
     threshold or gate stops at the first slot that it does not want.
 
     Args:

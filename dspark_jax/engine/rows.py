@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.models.drafter import extend_context
-from dspark_jax.models.target import Rows, extend, unembed
+from dspark_jax.models.cache import Rows
+from dspark_jax.models.drafters.dspark import extend_context
+from dspark_jax.models.targets.llama import extend
+from dspark_jax.models.vocab import unembed
 from pallas_kernels.accept_block.rule import VerifyPlan
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_jax.engine.history import Kind
-from dspark_jax.engine.plan import Chunk, Move, Sizes
+from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.engine.plan import Chunk, Move
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.stream import Stream
+from dspark_jax.scheduler.history import Kind
+from dspark_jax.scheduler.shape import Shape, Sizes
 
 
 @dataclass(eq=False)
@@ -37,6 +39,18 @@ class Tenant:
     pending: int = 0
     read: int = 0
     decoding: bool = False
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A round that was launched and not read: who decodes in which slot, and who for the first
+    time."""
+
+    number: int
+    report: RoundReport
+    shape: Shape
+    steady: bool
+    members: tuple[tuple[Tenant, int, bool], ...]
 
 
 def spread(

@@ -7,15 +7,18 @@ resemble each other, so that texts are never split.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.decoding.calibrate import fit_temperatures, predicted_survival
-from dspark_jax.decoding.reliability import confidence_report
-from dspark_jax.engine.calibration import Calibration, CalibrationTable
+from dspark_jax.checkpoints.default import default_drafter_path
 from dspark_jax.evaluation.rounds import RecordedRequest
+from dspark_jax.scheduler.calibration import FILE_NAME, Calibration, CalibrationTable
+from dspark_jax.scheduler.reliability import confidence_report
+from dspark_jax.scheduler.temperatures import fit_temperatures, predicted_survival
 
 
 def fit_calibration(
@@ -119,3 +122,21 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def path_beside(drafter: str) -> Path:
+    """The file beside a drafter.
+
+    Args:
+        drafter: ``"default"``, or a directory.
+
+    Raises:
+        ValueError: it is no directory, or one that cannot be written.
+    """
+    directory = default_drafter_path() if drafter == "default" else Path(drafter)
+    if directory is None or not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise ValueError(
+            f"drafter {drafter} is no directory that can be written: say where the tables go, with "
+            "--out FILE.json"
+        )
+    return directory / FILE_NAME

@@ -1,6 +1,6 @@
 """Whether drafts pay on this machine: predicted from costs and a sample, then checked by a run.
 
-Seconds of rounds are measured (``engine/replays.py``), confidences and accepted drafts sampled by
+Seconds of rounds are measured (``engine/timing.py``), confidences and accepted drafts sampled by
 verifying whole blocks of the prompts below. Policies are then replayed over the sample at each
 concurrency, with the engine's own scheduler: tokens a second follow without running anything. The
 check runs the engine in turns with and without drafts, over the same stretches of the same texts;
@@ -21,22 +21,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from dspark_jax.decoding.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
-from dspark_jax.engine.calibration import Calibration
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.plan import Shape, Sizes
-from dspark_jax.engine.profile import device_name
-from dspark_jax.engine.replays import measure_profiles
-from dspark_jax.engine.scheduler import DELAY
+from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.timing import measure_profiles
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.replay import replay_record, survivals
 from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request, serve_requests
 from dspark_jax.evaluation.speed import make_requests
 from dspark_jax.evaluation.steps import plain_decoder
+from dspark_jax.scheduler.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
+from dspark_jax.scheduler.calibration import Calibration
+from dspark_jax.scheduler.choice import DELAY
+from dspark_jax.scheduler.shape import Shape, Sizes
 
 # Of our own writing, the domains in turns: math, code, chat.
 PROMPTS = (

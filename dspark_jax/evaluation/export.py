@@ -19,19 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.checkpoints.deepspec import bind_vocab, save_drafter
+from dspark_jax.checkpoints.default import HUB_ID
+from dspark_jax.checkpoints.load import Target, load_target, read_drafter
+from dspark_jax.checkpoints.speculators import save_speculators
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.deepspec import bind_vocab, save_drafter
-from dspark_jax.models.default import HUB_ID
-from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.full_vocabulary import with_full_vocabulary
-from dspark_jax.models.load import Target, load_target, read_drafter
-from dspark_jax.models.speculators import save_speculators
-from dspark_jax.models.target import TargetParams, Vocab, encode
-from dspark_jax.models.tokenizer import chat_prompt_ids
+from dspark_jax.models.drafters.dspark import DrafterParams
+from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
+from dspark_jax.models.targets.llama import TargetParams, encode
+from dspark_jax.models.vocab import Vocab
 from dspark_jax.training.anchors import block_labels, sample_anchors
 from dspark_jax.training.data import TokenSequence, make_batch
-from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals, make_teacher
+from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.step import Batch
+from dspark_jax.training.teacher import make_teacher
 
 logger = logging.getLogger(__name__)
 

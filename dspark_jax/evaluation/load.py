@@ -28,14 +28,15 @@ from dspark_jax.engine.compiled import forget_programs
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.policy import make_policy
-from dspark_jax.engine.profile import Profile, device_name
 from dspark_jax.engine.programs import num_shards
-from dspark_jax.engine.replays import measure_profile
+from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.timing import measure_profile
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import make_requests
+from dspark_jax.scheduler.policy import make_policy
+from dspark_jax.scheduler.profile import Profile
 from pallas_kernels.dispatch import Implementation
 
 logger = logging.getLogger(__name__)

@@ -28,13 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoint import write_atomically
+from dspark_jax.checkpoints.conversations import Conversation, Turn
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
 from dspark_jax.evaluation.speed import Decode, fill_up
-from dspark_jax.models.tokenizer import chat_prompt_ids
-from dspark_jax.training.conversations import Conversation, Turn
 from pallas_kernels import random
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def prepare(
     Args:
         decode: ``generate`` with decoder and options filled in.
         decoder: whose tokenizer and context length are used.
-        conversations: of :func:`~dspark_jax.training.conversations.read_questions`, all of them.
+        conversations: of :func:`~dspark_jax.checkpoints.conversations.read_questions`, all of them.
         limits: all of a request but prompt and key.
         out: the JSON-lines file of answered conversations; ``id`` is the place in the input.
         recipe: what the answers depend on besides ``limits`` and ``seed``, as JSON values; it lies

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.training.conversations import json_lines
+from dspark_jax.checkpoints.conversations import json_lines
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.decoding import schedule
-from dspark_jax.decoding.budget import (
+from dspark_jax.evaluation.rounds import RecordedRequest
+from dspark_jax.scheduler import schedule
+from dspark_jax.scheduler.budget import (
     DraftSwitch,
     RoundCosts,
     best_bucket,
@@ -32,9 +33,8 @@ from dspark_jax.decoding.budget import (
     choose_bucket,
     steps_per_s,
 )
-from dspark_jax.decoding.calibrate import predicted_survival
-from dspark_jax.engine.calibration import Calibration, confidence_temperatures
-from dspark_jax.evaluation.rounds import RecordedRequest
+from dspark_jax.scheduler.calibration import Calibration, confidence_temperatures
+from dspark_jax.scheduler.temperatures import predicted_survival
 
 LOSSY = ("oracle", "argmax", "delayed:0")  # the draft of a slot has a say in whether it is verified
 UNTRIED = DraftSwitch()

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.engine.calibration import ACCEPTANCES
+from dspark_jax.checkpoints.conversations import json_lines
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.history import decided_drafts
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import make_requests
-from dspark_jax.training.conversations import json_lines
+from dspark_jax.scheduler.calibration import ACCEPTANCES
+from dspark_jax.scheduler.history import decided_drafts
 
 # Of a line in a record: axes, and the kinds of numpy's dtypes.
 NUMBERS = {

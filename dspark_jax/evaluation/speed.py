@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.generate import PREFILL_ROWS, generate, round_config
 from dspark_jax.engine.inputs import RoundConfig
-from dspark_jax.engine.profile import device_name
 from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.steps import plain_decoder, step_seconds
-from dspark_jax.models.tokenizer import chat_prompt_ids
 from pallas_kernels import random
 from pallas_kernels.dispatch import Implementation
 

@@ -21,14 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.decoding import verify
+from dspark_jax.engine import verify
 from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
 from dspark_jax.engine.generate import POSITION_STEP
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, Weights
 from dspark_jax.engine.round import accept, decode_round, draft
 from dspark_jax.engine.rows import flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState, Request, make_state
-from dspark_jax.models.heads import DraftBlock
+from dspark_jax.models.drafters.heads import DraftBlock
 
 REPLAYS, WARM_REPLAYS = 30, 3
 

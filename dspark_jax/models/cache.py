@@ -18,6 +18,21 @@ from dspark_jax.config import TransformerConfig
 
 
 @struct.dataclass
+class Rows:
+    """A flat ragged batch of tokens, prefill and verification alike.
+
+    Attributes:
+        token_T: int32 token ids.
+        slot_T: int32 slots; B marks a padding row.
+        position_T: int32 positions in the slot's sequence; one slot's are contiguous.
+    """
+
+    token_T: jax.Array
+    slot_T: jax.Array
+    position_T: jax.Array
+
+
+@struct.dataclass
 class KVCache:
     """Keys and values of all layers.
 

@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.sparse import linalg
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models.drafter import DrafterParams
+from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.training.data import TokenSequence
 
 PRIOR_STRENGTH = 20.0

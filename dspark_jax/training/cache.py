@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.models.tensors import LoadError, read_json
+from dspark_jax.checkpoints.tensors import LoadError, read_json
 
 MANIFEST, INDEX = "manifest.json", "samples.idx"
 BFLOAT16 = np.dtype(jnp.bfloat16)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.checkpoints.chat import encode_conversation, find_chat_format, needs_format
+from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.config import TrainConfig
 from dspark_jax.training.cache import CachedSample
-from dspark_jax.training.chat import encode_conversation, find_chat_format, needs_format
-from dspark_jax.training.conversations import Conversation
 from dspark_jax.training.step import Batch
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def tokenize(
     """Conversations as sequences, cut at ``max_length``.
 
     Args:
-        conversations: of :func:`~dspark_jax.training.conversations.read_answered`.
+        conversations: of :func:`~dspark_jax.checkpoints.conversations.read_answered`.
         tokenizer: the target's.
         end_id: the token that ends an answer.
         recipe: limits.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dspark_jax.axes import gather, place
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.target import TargetParams, encode
+from dspark_jax.models.targets.llama import TargetParams, encode
 from dspark_jax.training import data
 from dspark_jax.training.cache import (
     BFLOAT16,

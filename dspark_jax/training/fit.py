@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints, write_atomically
+from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.config import TrainConfig
-from dspark_jax.models.deepspec import save_drafter
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
+from dspark_jax.training.optimizer import learning_rate
 from dspark_jax.training.records import (
     MetricsLog,
     check_finite,
@@ -33,7 +34,7 @@ from dspark_jax.training.records import (
     recipe_record,
 )
 from dspark_jax.training.run import Run, check_kernels, open_source, start_run
-from dspark_jax.training.step import Batch, TrainState, learning_rate
+from dspark_jax.training.step import Batch, TrainState
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models.drafter import DrafterParams
-from dspark_jax.models.layers import rms_norm, rope_frequencies
-from dspark_jax.models.target import Vocab, embed
+from dspark_jax.models.drafters.dspark import DrafterParams
+from dspark_jax.models.layers import rms_norm
+from dspark_jax.models.rope import rope_frequencies
+from dspark_jax.models.vocab import Vocab, embed
 
 # Frequency pairs that carry the position, the fastest ones: they tell neighbours apart.
 PAIRS = 6

@@ -17,24 +17,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import gather, init_params, make_mesh, place
+from dspark_jax.checkpoints.conversations import Conversation, read_answered
+from dspark_jax.checkpoints.deepspec import bind_vocab
+from dspark_jax.checkpoints.load import Target, open_target, read_drafter
+from dspark_jax.checkpoints.tokenizer import unused_token
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
-from dspark_jax.models.deepspec import bind_vocab
-from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.load import Target, open_target, read_drafter
-from dspark_jax.models.target import Vocab, encode
-from dspark_jax.models.tokenizer import unused_token
+from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.targets.llama import encode
+from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
 from dspark_jax.training.cache import MANIFEST, CacheReader
-from dspark_jax.training.conversations import Conversation, read_answered
 from dspark_jax.training.features import cache_spec, cached_sequences
 from dspark_jax.training.local_heads import start_with_local_heads
+from dspark_jax.training.optimizer import make_optimizer
 from dspark_jax.training.step import (
     Frozen,
     TrainState,
     evaluation_step,
     make_layout,
-    make_optimizer,
     step_shardings,
     train_step,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import abstract_params, param_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafter import DrafterParams, declare_drafter
-from dspark_jax.models.target import TargetParams, Vocab, declare_target, encode
+from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.targets.llama import TargetParams, declare_target, encode
+from dspark_jax.models.vocab import Vocab
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
-from dspark_jax.training.losses import (
-    LAW_ELEMENTS,
-    LossTotals,
-    Teacher,
-    draft_blocks,
-    dspark_loss,
-    loss_totals,
-    make_teacher,
-    spell_out,
-)
-from pallas_kernels.devices import free_axes
+from dspark_jax.training.losses import LossTotals, draft_blocks, dspark_loss, loss_totals
+from dspark_jax.training.teacher import Teacher, laws_pay, make_teacher, spell_out
 
 
 @struct.dataclass
@@ -142,34 +133,6 @@ def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Lay
     stored = param_shardings(declare_target(target_cfg).layers, mesh)
     target = frozen.target.replace(layers=stored)  # type: ignore[attr-defined]
     return Layout(params, frozen.replace(target=target), layer)  # type: ignore[attr-defined]
-
-
-def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine to 0, with the reference's constants.
-
-    With W = int(warmup_fraction * total) and T = total - W, step i < W has lr (i + 1) / W, and
-    step i >= W has lr (1 + cos(pi t / T)) / (1 + cos(pi / T)), t = i - W: slightly above lr right
-    after the warm-up (spec section 10).
-    """
-    warmup = int(recipe.warmup_fraction * total_steps)
-    decay = max(total_steps - warmup, 1)
-    scale = 1.0 + math.cos(math.pi / decay)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        ramp = (count + 1) / max(warmup, 1)
-        cosine = 1.0 + jnp.cos(jnp.pi * jnp.minimum(count - warmup, decay) / decay)
-        factor = jnp.where(count < warmup, ramp, cosine / scale if scale > 0 else 1.0)
-        return recipe.learning_rate * factor
-
-    return schedule
-
-
-def make_optimizer(recipe: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(learning_rate(recipe, total_steps), weight_decay=recipe.weight_decay),
-    )
 
 
 def anchors_of(recipe: TrainConfig, length: int) -> int:
@@ -308,14 +271,6 @@ def target_outputs(
     return feature_BSFD, make_teacher(frozen.target.vocab, hidden_BSD, reduced)
 
 
-def laws_pay(cfg: DrafterConfig, recipe: TrainConfig, batch: Batch) -> bool:
-    """Whether the target's laws of a batch are computed once for all updates: where there are
-    several, memory bears it, and no mesh splits the sequences."""
-    numbers = batch.token_BS.size * (cfg.draft_vocab_size or cfg.vocab_size)
-    devices = math.prod(free_axes().values())
-    return recipe.updates_per_batch > 1 and devices == 1 and numbers <= LAW_ELEMENTS
-
-
 def train_step(
     state: TrainState,
     frozen: Frozen,
@@ -344,7 +299,7 @@ def train_step(
     if layout is not None:
         frozen = jax.lax.with_sharding_constraint(frozen, layout.frozen)
     law_TU = None
-    if laws_pay(cfg, recipe, batch):
+    if laws_pay(cfg, recipe, batch.token_BS.size):
         feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout)
         teacher, law_TU = spell_out(
             frozen.target.vocab, frozen.vocab, hidden_BSD, batch.loss_mask_BS

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from dspark_jax.checkpoints.load import ReadWeights, Target, open_target
 from dspark_jax.config import DrafterConfig, TrainConfig
-from dspark_jax.models.load import ReadWeights, Target, open_target
 from dspark_jax.training import data
 from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete

@@ -1,0 +1,1 @@
+"""What lies on disk and what it becomes here: models, drafters, tokenizers, conversations."""

@@ -1,0 +1,182 @@
+"""Conversations as token ids with a loss mask, by the target's own chat template.
+
+The whole conversation is rendered and tokenised at once. What the target wrote lies between two
+strings that the template puts around every answer; they are found by rendering a conversation
+whose contents are known, so that no family of models is written down here. As in the reference
+(spec section 10), the string that ends an answer is supervised, and so is a thinking block that
+the template puts in front of it; the string that opens an answer is not.
+
+An answer whose own token ids are known is not rendered: they follow the rendered prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.checkpoints.conversations import Conversation, Turn
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+
+# Contents that no template contains or changes.
+PROBE: tuple[Turn, ...] = (
+    {"role": "user", "content": "firstquestion"},
+    {"role": "assistant", "content": "firstanswer"},
+    {"role": "user", "content": "secondquestion"},
+    {"role": "assistant", "content": "secondanswer"},
+)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a template writes around an answer.
+
+    Attributes:
+        header: opens an answer, for instance ``"<|im_start|>assistant\\n"``.
+        end: ends it, for instance ``"<|im_end|>\\n"``.
+    """
+
+    header: str
+    end: str
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """First character, and the one behind the last, of every answer with its end."""
+        pattern = f"{re.escape(self.header)}(.*?{re.escape(self.end)})"
+        return (match.span(1) for match in re.finditer(pattern, text, re.DOTALL))
+
+
+def render(tokenizer: Any, turns: Sequence[Turn], *, open_answer: bool = False) -> str:
+    """The text of a conversation; ``open_answer`` adds what the target's next answer follows.
+
+    transformers runs the template, a program that came with the model, in a sandbox.
+
+    Raises:
+        LoadError: there is no template, or it refuses the turns.
+    """
+    if not tokenizer.chat_template:
+        raise LoadError("the target has no chat template: give every answer's response_ids")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=open_answer, tokenize=False
+        )
+    except Exception as error:  # a template raises whatever it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise LoadError(f"the chat template refuses the conversation: {reason}") from None
+    return str(text)
+
+
+def find_chat_format(tokenizer: Any) -> ChatFormat:
+    """What the target's template writes around an answer.
+
+    Raises:
+        LoadError: there is no template, or its answers cannot be told from the rest.
+    """
+    question, answer = PROBE[0]["content"], PROBE[1]["content"]
+    asked = render(tokenizer, PROBE[:1])
+    once, twice = render(tokenizer, PROBE[:2]), render(tokenizer, PROBE)
+    texts = render(tokenizer, PROBE[:1], open_answer=True), once, twice
+    # What follows the question whoever goes on, the target or the file: a thinking block that
+    # only one of them opens with belongs to the answer.
+    columns = zip(*(text.removeprefix(asked) for text in texts), strict=False)
+    header = "".join(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
+    if not header:  # the end of a question is all that opens an answer
+        header = asked.partition(question)[2]
+    chat = ChatFormat(header, once.rpartition(answer)[2])
+    found = [twice[first:last] for first, last in chat.spans(twice)] if header and chat.end else []
+    wanted = [turn["content"] + chat.end for turn in PROBE[1::2]]
+    understood = twice.count(header) == len(found) == len(wanted)
+    if not understood or not all(map(str.endswith, found, wanted)):
+        raise LoadError(
+            "the target's chat template does not set off answers in a way that is understood "
+            f"(opened by {chat.header!r}, ended by {chat.end!r}): give conversations with one "
+            "answer each, and its response_ids"
+        )
+    return chat
+
+
+def tokens_of(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A rendered text as ids int32 [S], and the character that each token begins with, int64 [S].
+
+    Raises:
+        LoadError: the tokenizer cannot tell where its tokens lie in the text.
+    """
+    if not tokenizer.is_fast:
+        raise LoadError(
+            "the target's tokenizer cannot tell where its tokens lie in a text: give it as a "
+            "tokenizer.json, or give conversations with one answer each, and its response_ids"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start_S = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
+    return np.array(encoded["input_ids"], np.int32), start_S
+
+
+def answer_mask(text: str, start_S: np.ndarray, chat: ChatFormat) -> np.ndarray:
+    """bool [S]: which tokens of a rendered text begin inside an answer."""
+    mask_S = np.zeros(len(start_S), bool)
+    for first, last in chat.spans(text):
+        mask_S[np.searchsorted(start_S, first) : np.searchsorted(start_S, last)] = True
+    return mask_S
+
+
+def needs_format(conversation: Conversation) -> bool:
+    """Whether the answers must be found in the text: not where there is one, with its ids."""
+    earlier = [turn["role"] for turn in conversation.turns[:-1]]
+    return conversation.response_ids is None or "assistant" in earlier
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat | None, end_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation as ids and loss mask.
+
+    Args:
+        conversation: with at least one answer.
+        tokenizer: the target's.
+        chat: what surrounds an answer; None where :func:`needs_format` says no.
+        end_id: the token that ends an answer whose own ids are known.
+
+    Returns:
+        token_S int32 and loss_mask_S bool.
+
+    Raises:
+        ValueError: the template refuses the conversation, or an id is no token of the target.
+    """
+    if conversation.response_ids is None:
+        assert chat is not None
+        return _encode_text(conversation, tokenizer, chat)
+    *prompt, _ = conversation.turns
+    if chat is None or not needs_format(conversation):
+        token_S = np.array(chat_prompt_ids(tokenizer, prompt), np.int32)
+        mask_S = np.zeros(len(token_S), bool)
+    else:
+        text = render(tokenizer, prompt, open_answer=True)
+        token_S, start_S = tokens_of(text, tokenizer)
+        mask_S = answer_mask(text, start_S, chat)
+    ids, count = list(conversation.response_ids), len(tokenizer)
+    if ids and not 0 <= min(ids) <= max(ids) < count:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(
+            f'{bad} in "response_ids" is no token of the target, whose ids are '
+            f"0..{count - 1}: were these the answers of another model?"
+        )
+    if conversation.finished:
+        ids.append(end_id)
+    answer_S = np.array(ids, np.int32)
+    return np.append(token_S, answer_S), np.append(mask_S, np.ones(len(answer_S), bool))
+
+
+def _encode_text(
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation of which only the text is known; an answer that was cut has no end."""
+    text = render(tokenizer, conversation.turns)
+    token_S, start_S = tokens_of(text, tokenizer)
+    mask_S, kept = answer_mask(text, start_S, chat), len(token_S)
+    if conversation.turns[-1]["role"] == "assistant" and not conversation.finished:
+        kept = int(np.searchsorted(start_S, len(text.removesuffix(chat.end))))
+    return token_S[:kept], mask_S[:kept]

@@ -1,0 +1,262 @@
+"""GGUF files of Llama, Qwen2 and Qwen3 targets.
+
+The tensors are dequantised to float32 and given their Hugging Face names; from there on they take
+the same way as a safetensors checkpoint. Two things are special to GGUF: the q and k rows of Llama
+files are permuted for interleaved RoPE, which is undone here, and Llama-3 RoPE scaling is stored
+as a tensor of divisors, which is turned back into its four parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import gguf
+import numpy as np
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.hf import EMBEDDING, FAMILIES, HEAD
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params
+from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.models.rope import rope_frequencies
+from dspark_jax.models.targets.llama import TargetParams, declare_target
+
+ROPE_FACTORS = "rope_freqs.weight"
+GLOBAL_NAMES = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
+BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
+
+
+class _Bytes:
+    """The bytes of a file; a slice that reaches past the end is an error, not shorter.
+
+    Being no ``np.memmap``, it also makes the reader, which slices once for every string of the
+    vocabulary, three times faster.
+    """
+
+    def __init__(self, mapped: np.ndarray) -> None:
+        self._array = mapped.view(np.ndarray)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if part.stop > self._array.size:
+            raise IndexError("it ends in the middle of its contents")
+        return self._array[part]
+
+
+class GgufFile(gguf.GGUFReader):
+    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping."""
+
+    @property
+    def data(self) -> Any:
+        """The bytes of the file, as the reader slices them."""
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = _Bytes(mapped)
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """A metadata value.
+
+        Args:
+            key: its key.
+            kind: the type that it must have; an integer will do for a float.
+            default: what a missing key gives; None is a default, too.
+
+        Raises:
+            LoadError: the value is of another type, or broken.
+        """
+        found = self.fields.get(key)
+        if found is None:
+            return default
+        try:
+            value = found.contents()
+        except BROKEN as error:
+            raise LoadError(f"metadata {key} is broken ({error})") from None
+        if kind is float and isinstance(value, int):
+            return float(value)
+        if not isinstance(value, kind):
+            raise LoadError(f"metadata {key} is not of type {kind.__name__}")
+        return value
+
+
+def open_gguf(path: str | Path) -> GgufFile:
+    """Read a GGUF file's metadata and tensor table; the tensors stay mapped.
+
+    Raises:
+        LoadError: there is no such file, or it is broken, truncated, or one part of several.
+    """
+    if not Path(path).is_file():
+        raise LoadError(f"{path}: no such file; name an existing GGUF file")
+    try:
+        with np.errstate(over="raise"):
+            file = GgufFile(path)
+        parts = file.value("split.count", int, 1)
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror or error}") from None
+    except BROKEN as error:
+        raise LoadError(f"{path}: broken or truncated GGUF file ({error})") from None
+    if parts > 1:
+        raise LoadError(f"{path}: one of {parts} parts; merge them into one GGUF file first")
+    return file
+
+
+def load_gguf_target(
+    path: str | Path, dtype: Any, mesh: Mesh | None = None, *, file: GgufFile | None = None
+) -> tuple[TargetConfig, TargetParams]:
+    """A target out of a GGUF file.
+
+    Args:
+        path: the file.
+        dtype: dtype of the parameters; dequantisation itself is in float32.
+        mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
+        file: the same file where it is open already.
+
+    Raises:
+        LoadError: the file is broken or its model is not supported.
+    """
+    file = open_gguf(path) if file is None else file
+    cfg = gguf_config(file, path)
+    try:
+        return cfg, read_params(declare_target(cfg), _tensors(file, cfg, str(path)), dtype, mesh)
+    except LoadError:
+        raise
+    except BROKEN as error:
+        raise LoadError(f"{path}: broken tensors ({error})") from None
+
+
+def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
+    """The target's configuration out of the metadata.
+
+    Raises:
+        LoadError: an architecture or a RoPE scaling that is not supported, or a missing key.
+    """
+    try:
+        return _config(file)
+    except BROKEN as error:
+        raise LoadError(f"{path}: {error}") from None
+
+
+def _config(file: GgufFile) -> TargetConfig:
+    family = file.value("general.architecture", str)
+    if family not in FAMILIES:
+        raise LoadError(
+            f"general.architecture {family!r} is not supported: use a model of "
+            f"{', '.join(FAMILIES)}"
+        )
+
+    def get(key: str, default: int | float | None = None, kind: type = int) -> Any:
+        value = file.value(f"{family}.{key}", kind, default)
+        if value is None:
+            raise LoadError(f"metadata {family}.{key} is missing")
+        return value
+
+    for key in ("expert_count", "attention.sliding_window"):
+        if get(key, 0):
+            raise LoadError(f"{family}.{key} is {get(key)}: such models are not supported")
+    shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
+    heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // max(heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if get(key, head_dim) != head_dim:
+            raise LoadError(
+                f"{family}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
+            )
+    return TargetConfig(
+        vocab_size=shapes.get("token_embd.weight", (0,))[0],
+        hidden_size=width,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon", kind=float),
+        rope=_rope(file, family, head_dim),
+        max_positions=get("context_length"),
+        qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        qkv_bias="blk.0.attn_q.bias" in shapes,
+        out_bias="blk.0.attn_output.bias" in shapes,
+        family=family,
+        tied="output.weight" not in shapes,
+    )
+
+
+def _rope(file: GgufFile, family: str, head_dim: int) -> RopeConfig:
+    """RoPE parameters; Llama-3 scaling is recognised by the divisors that it leaves."""
+    theta = file.value(f"{family}.rope.freq_base", float, 10000.0)
+    kind = file.value(f"{family}.rope.scaling.type", str, "none")
+    if kind != "none" or file.value(f"{family}.rope.scale_linear", float, 1.0) != 1.0:
+        raise LoadError(f"{family}.rope.scaling of type {kind!r} is not supported")
+    if not theta > 0:
+        raise LoadError(f"{family}.rope.freq_base is {theta}: it must be positive")
+    plain = RopeConfig(theta=theta)
+    divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
+    if not divisors:
+        return plain
+    wanted = gguf.dequantize(divisors[0].data, divisors[0].tensor_type).reshape(-1)
+    frequency = rope_frequencies(plain, head_dim)
+    # Every Llama-3 model has the band 1..4; the original context is a power of two.
+    for positions in (2**power for power in range(4, 21)):
+        rope = RopeConfig(theta, float(wanted.max()), 1.0, 4.0, positions)
+        if wanted.shape == frequency.shape and np.allclose(
+            frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
+        ):
+            return rope
+    raise LoadError(f"tensor {ROPE_FACTORS} is not a Llama-3 scaling: it is not supported")
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """Shape with the slowest axis first, as everywhere but in GGUF."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
+    """The file's tensors under their Hugging Face names, dequantised when read."""
+    by_name = {
+        _hf_name(tensor.name): tensor for tensor in file.tensors if tensor.name != ROPE_FACTORS
+    }
+
+    def read(name: str) -> np.ndarray:
+        tensor = by_name[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
+        if cfg.family == "llama" and ".q_proj." in name:
+            return _halves(values, cfg.num_heads)
+        if cfg.family == "llama" and ".k_proj." in name:
+            return _halves(values, cfg.num_kv_heads)
+        return values
+
+    return Tensors(origin, {name: _shape(tensor) for name, tensor in by_name.items()}, read)
+
+
+def _hf_name(name: str) -> str:
+    """A GGUF tensor name as Hugging Face calls it; unknown names stay and are left over."""
+    if name in GLOBAL_NAMES:
+        return GLOBAL_NAMES[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in LAYER_NAMES:
+        return name
+    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+
+
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of every head from interleaved pairs back to two halves, rotated against each other."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return cast(np.ndarray, pairs.swapaxes(1, 2).reshape(rows.shape))

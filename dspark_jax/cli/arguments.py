@@ -1,0 +1,372 @@
+"""The arguments of the ``dspark`` command, and what can be said against them at a glance.
+
+Imports nothing that takes time: ``--help`` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from dspark_jax.scheduler.policy import check_name
+
+# What the packaged drafter does best with; other drafters verify the whole block.
+DEFAULT_POLICY = "gate:0.25"
+LOADS = "1,2,4,8,16,32,64"
+LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
+EXAMPLES = """
+examples:
+  dspark generate "Why is the sky blue?"
+  dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
+  dspark bench speed --prompts prompts.jsonl --limit 8
+  dspark doctor --concurrency 1,8,32
+  dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
+  dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
+  dspark cache estimate configs/smollm2_135m_dspark.py
+  dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
+  dspark export --format speculators --out exported
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"dspark: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def make_parser(version: str) -> argparse.ArgumentParser:
+    """The parser; ``command`` of its result is the words of the command, e.g. ``bench speed``."""
+    parser = _Parser(
+        prog="dspark",
+        description="Speculative decoding with DSpark drafters: generate, measure, train.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dspark {version}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
+    bench = _add_command(commands, "bench", "measure speed and acceptance")
+    measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
+    _add_speed(measurements, "plain against speculative decoding of the same prompts")
+    _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
+    _add_load(measurements, "policies against each other, with more and more requests at once")
+    _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
+    _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
+    _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
+    _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
+    _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
+    _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
+    _add_cache(commands)
+    _add_export(commands, "write a drafter in a layout that other programs read")
+    _add_convert(commands, "write a drafter of another program in the layout of this one")
+    return parser
+
+
+def _policy(text: str) -> str:
+    """The name of a policy."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    """An argument that counts something, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    """Several of them, with commas between."""
+    return [_count(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    """Several names, with commas between."""
+    return text.split(",")
+
+
+def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    return command
+
+
+def _add_generate(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "generate", summary)
+    command.set_defaults(command="generate")
+    add = command.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the user's message; - or nothing reads stdin")
+    add(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='one JSON object a line with "prompt", or "turns" of which the first is used',
+    )
+    _add_models(command)
+    _add_decoding(command)
+    _add_filters(command)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+    add("--batch", type=_count, default=1, metavar="N", help="prompts decoded together, unstreamed")
+    add("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def _add_speed(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "speed", summary)
+    command.set_defaults(command="bench speed")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
+    _add_models(command)
+    _add_decoding(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_acceptance(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "acceptance", summary)
+    command.set_defaults(command="bench acceptance")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add(
+        "--temperature",
+        type=float,
+        action="append",
+        metavar="F",
+        help="may be repeated (default: 0 and 1)",
+    )
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    _add_models(command)
+    _add_rule(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_load(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "load", summary)
+    command.set_defaults(command="bench load")
+    add = command.add_argument
+    _add_prompt_files(command)
+    add("--concurrency", type=_counts, default=LOADS, metavar="N,N,...", help="clients that each "
+        "have one request under way (default: %(default)s)")  # fmt: skip
+    add("--policies", type=_names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
+        "length beyond the block is the whole block (default: %(default)s)")  # fmt: skip
+    add("--requests", type=_count, default=2, metavar="N", dest="requests_per_client",
+        help="of each client, on average (default %(default)s)")  # fmt: skip
+    add("--repeats", type=_count, default=5, metavar="N", help="default %(default)s")
+    add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
+    _add_models(command)
+    _add_limits(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_doctor(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "doctor", summary)
+    command.set_defaults(command="doctor")
+    add = command.add_argument
+    add("--concurrency", type=_counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
+        "once; default 1,8,32")  # fmt: skip
+    add("--max-new-tokens", type=_count, default=48, metavar="N", help="of each text; default 48")
+    _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_profile(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "profile", summary)
+    command.set_defaults(command="profile")
+    add = command.add_argument
+    add("--out", metavar="FILE.json", help="where the profile goes, for engines on this machine")
+    add("--slots", type=_count, default=8, metavar="N", help="of the engine; default %(default)s")
+    add("--positions", type=_count, default=1024, metavar="N", help="default %(default)s")
+    add("--replays", type=_count, default=20, metavar="N", help="default %(default)s")
+    _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_calibrate(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "calibrate", summary)
+    command.set_defaults(command="calibrate")
+    add = command.add_argument
+    rounds = command.add_mutually_exclusive_group(required=True)
+    rounds.add_argument("--prompts", action="append", metavar="FILE.jsonl", help="to decode, as "
+        "for generate; may be repeated")  # fmt: skip
+    rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
+        help="rounds that were recorded before; may be repeated")  # fmt: skip
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    add("--temperature", type=float, action="append", metavar="F", help="may be repeated, a table "
+        "each (default: 0 and 1)")  # fmt: skip
+    add("--acceptance", choices=("rejection", "coupled"), action="append",
+        help="may be repeated, tables each (default: rejection)")  # fmt: skip
+    add("--max-new-tokens", type=_count, default=128, metavar="N", help="default %(default)s")
+    add("--batch", type=_count, default=16, metavar="N", help="decoded together; default 16")
+    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
+        "directory, where the engine looks for it)")  # fmt: skip
+    add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and --from, and to go "
+        "on after an interruption")  # fmt: skip
+    add("--plot", metavar="FILE.png", help="accepted against predicted, by position")
+    _add_models(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_replay(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "replay", summary)
+    command.set_defaults(command="replay")
+    add = command.add_argument
+    add("record", metavar="RECORD", help="of dspark calibrate --record")
+    add("--concurrency", type=_counts, default="1,4,16,64", metavar="N,N,...", help="requests "
+        "decoded together (default %(default)s)")  # fmt: skip
+    costs = command.add_mutually_exclusive_group()
+    costs.add_argument("--profile", metavar="FILE.json", help="costs of dspark profile")
+    costs.add_argument("--costs", choices=("staircase", "smooth"), default="staircase",
+        help="of an imagined device (default %(default)s)")  # fmt: skip
+    add("--calibration", metavar="FILE.json", help="of dspark calibrate")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_prepare(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "prepare", summary)
+    command.set_defaults(command="prepare")
+    add = command.add_argument
+    add(
+        "input",
+        metavar="INPUT.jsonl",
+        help='one JSON object a line with "prompt", "turns", "conversations" or "messages"; '
+        "answers in it are dropped",
+    )
+    add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
+    add("--limit", type=_count, metavar="N", help="use the first N lines")
+    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
+    add("--processes", type=_count, default=1, metavar="N", help="into which the work is split")
+    add("--process", type=int, default=0, metavar="I", help="the share of this one, from 0")
+    _add_models(command)
+    _add_decoding(command)
+    _add_filters(command)
+    command.set_defaults(max_new_tokens=512)
+
+
+def _add_train(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "train", summary)
+    command.set_defaults(command="train")
+    add = command.add_argument
+    add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as Slurm or Kubernetes starts them",
+    )
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
+    add("--processes", type=_count, metavar="N", help="how many there are, with --coordinator")
+    add("--process", type=int, metavar="I", help="which one this is, from 0, with --coordinator")
+
+
+def _add_cache(commands: Any) -> None:
+    cache = _add_command(commands, "cache", "target features on disk, for training")
+    verbs = cache.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb, summary in (
+        ("estimate", "print how many bytes a cache takes, and write nothing"),
+        ("write", "run the target over the data of a configuration, or go on with it"),
+    ):
+        command = _add_command(verbs, verb, summary)
+        command.set_defaults(command=f"cache {verb}")
+        add = command.add_argument
+        add("config", metavar="CONFIG.py", help="as for train")
+        add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
+    add("--out", required=True, metavar="DIR", help="where the cache goes")
+    add("--processes", type=_count, default=1, metavar="N", help="that write at once, each a part")
+    add("--process", type=int, default=0, metavar="I", help="which of them this one is, from 0")
+    check = _add_command(verbs, "check", "read all of a cache and say what it holds")
+    check.set_defaults(command="cache check")
+    check.add_argument("directory", metavar="DIR")
+
+
+def _add_export(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "export", summary)
+    command.set_defaults(command="export")
+    add = command.add_argument
+    add("--format", choices=("deepspec", "speculators"), required=True, help="of the reference "
+        "implementation, with embedding and head, or of vllm-project/speculators")  # fmt: skip
+    add("--full-vocabulary", action="store_true", help="draft over the target's whole vocabulary")
+    _add_output(command)
+    _add_models(command)
+
+
+def _add_convert(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "convert", summary)
+    command.set_defaults(command="convert")
+    add = command.add_argument
+    add("source", metavar="DRAFTER", help="directory or hub id, DeepSpec's layout or speculators'")
+    _add_output(command)
+    _add_target(command)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
+
+
+def _add_prompt_files(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
+        help="as for generate; may be repeated")  # fmt: skip
+    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    _add_target(command)
+    command.add_argument(
+        "--drafter",
+        help="directory or hub id, or none (default: the packaged one for the default target, "
+        "none for another)",
+    )
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--target",
+        default="default",
+        help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--policy",
+        type=_policy,
+        help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
+        "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
+        f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
+    )
+    _add_limits(command)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
+    )
+    _add_rule(command)
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add(
+        "--acceptance",
+        choices=("rejection", "coupled"),
+        default="rejection",
+        help="lossless rule for drafts; the text under coupled is the same with any drafter",
+    )
+    add("--kernels", choices=("xla", "mosaic_gpu"), default="xla", help="default %(default)s; "
+        "mosaic_gpu is for NVIDIA GPUs from Hopper on")  # fmt: skip
+
+
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")

@@ -1,0 +1,332 @@
+"""The ``dspark`` command: one function a subcommand, jax and the models loaded when needed.
+
+Exit codes: 0 success; 1 numbers that are not finite; 2 wrong input, said in one line on stderr;
+130 interrupted; 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dspark_jax
+from dspark_jax.cli import training
+from dspark_jax.cli.arguments import make_parser
+from dspark_jax.cli.given import (
+    drafter_of,
+    limits_of,
+    load_models,
+    policy_of,
+    prompts_of,
+    use_compilation_cache,
+)
+from dspark_jax.evaluation.prompts import read_prompt_sets
+
+if TYPE_CHECKING:
+    from dspark_jax.engine.reader import Generation
+
+
+UNCOMPILED = ("replay", "cache estimate", "cache check")  # commands that run no model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (wrong usage and ``--help`` raise SystemExit)."""
+    args = make_parser(dspark_jax.__version__).parse_args(argv)
+    run = {
+        "generate": generate,
+        "bench speed": bench_speed,
+        "bench load": bench_load,
+        "profile": profile,
+        "doctor": doctor,
+        "calibrate": calibrate,
+        "replay": replay,
+        "bench acceptance": bench_acceptance,
+        "prepare": prepare,
+        "train": training.train,
+        "cache estimate": training.cache_estimate,
+        "cache write": training.cache_write,
+        "cache check": training.cache_check,
+        "export": export,
+        "convert": convert,
+    }[args.command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
+    logging.basicConfig(format="dspark: %(message)s", level=logging.ERROR)
+    logging.getLogger("dspark_jax").setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if args.command not in UNCOMPILED:
+                use_compilation_cache()
+            code = run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            return 141
+        except KeyboardInterrupt as stop:
+            return _fail(130, str(stop) or "interrupted")
+        except FloatingPointError as error:
+            return _fail(1, str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(2, f"{where}{error.strerror or error}")
+        except (ValueError, OverflowError) as error:
+            return _fail(2, str(error))
+    return code
+
+
+def _fail(code: int, message: str) -> int:
+    """Say in one line what is wrong."""
+    print(f"dspark: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Let the interpreter's own flush at exit succeed where the reader of stdout has gone."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue one prompt or a file of prompts."""
+    prompts = prompts_of(args)
+    limits = limits_of(args)
+    decoder, stop_ids, _ = load_models(args)
+    from dspark_jax.engine import generate as engine
+    from dspark_jax.evaluation.results import result_row, summary
+    from dspark_jax.evaluation.speed import Decode, make_requests, warm_up
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    requests = make_requests(prompts, decoder, limits, args.seed)
+    options = {"acceptance": args.acceptance, "policy": policy_of(args), "kernels": args.kernels}
+    decode: Decode = partial(engine.generate, decoder, **options)
+    streams = args.batch == 1 and not args.json
+    done: list[Generation] = []
+    total_s = 0.0
+    for start in range(0, len(requests), args.batch):
+        batch = requests[start : start + args.batch]
+        warm_up(decode, batch)
+        began = time.perf_counter()
+        results = decode(batch, on_text=_show if streams else None)
+        seconds = time.perf_counter() - began
+        total_s += seconds
+        for result in results:
+            done.append(result)
+            if args.json:
+                print(json.dumps(result_row(result, seconds)), flush=True)
+            else:
+                last = len(done) == len(requests)
+                print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
+    if not args.json:
+        print(summary(done, total_s), file=sys.stderr)
+    if any(result.finish_reason == "error" for result in done):
+        raise FloatingPointError("the target's logits are not finite: a text ends too early")
+    return 0
+
+
+def _show(_: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def bench_speed(args: argparse.Namespace) -> int:
+    """Measure decoding with drafts against plain decoding."""
+    if drafter_of(args) == "none":
+        raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
+    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
+    decoder, stop_ids, names = load_models(args)
+    from dspark_jax.evaluation import speed
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    options = {name: getattr(args, name) for name in ("seed", "repeats", "acceptance", "kernels")}
+    report = speed.bench_speed(decoder, sets, limits, **options, policy=policy_of(args)) | names
+    print(json.dumps(report) if args.json else speed.format_report(report))
+    return 0
+
+
+def bench_acceptance(args: argparse.Namespace) -> int:
+    """Measure how many drafts the target keeps."""
+    if drafter_of(args) == "none":
+        raise ValueError("bench acceptance measures a drafter: give --drafter")
+    sets = read_prompt_sets(args.prompts, args.limit)
+    temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
+    limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
+    decoder, stop_ids, names = load_models(args)
+    from dspark_jax.evaluation import acceptance
+
+    report = names | acceptance.bench_acceptance(
+        decoder,
+        sets,
+        dataclasses.replace(limits[0], stop_ids=stop_ids),
+        temperatures,
+        seed=args.seed,
+        batch=args.batch,
+        acceptance=args.acceptance,
+        kernels=args.kernels,
+    )
+    print(json.dumps(report) if args.json else acceptance.format_report(report))
+    return 0
+
+
+def bench_load(args: argparse.Namespace) -> int:
+    """Measure policies under load."""
+    if drafter_of(args) == "none":
+        raise ValueError("bench load compares policies of drafting: give --drafter")
+    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
+    decoder, stop_ids, names = load_models(args)
+    from dspark_jax.evaluation import load, pictures
+    from dspark_jax.training.curves import write_picture
+
+    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client")
+    options = {name: getattr(args, name) for name in (*given, "acceptance", "kernels")}
+    report = load.bench_load(decoder, sets, limits, **options) | names
+    if args.plot is not None:
+        write_picture(pictures.draw_load(report), Path(args.plot))
+    print(json.dumps(report) if args.json else load.format_load(report))
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure what the rounds of an engine cost here."""
+    decoder, _, names = load_models(args)
+    from dspark_jax.engine import config, timing
+    from dspark_jax.scheduler import profile as costs
+
+    sizes = config.EngineConfig(slots=args.slots, positions=args.positions)
+    found = timing.measure_profile(decoder, sizes, args.replays, names)
+    if args.out is not None:
+        costs.write_profile(Path(args.out), found)
+    print(json.dumps(costs.profile_json(found)) if args.json else costs.format_profile(found))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say whether drafts pay on this machine."""
+    decoder, _, names = load_models(args)
+    from dspark_jax.evaluation.doctor import diagnose, format_report
+
+    report = diagnose(decoder, args.concurrency, args.max_new_tokens) | names
+    print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Fit the temperatures of a drafter's confidences."""
+    from dspark_jax.evaluation import confidence, pictures, rounds
+    from dspark_jax.evaluation.confidence import path_beside
+    from dspark_jax.scheduler.calibration import write_calibration
+    from dspark_jax.training.curves import write_picture
+    from dspark_jax.training.records import sha256
+
+    out = path_beside(drafter_of(args)) if args.out is None else Path(args.out)
+    requests = [request for path in args.records for request in rounds.read_record(path)]
+    if not args.records:
+        sets = read_prompt_sets(args.prompts, args.limit)
+        temperatures = tuple(args.temperature or (0.0, 1.0))
+        acceptances = tuple(args.acceptance or ("rejection",))
+        limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
+        decoder, stop_ids, names = load_models(args)
+        record = partial(
+            rounds.record_rounds,
+            decoder,
+            sets,
+            dataclasses.replace(limits[0], stop_ids=stop_ids),
+            acceptances,
+            temperatures,
+            seed=args.seed,
+            slots=args.batch,
+        )
+        if args.record is None:
+            requests = [request for _, request in record()]
+        else:
+            recipe = names | {"prompts_sha256": [sha256(Path(path)) for path in args.prompts]}
+            for name in ("dtype", "limit", "max_new_tokens", "seed"):
+                recipe[name] = getattr(args, name)
+            recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
+            rounds.write_record(Path(args.record), recipe, record)
+            requests = rounds.read_record(args.record)
+    tables, report = confidence.fit_calibration(requests)
+    write_calibration(out, tables)
+    report["out"] = str(out)
+    if args.plot is not None:
+        write_picture(pictures.draw_reliability(report), Path(args.plot))
+    print(json.dumps(report) if args.json else confidence.format_calibration(report))
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Compare policies on recorded rounds."""
+    from dspark_jax.evaluation import imagined
+    from dspark_jax.evaluation import replay as policies
+    from dspark_jax.evaluation.rounds import read_record
+    from dspark_jax.scheduler.calibration import read_calibration
+    from dspark_jax.scheduler.profile import read_profile
+
+    requests = read_record(args.record)
+    costs = partial(imagined.imagined_costs, imagined.TILES[args.costs])
+    if args.profile is not None:
+        costs = partial(imagined.profile_costs, read_profile(Path(args.profile)))
+    calibration, block_size = None, requests[0].logit_NG.shape[1]
+    if args.calibration is not None:
+        calibration = read_calibration(Path(args.calibration), block_size)
+    rows = policies.replay_record(requests, args.concurrency, costs, calibration)
+    print(json.dumps({"rows": rows}) if args.json else policies.format_replay(rows))
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Have the target answer a file of prompts or conversations."""
+    from dspark_jax.checkpoints.conversations import read_questions
+    from dspark_jax.engine.generate import generate as decode
+    from dspark_jax.evaluation import prepare as data
+    from dspark_jax.training.records import sha256
+
+    limits, share = limits_of(args), data.Share(args.process, args.processes)
+    conversations = read_questions(args.input, args.limit)
+    decoder, stop_ids, names = load_models(args)
+    options = {"acceptance": args.acceptance, "policy": policy_of(args), "kernels": args.kernels}
+    path = data.prepare(
+        partial(decode, decoder, **options),
+        decoder,
+        conversations,
+        dataclasses.replace(limits, stop_ids=stop_ids),
+        Path(args.out),
+        {"target": names["target"], "dtype": args.dtype, "input_sha256": sha256(Path(args.input))},
+        seed=args.seed,
+        batch=args.batch,
+        share=share,
+    )
+    print(path)
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a drafter in a layout that other programs read."""
+    if drafter_of(args) == "none":
+        raise ValueError("export writes a drafter: give --drafter")
+    return _write_drafter(args, drafter_of(args), args.format, full_vocabulary=args.full_vocabulary)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a drafter in the layout of this package."""
+    return _write_drafter(args, args.source, "dspark")
+
+
+def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:
+    """Write a drafter's checkpoint and say where it lies."""
+    from dspark_jax.evaluation.export import write_drafter
+
+    print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
+    return 0

@@ -1,1 +1,0 @@
-"""The decisions of a decoding round: arrays in, arrays out; knows no model."""

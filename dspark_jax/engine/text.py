@@ -1,0 +1,43 @@
+"""Text out of tokens that arrive one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TextStream:
+    """Text of a token stream, given out as soon as its characters are complete.
+
+    A token may end in the middle of a UTF-8 character; that text waits for the rest. The pieces
+    add up to what decoding all tokens at once would give.
+    """
+
+    tokenizer: Any
+    _ids: list[int] = field(default_factory=list)
+    _shown: int = 0  # tokens whose text has been given out
+    _context: int = 0  # where decoding starts: some decoders treat the first token differently
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these further tokens complete."""
+        self._ids.extend(ids)
+        text = self._pending()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """Whatever is left, complete or not."""
+        text = self._pending()
+        self._context = self._shown = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        known = self._decode(self._ids[self._context : self._shown])
+        return self._decode(self._ids[self._context :])[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,223 @@
+"""The DSpark drafter's backbone: KV injection and bidirectional blocks (spec section 2).
+
+The target's features are projected once to ``c_j``, and every draft layer turns them into keys and
+values with the same projections that serve its block: the context. A block is the anchor followed
+by mask tokens; its slots see the context strictly before the anchor, and each other in both
+directions. The same functions serve training (A anchors a sequence) and decoding (A = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dspark_jax.axes import MESH_RULES, declare
+from dspark_jax.config import DrafterConfig
+from dspark_jax.models import cache as kv
+from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
+from dspark_jax.models.layers import (
+    Layer,
+    declare_layers,
+    finish_layer,
+    loop_layers,
+    matmul,
+    project_kv,
+    project_qkv,
+    rms_norm,
+)
+from dspark_jax.models.rope import rope_table
+from dspark_jax.models.vocab import Vocab, embed
+from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
+from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.groups import group_runs
+
+# What a training step keeps of a layer for the backward pass: results of matrix products. All
+# else, several times as large, is cheap to compute again.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED),
+)
+
+
+@struct.dataclass
+class DrafterParams:
+    """Trainable weights of a drafter; embedding and LM head are the target's (``Vocab``).
+
+    Attributes:
+        fc_FED: projection of the concatenated features; hidden_norm_D follows it.
+        layers: blocks, stacked on L or a tuple.
+        norm_D: final norm.
+        head: ``MarkovHead`` or None.
+        confidence: ``ConfidenceHead`` or None.
+    """
+
+    fc_FED: Any
+    hidden_norm_D: Any
+    layers: Any
+    norm_D: Any
+    head: Any
+    confidence: Any
+
+
+def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
+    """Declaration of every trainable parameter under its name in the reference layout."""
+    sizes = cfg.sizes | {"E": cfg.hidden_size}
+    return DrafterParams(
+        fc_FED=declare("FED", sizes, "fc.weight", out="D"),
+        hidden_norm_D=declare("D", sizes, "hidden_norm.weight", init="ones"),
+        layers=declare_layers(cfg, "layers"),
+        norm_D=declare("D", sizes, "norm.weight", init="ones"),
+        head=declare_markov_head(cfg),
+        confidence=declare_confidence_head(cfg),
+    )
+
+
+def inject(
+    drafter: DrafterParams, feature_XFD: jax.Array, position_X: jax.Array, cfg: DrafterConfig
+) -> tuple[Any, Any]:
+    """Keys and values of the context for every draft layer.
+
+    Args:
+        drafter: weights.
+        feature_XFD: features of the chosen target layers.
+        position_X: int32 positions of these tokens.
+        cfg: sizes.
+
+    Returns:
+        k and v, [L, X, K, H] each, or tuples of L arrays where the layers are unstacked.
+    """
+    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FED.dtype)
+    context_XD = matmul(flat_XI, drafter.fc_FED.reshape(flat_XI.shape[-1], -1))
+    context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
+    table = rope_table(position_X, cfg)
+    if isinstance(drafter.layers, tuple):
+        pairs = [project_kv(layer, context_XD, table, cfg) for layer in drafter.layers]
+        k, v = zip(*pairs, strict=True)
+        return k, v
+    return jax.vmap(lambda layer: project_kv(layer, context_XD, table, cfg))(drafter.layers)
+
+
+def extend_context(
+    drafter: DrafterParams,
+    context: kv.KVCache,
+    feature_TFD: jax.Array,
+    slot_T: jax.Array,
+    position_T: jax.Array,
+    cfg: DrafterConfig,
+) -> kv.KVCache:
+    """The context cache with T positions injected at (slot, position); padding is dropped."""
+    k, v = inject(drafter, feature_TFD, position_T, cfg)
+    for layer in range(cfg.num_layers):
+        context = kv.write(context, layer, slot_T, position_T, k[layer], v[layer])
+    return context
+
+
+def block_hidden(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_BA: jax.Array,
+    position_BA: jax.Array,
+    context: kv.KVCache,
+    cfg: DrafterConfig,
+    keep_BA: jax.Array | None = None,
+    *,
+    kernels: str = "xla",
+) -> jax.Array:
+    """Backbone states of the blocks behind the given anchors.
+
+    Args:
+        drafter: weights.
+        vocab: the drafter's vocabulary (embeddings).
+        anchor_BA: int32 anchor tokens.
+        position_BA: int32 positions of the anchors; context positions before them are visible.
+        context: valid at least before each anchor.
+        cfg: sizes.
+        keep_BA: False marks a dummy block: mask tokens only, attending to nothing.
+        kernels: the implementation of ``anchor_attention``.
+
+    Returns:
+        hidden_BAGD after the final norm.
+    """
+    if keep_BA is None:
+        keep_BA = jnp.ones(anchor_BA.shape, bool)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
+        (heads_axis,) = MESH_RULES["K"]
+        return anchor_attention(
+            q,
+            *kv.read(context, layer),
+            (k, v),
+            position_BA,
+            keep_BA,
+            sequences_axes=MESH_RULES["B"],
+            heads_axis=heads_axis,
+            implementation=kernels,
+        )
+
+    return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)
+
+
+def slot_hidden(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_B: jax.Array,
+    position_B: jax.Array,
+    context: kv.KVCache,
+    cfg: DrafterConfig,
+    *,
+    kernels: str = "xla",
+) -> jax.Array:
+    """:func:`block_hidden` where a slot has one anchor: the block behind it, hidden_BGD.
+
+    Args:
+        drafter, vocab, context, cfg: as for :func:`block_hidden`.
+        anchor_B: int32 anchor tokens.
+        position_B: int32 their positions.
+        kernels: the implementation of ``ragged_attention``.
+    """
+    groups = group_runs(None, anchor_B.shape[0], cfg.block_size)
+    limit_T = jnp.repeat(position_B, cfg.block_size)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
+        own = k[:, 0], v[:, 0]
+        q_TNH = q.reshape(-1, *q.shape[-2:])
+        inputs = kv.attention_inputs(context, layer)
+        out_TNH = ragged_attention(
+            q_TNH, groups=groups, limit_T=limit_T, own=own, implementation=kernels, **inputs
+        )
+        return out_TNH.reshape(q.shape)
+
+    anchor_BA, position_BA = anchor_B[:, None], position_B[:, None]
+    keep_BA = jnp.ones(anchor_BA.shape, bool)
+    return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)[:, 0]
+
+
+def _backbone(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    anchor_BA: jax.Array,
+    position_BA: jax.Array,
+    keep_BA: jax.Array,
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array],
+    cfg: DrafterConfig,
+) -> jax.Array:
+    """hidden_BAGD with ``attend(q_BAGNH, k_BAGKH, v_BAGKH, layer)`` as the blocks' attention."""
+    slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
+    first_BAG = (slot_G == 0) & keep_BA[..., None]
+    token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
+    table = rope_table(position_BA[..., None] + slot_G, cfg)
+    x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FED.dtype)
+
+    def block(x_BAGD: jax.Array, layer: Layer, index: Any) -> jax.Array:
+        h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
+        q, k, v = project_qkv(layer, h_BAGD, table, cfg)
+        return finish_layer(layer, x_BAGD, attend(q, k, v, index), cfg)
+
+    if not isinstance(drafter.layers, tuple):  # the form that is trained
+        block = jax.checkpoint(block, policy=KEEP_PRODUCTS, prevent_cse=False)
+    x_BAGD = loop_layers(block, x_BAGD, drafter.layers)
+    return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)

@@ -1,0 +1,1 @@
+"""Target models, one module a family."""

@@ -1,0 +1,119 @@
+"""What an engine has learnt from past rounds, and may use: nothing newer than two rounds.
+
+Condition (e) of a lossless schedule (``schedule.py``) is kept here: rounds are taken in by
+their number, when they are `DELAY` old, and not when their reports arrive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.scheduler.choice import DELAY
+from dspark_jax.scheduler.temperatures import OnlineCalibration, observe, start_online
+
+# Whose outcomes say something about each other's confidences: requests that are greedy or not, and
+# that start from the same temperatures.
+Kind = tuple[bool, tuple[float, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Drafted:
+    """A request's draft in a round, and what became of it.
+
+    Attributes:
+        kind: of the request.
+        logit_G: float32 confidence logits.
+        accepted: drafts accepted.
+        decided: drafts that the target was asked about, an accepted stop token the last of them.
+    """
+
+    kind: Kind
+    logit_G: np.ndarray
+    accepted: int
+    decided: int
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Past rounds. Requests go by their generation, which no other request ever has.
+
+    Attributes:
+        recalibrates: whether temperatures follow what is observed.
+        waiting: numbers and drafts of rounds that are too new to be used.
+        logits: the newest confidences of each request that may be used.
+        fresh: requests whose confidences are those of `DELAY` rounds ago.
+        online: what is known about the temperatures of each kind.
+    """
+
+    recalibrates: bool = False
+    waiting: tuple[tuple[int, Mapping[int, Drafted]], ...] = ()
+    logits: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    fresh: frozenset[int] = frozenset()
+    online: Mapping[Kind, OnlineCalibration] = dataclasses.field(default_factory=dict)
+
+    def temperature_G(self, kind: Kind) -> np.ndarray:
+        """float32 [G]: of the confidences of such requests."""
+        known = self.online.get(kind)
+        return np.array(kind[1] if known is None else known.temperature_G, np.float32)
+
+
+def decided_drafts(count: int, accepted: int, verified: int) -> int:
+    """How many of the verified drafts the target was asked about.
+
+    Where no token of the target's own was committed, an accepted draft was the stop token, and
+    the last one looked at.
+    """
+    return accepted if count == accepted else verified
+
+
+def record(history: History, number: int, drafted: Mapping[int, Drafted]) -> History:
+    """Keeps what a round brought until it is old enough; one without drafts brings nothing."""
+    if not drafted:
+        return history
+    return dataclasses.replace(history, waiting=(*history.waiting, (number, drafted)))
+
+
+def advance(history: History, number: int, present: Collection[int]) -> History:
+    """What round ``number`` may know.
+
+    Args:
+        history: as returned for the round before, with the reports since.
+        number: of the round that is planned.
+        present: requests that the engine serves; the confidences of others are forgotten.
+    """
+    usable = [entry for entry in history.waiting if entry[0] <= number - DELAY]
+    logits, online = dict(history.logits), dict(history.online)
+    fresh: frozenset[int] = frozenset()
+    for seen, drafted in usable:
+        logits |= {request: draft.logit_G for request, draft in drafted.items()}
+        if seen == number - DELAY:
+            fresh = frozenset(drafted)
+        if history.recalibrates:
+            online |= _observed(online, list(drafted.values()))
+    return dataclasses.replace(
+        history,
+        waiting=history.waiting[len(usable) :],
+        logits={request: logits[request] for request in present if request in logits},
+        fresh=fresh,
+        online=online,
+    )
+
+
+def _observed(
+    online: Mapping[Kind, OnlineCalibration], drafts: list[Drafted]
+) -> dict[Kind, OnlineCalibration]:
+    """What the drafts of a round add, kind by kind."""
+    found = {}
+    for kind in dict.fromkeys(draft.kind for draft in drafts):
+        own = [draft for draft in drafts if draft.kind == kind]
+        found[kind] = observe(
+            online.get(kind) or start_online(np.array(kind[1])),
+            np.stack([draft.logit_G for draft in own]),
+            np.array([draft.accepted for draft in own]),
+            np.array([draft.decided for draft in own]),
+        )
+    return found

@@ -1,0 +1,85 @@
+"""Seconds of rounds, learnt from the rounds that an engine runs anyway.
+
+Nobody waits for a measurement: an engine starts without knowing what its rounds cost. Until it has
+seen what plain rounds take, it decodes plainly. A round that was never seen is taken to cost what
+the dearest round that does no more costs, which it cannot undercut: so whatever might pay is tried,
+for as many rounds as its median needs, and judged by what it took.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+
+from dspark_jax.scheduler.budget import RoundCosts
+from dspark_jax.scheduler.choice import DELAY
+from dspark_jax.scheduler.shape import Shape, Sizes, holds
+
+WINDOW = 16  # recent rounds of a size, whose median counts
+ENOUGH = 3  # of them, for a verdict
+
+
+class Seconds:
+    """Takes the time of rounds and says what the next ones will cost.
+
+    Condition (e) of a lossless schedule (``schedule.py``) is kept for times as for confidences: the
+    costs of a round come from rounds that are `DELAY` old, by their number.
+    """
+
+    def __init__(self) -> None:
+        self._recent: defaultdict[Shape, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._waiting: deque[tuple[int, Shape, float]] = deque()
+        self._last_s = 0.0
+
+    def read(self, number: int, shape: Shape, steady: bool, now_s: float | None = None) -> None:
+        """A round has been read just now.
+
+        Args:
+            number: of the round.
+            shape: its size.
+            steady: it was launched before the one before it was read, its program was ready, and
+                it did nothing but decode: so that the time since then is its own.
+            now_s: seconds of a monotonic clock.
+        """
+        now_s = time.perf_counter() if now_s is None else now_s
+        seconds, self._last_s = now_s - self._last_s, now_s
+        if steady:
+            self._waiting.append((number, shape, seconds))
+
+    def costs(
+        self, number: int, sizes: Sizes, rows: tuple[int, ...], num_draft: int, num_shards: int = 1
+    ) -> RoundCosts | None:
+        """The costs that round ``number`` chooses among.
+
+        Args:
+            number: of the round that is planned.
+            sizes: of the state.
+            rows: of a data shard, ascending, that a round with drafts may have.
+            num_draft: drafts of a block.
+            num_shards: data shards, whose rows count together.
+
+        Returns:
+            The seconds of whole rounds, that of the draft among them; None while those of plain
+            rounds are not known.
+        """
+        while self._waiting and self._waiting[0][0] <= number - DELAY:
+            _, shape, seconds = self._waiting.popleft()
+            self._recent[shape].append(seconds)
+        known_s = {
+            shape: statistics.median(recent)
+            for shape, recent in self._recent.items()
+            if len(recent) >= ENOUGH
+        }
+        plain = Shape(sizes, 0, sizes.slots, 0)
+        if plain not in known_s:
+            return None
+        drafted = [Shape(sizes, num_draft, count, 0) for count in rows]
+        return RoundCosts(
+            buckets=tuple(num_shards * count for count in rows),
+            verify_s_K=tuple(
+                max(s for other, s in known_s.items() if holds(shape, other)) for shape in drafted
+            ),
+            draft_s=0.0,
+            undrafted_s=known_s[plain],
+        )
