@@ -409,7 +409,7 @@ def test_training_that_ends_early_says_so(dspark, write, monkeypatch, error, cod
 def test_help_and_usage_errors_need_no_jax():
     """In a process of its own; importing jax would make every typing error take a second."""
     program = (
-        "import sys; from dspark_jax import cli\n"
+        "import sys; from dspark_jax.cli import command as cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "finally: assert 'jax' not in sys.modules"
     )
