@@ -7,7 +7,7 @@ import pytest
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.generate import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import acceptance
 from dspark_jax.evaluation.acceptance import compare, summarise
 from dspark_jax.evaluation.prompts import read_prompt_sets

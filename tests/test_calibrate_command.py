@@ -16,7 +16,7 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import confidence, pictures, rounds
 from dspark_jax.evaluation.rounds import RecordedRequest, read_record, recorded_request
 from dspark_jax.models.drafters.dspark import declare_drafter

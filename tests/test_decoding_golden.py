@@ -11,7 +11,7 @@ import pytest
 from dspark_jax.checkpoints import deepspec, hf
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
 from dspark_jax.models.drafters.dspark import block_hidden, extend_context

@@ -21,8 +21,8 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.memory import plan_slots
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import setting_of
-from dspark_jax.engine.state import Request
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import declare_target, encode
 from dspark_jax.models.vocab import unembed
@@ -149,6 +149,15 @@ def test_text_is_that_of_offline_generation(policy, smooth):
     served.run()
     assert texts(stream.result for stream in backwards)[::-1] == expected()
     assert texts([served.submit(requests()[3]).wait()]) == expected()[3:4]
+
+
+def test_ids_that_the_target_does_not_have_are_refused_alone():
+    served = engine()
+    stream = served.submit(requests()[3])
+    for fields in ({"prompt_ids": [1, TARGET.vocab_size]}, {"stop_ids": (2**31 - 1,)}):
+        with pytest.raises(ValueError, match="use the target's own tokenizer"):
+            served.submit(dataclasses.replace(requests()[0], **fields))
+    assert stream.wait().token_ids == expected()[3]
 
 
 @pytest.mark.parametrize(("drafted_s", "drafts"), [(1.1, True), (9.0, False)])

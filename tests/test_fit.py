@@ -20,7 +20,7 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.training import data, fit, records, run
 from dspark_jax.training.records import MetricsLog
 from tests.tiny_model import TARGET, write_target

@@ -16,7 +16,7 @@ from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.programs import round_program
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.llama import declare_target, encode

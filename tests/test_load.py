@@ -9,7 +9,7 @@ import pytest
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import load, pictures
 from dspark_jax.evaluation.load import Run
 from tests.tiny_model import BLOCK, write_drafter, write_target

@@ -21,7 +21,7 @@ from dspark_jax.checkpoints.tokenizer import load_tokenizer
 from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.prepare import Share, prepare
 from dspark_jax.training import data
 from pallas_kernels import random as keys

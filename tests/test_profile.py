@@ -18,8 +18,8 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import setting_of
-from dspark_jax.engine.state import Request
 from dspark_jax.engine.timing import measure_profile
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import declare_target

@@ -9,7 +9,7 @@ from dspark_jax.engine import generate as engine
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.inputs import RoundConfig
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import speed
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import Pair, Timed, accept_rates, summarise

@@ -15,7 +15,7 @@ from dspark_jax.evaluation.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from dspark_jax.engine.decoder import Decoder
-    from dspark_jax.engine.state import Request
+    from dspark_jax.engine.request import Request
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
@@ -36,13 +36,12 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
 
 def limits_of(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
-    from dspark_jax.engine.state import Request
+    from dspark_jax.engine.request import Request
     from pallas_kernels import random
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
     request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
-    request.check(max_positions=2)
     random.seed_key(args.seed)
     return request
 

@@ -29,8 +29,9 @@ from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Admission, HostPlan, Move
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import Reader, drafted_by
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
-from dspark_jax.engine.state import DecodeState, Request, slot_values
+from dspark_jax.engine.state import DecodeState, slot_values
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import profile_of
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
@@ -82,7 +83,7 @@ class Engine:
         self._ladder = make_ladder(config, self.policy, self._shards)
         check_sizes(decoder, config, self._ladder)
         self._weights, self._tokenizer = decoder.weights, decoder.tokenizer
-        self._max_positions = decoder.target.max_positions
+        self._limits = decoder.target.max_positions, decoder.target.vocab_size
         self._programs = Programs(decoder, config, self.policy, self._ladder)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._state: DecodeState | None = self._programs.new_state(self._sizes)
@@ -120,7 +121,7 @@ class Engine:
             ValueError: the request cannot be served by this engine; the message has the remedy.
             queue.Full: ``config.queue`` requests wait already.
         """
-        request.check(self._max_positions)
+        request.check(*self._limits)
         total, config = len(request.prompt_ids) + request.max_new_tokens, self.config
         if total > config.positions:
             raise ValueError(

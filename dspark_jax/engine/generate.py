@@ -14,7 +14,8 @@ from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
-from dspark_jax.engine.state import DecodeState, Request, make_state
+from dspark_jax.engine.request import Request
+from dspark_jax.engine.state import DecodeState, make_state
 from dspark_jax.scheduler.calibration import confidence_temperatures
 from dspark_jax.scheduler.policy import make_policy
 from pallas_kernels.dispatch import Implementation, require_kernels
@@ -51,7 +52,7 @@ def generate(
     if not requests:
         return []
     for request in requests:
-        request.check(decoder.target.max_positions)
+        request.check(decoder.target.max_positions, decoder.target.vocab_size)
     cfg = round_config(decoder, requests, policy, acceptance, kernels)
     state = _start(decoder, requests, cfg)
     plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0, gate=0.0)

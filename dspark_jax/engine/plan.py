@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.engine.inputs import Chunks, RoundInput
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.scheduler.shape import Shape, Sizes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.text import TextStream
 from dspark_jax.scheduler.history import Drafted, Kind, decided_drafts
 

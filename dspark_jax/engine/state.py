@@ -8,7 +8,7 @@ rejected drafts are never rolled back, they are overwritten.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,56 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.axes import partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TransformerConfig
+from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
-from dspark_jax.sampling import Sampling, check_sampling
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it.
-
-    Attributes:
-        prompt_ids: token ids of the prompt, at least one.
-        max_new_tokens: the text is cut there.
-        temperature, top_k, top_p, min_p: 0, 0, 1 and 0 switch them off (greedy, no filter).
-        key: uint32 [2], the randomness of this request: ``fold_in(seed_key(seed), line)``.
-        stop_ids: ids that end the text; the id itself is dropped from it.
-        stop_strings: strings that end the text; dropped from it too.
-        logprobs: whether the log-probabilities of the new tokens are wanted, under the target's
-            own law before temperature and filters.
-    """
-
-    prompt_ids: Sequence[int]
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    key: np.ndarray = field(default_factory=lambda: np.zeros(2, np.uint32))  # seed 0
-    stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    logprobs: bool = False
-
-    def check(self, max_positions: int) -> None:
-        """Refuse what cannot be decoded.
-
-        Raises:
-            ValueError: names the field, the value and the remedy.
-        """
-        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
-        if self.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens is {self.max_new_tokens}: ask for at least 1 new token"
-            )
-        if not self.prompt_ids:
-            raise ValueError("the prompt is empty: write some text")
-        if len(self.prompt_ids) >= max_positions:
-            raise ValueError(
-                f"the prompt has {len(self.prompt_ids)} tokens and the target's context "
-                f"{max_positions}: shorten the prompt to at most {max_positions - 1} tokens"
-            )
-        if any(not text for text in self.stop_strings):
-            raise ValueError("a stop string is empty: leave it out")
+from dspark_jax.sampling import Sampling
 
 
 @struct.dataclass

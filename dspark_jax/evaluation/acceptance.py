@@ -18,8 +18,8 @@ from tqdm import tqdm
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import (
     Decode,

@@ -24,8 +24,8 @@ import numpy as np
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profiles
 from dspark_jax.evaluation.prompts import Prompt

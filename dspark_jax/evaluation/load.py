@@ -29,8 +29,8 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.programs import num_shards
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.engine.state import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profile
 from dspark_jax.evaluation.prompts import Prompt

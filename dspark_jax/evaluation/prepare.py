@@ -32,7 +32,7 @@ from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
 from dspark_jax.evaluation.speed import Decode, fill_up
 from pallas_kernels import random
@@ -159,7 +159,7 @@ def make_asker(decoder: Decoder, limits: Request, seed: int) -> Callable[[Dialog
         try:
             ids = chat_prompt_ids(decoder.tokenizer, turns)
             request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
-            request.check(decoder.target.max_positions)
+            request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             return str(error)
         dialogue.request = request

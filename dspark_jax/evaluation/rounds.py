@@ -23,7 +23,7 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.speed import make_requests

@@ -26,8 +26,8 @@ from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.generate import PREFILL_ROWS, generate, round_config
 from dspark_jax.engine.inputs import RoundConfig
 from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.engine.state import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.steps import plain_decoder, step_seconds
 from pallas_kernels import random
@@ -78,7 +78,7 @@ def make_requests(
         try:
             ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
             request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
-            request.check(decoder.target.max_positions)
+            request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.origin}: {error}") from None
         requests.append(request)

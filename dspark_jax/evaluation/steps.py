@@ -25,9 +25,10 @@ from dspark_jax.engine import verify
 from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
 from dspark_jax.engine.generate import POSITION_STEP
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, Weights
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.round import accept, decode_round, draft
 from dspark_jax.engine.rows import flat_rows, inject_rows, read_rows
-from dspark_jax.engine.state import DecodeState, Request, make_state
+from dspark_jax.engine.state import DecodeState, make_state
 from dspark_jax.models.drafters.heads import DraftBlock
 
 REPLAYS, WARM_REPLAYS = 30, 3

@@ -1,0 +1,103 @@
+"""Requests: what is taken in whatever form, and what is refused when it is made."""
+
+import contextlib
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_jax.engine.request import Request
+
+
+class Encoding:
+    """As the tokenizers library gives one."""
+
+    ids = (5, 6)
+
+
+FORMS = [
+    [5, 6], (5, 6), range(5, 7), iter([5, 6]), np.array([5, 6]), np.array([5, 6], np.uint16),
+    jnp.array([5, 6]), [np.int64(5), jnp.int32(6)], {"input_ids": [5, 6]}, Encoding(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
+def test_ids_are_taken_in_every_form(form):
+    request = Request(form, stop_ids=np.array([7]))
+    assert (request.prompt_ids, request.stop_ids) == ((5, 6), (7,))
+    assert {type(token) for token in (*request.prompt_ids, *request.stop_ids)} == {int}
+
+
+def test_numbers_become_python_s_own():
+    given = {"max_new_tokens": np.int32(4), "temperature": jnp.float32(0.5), "top_k": jnp.array(3)}
+    request = Request([1], **given, min_p=0, stop_strings=["\n"], key=jnp.array([1, 2], jnp.uint32))
+    assert dataclasses.astuple(request)[1:6] == (4, 0.5, 3, 1.0, 0.0)
+    assert [type(value) for value in dataclasses.astuple(request)[1:6]] == [
+        int, float, int, float, float,
+    ]  # fmt: skip
+    assert request.stop_strings == ("\n",)
+    assert (request.key.dtype, request.key.tolist()) == (np.uint32, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_ids": "hello"}, "prompt_ids is 'hello': give token ids"),
+        ({"prompt_ids": 5}, "prompt_ids is 5"),
+        ({"prompt_ids": None}, "prompt_ids is None"),
+        ({"prompt_ids": ["5"]}, r"prompt_ids\[0\] is '5'"),
+        ({"prompt_ids": [1, 2.0]}, r"prompt_ids\[1\] is 2.0: give a whole number"),
+        ({"prompt_ids": [True]}, r"prompt_ids\[0\] is True"),
+        ({"prompt_ids": [1, -1]}, r"prompt_ids\[1\] is -1"),
+        ({"prompt_ids": [2**31]}, r"prompt_ids\[0\] is 2147483648"),
+        ({"prompt_ids": np.ones((1, 2), int)}, r"the shape \(1, 2\)"),
+        ({"prompt_ids": np.ones(2)}, r"prompt_ids\[0\] is 1.0"),
+        ({"prompt_ids": []}, "the prompt is empty"),
+        ({"stop_ids": 2}, "stop_ids is 2"),
+        ({"stop_ids": [2**40]}, r"stop_ids\[0\] is"),
+        ({"stop_strings": "end"}, "stop_strings is 'end': give a list"),
+        ({"stop_strings": [b"end"]}, "stop_strings is"),
+        ({"stop_strings": None}, "stop_strings is None"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": None}, "temperature is None"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 10**400}, "top_p is 1000"),
+        ({"logprobs": 1}, "logprobs is 1"),
+        ({"key": 7}, "key is 7"),
+        ({"key": [0.5, 1]}, "key is"),
+        ({"key": [-1, 1]}, "key is"),
+    ],
+)
+def test_what_is_not_meant_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt_ids": [1], **fields})
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+FIELDS = [field.name for field in dataclasses.fields(Request)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4))
+def test_a_request_is_made_or_refused_and_nothing_else(fields):
+    """Whatever it is given: another exception than ``ValueError`` fails this test."""
+    with contextlib.suppress(ValueError):
+        request = Request(**{"prompt_ids": [1], **fields})
+        largest = max(*request.prompt_ids, *request.stop_ids, 0)
+        assert largest < 2**31
+        assert request.max_new_tokens >= 1
+        assert request.key.shape == (2,)
+        request.check(2**31, largest + 1)
+        with pytest.raises(ValueError, match=f"has the id {largest}, and the target's ids"):
+            request.check(2**31, largest)
