@@ -217,11 +217,7 @@ def train(args: argparse.Namespace, end: float) -> None:
 
 
 def write_data(work: Path, answered: Sequence[str]) -> None:
-    """What is trained on: the answers in the order of their prompts, then those of before.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """What is trained on: the answers in the order of their prompts, then those of before."""
     lines = read_lines(work / "answers.jsonl")[0] if (work / "answers.jsonl").exists() else {}
     parts = [lines[number] for number in sorted(lines)]
     parts += [Path(path).read_bytes().rstrip(b"\n") + b"\n" for path in answered]
@@ -300,14 +296,16 @@ def run_stage(stage: str, args: argparse.Namespace, end: float) -> int:
     """Run a stage in a process of its own, which is ended if it is late; returns its exit code."""
     process = multiprocessing.get_context("spawn").Process(target=child, args=(stage, args, end))
     process.start()
+    code = None
     try:
         process.join(max(0.0, end + GRACE_S - time.time()))
-    finally:
-        process.terminate()
-        process.join(GRACE_S)
-        process.kill()
-        process.join()
-    return process.exitcode or 0
+    except KeyboardInterrupt:
+        code = 130
+    process.terminate()
+    process.join(GRACE_S)
+    process.kill()
+    process.join()
+    return code or process.exitcode or 0
 
 
 def child(stage: str, args: argparse.Namespace, end: float) -> None:
@@ -382,17 +380,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run_stage(stage, args, start + seconds)
             codes.append(code)
             if stage == "check" and code:
-                return code
+                break
             runs = read_json(work / "machine.json", "record")
             runs[-1]["stages"][stage] = {"seconds": round(time.time() - start, 1), "exit": code}
             write_atomically(work / "machine.json", json.dumps(runs, indent=1) + "\n")
-            logger.info("%s: %.0f s, exit code %d", stage, time.time() - start, code)
+            logger.info("%s: %s", stage, runs[-1]["stages"][stage])
             if args.out:
                 pack(work, Path(args.out))
+            if code == 130:
+                break
     except (ValueError, OSError) as problem:
         return refuse(problem)
-    except KeyboardInterrupt:
-        return 130
     return next(filter(None, codes), 0)
 
 
