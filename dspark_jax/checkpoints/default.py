@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
@@ -43,8 +44,8 @@ def default_target_path() -> Path:
     Raises:
         LoadError: it cannot be downloaded, or what came is not what was expected.
     """
-    cache = Path(platformdirs.user_cache_dir("dspark-jax", appauthor=False))
-    path = cache / Path(MEMBER).name
+    path = _cached_path()
+    cache = path.parent
     try:
         if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
             return path
@@ -55,6 +56,39 @@ def default_target_path() -> Path:
     except OSError as error:
         raise LoadError(f"the default model cannot be stored in {cache}: {error}") from None
     return path
+
+
+def join_target_parts(parts: Sequence[str | Path]) -> Path:
+    """The default target's GGUF file out of its parts, in their order, where nothing is fetched.
+
+    Raises:
+        LoadError: a part is missing or of the wrong size, or they are parts of something else.
+    """
+    path = _cached_path()
+    for part in parts:
+        if not Path(part).is_file():
+            raise LoadError(f"{part}: no such part of the default model")
+    contents = [Path(part).read_bytes() for part in parts]
+    if sum(map(len, contents)) != GGUF_BYTES:
+        sizes = ", ".join(f"{part} {len(c)}" for part, c in zip(parts, contents, strict=True))
+        raise LoadError(f"the default model has {GGUF_BYTES} bytes, the parts {sizes}: copy again")
+    if hashlib.sha256(b"".join(contents)).hexdigest() != GGUF_SHA256:
+        names = " + ".join(map(str, parts))
+        raise LoadError(f"{names} is not the default model: check the parts and their order")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="parts-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_bytes(b"".join(contents))
+            whole.replace(path)
+    except OSError as error:
+        raise LoadError(f"the default model cannot be stored in {path.parent}: {error}") from None
+    return path
+
+
+def _cached_path() -> Path:
+    cache = Path(platformdirs.user_cache_dir("dspark-jax", appauthor=False))
+    return cache / Path(MEMBER).name
 
 
 def _sha256(path: Path) -> str:
