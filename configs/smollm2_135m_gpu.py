@@ -69,15 +69,15 @@ import jax.numpy as jnp
 
 from dspark_jax.axes import place
 from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
+from dspark_jax.checkpoints.conversations import read_answered
+from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.default import join_target_parts
+from dspark_jax.checkpoints.load import load_target, open_target, read_drafter
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.answers import answer_until, plain_engine, questions
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines
 from dspark_jax.evaluation.prompts import read_prompts
-from dspark_jax.models.deepspec import save_drafter
-from dspark_jax.models.default import join_target_parts
-from dspark_jax.models.load import load_target, open_target, read_drafter
-from dspark_jax.training.conversations import read_answered
 from dspark_jax.training.fit import batches_of, evaluate, fit
 from dspark_jax.training.records import sha256
 from dspark_jax.training.run import check_kernels, open_source, start_run
@@ -174,7 +174,7 @@ def answers(args: argparse.Namespace, end: float) -> None:
             return
         target = load_target(recipe.target, jnp.dtype(recipe.dtype))
         sizes = plain_engine(args.slots, args.positions, recipe.kernels)
-        limits = Request((), max_new_tokens=args.max_new_tokens, stop_ids=target.stop_ids)
+        limits = Request((0,), max_new_tokens=args.max_new_tokens, stop_ids=target.stop_ids)
         options = {"seed": args.seed, "least": recipe.min_loss_tokens}
         for line in answer_until(end, target, sizes, todo, limits, **options):
             file.write(line)

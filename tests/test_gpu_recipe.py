@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import smollm2_135m_gpu as gpu
+from dspark_jax.checkpoints.conversations import read_answered
+from dspark_jax.checkpoints.load import read_drafter
 from dspark_jax.evaluation.answers import TEMPERATURES, questions, temperature_of
 from dspark_jax.evaluation.prompts import read_prompts
-from dspark_jax.models.load import read_drafter
-from dspark_jax.training.conversations import read_answered
 from tests.tiny_model import DRAFTER, TARGET, write_drafter, write_target
 
 PROMPTS = [f"what is {number}" for number in range(7)]

@@ -17,16 +17,16 @@ from typing import Any
 
 import jax
 
+from dspark_jax.checkpoints.conversations import Conversation
+from dspark_jax.checkpoints.load import Target
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.state import Request
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.prepare import Dialogue, begin, line_of, make_asker
 from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.models.load import Target
-from dspark_jax.models.tokenizer import TextStream
-from dspark_jax.training.conversations import Conversation
 
 logger = logging.getLogger(__name__)
 
