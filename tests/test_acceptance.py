@@ -28,7 +28,7 @@ ROW = {
 @pytest.fixture(autouse=True)
 def _no_compilation_cache(monkeypatch):
     """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

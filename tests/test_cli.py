@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dspark_jax import model
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
-from dspark_jax.cli import given
 from dspark_jax.cli.arguments import DEFAULT_POLICY, LOAD_POLICIES
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate as engine
@@ -42,7 +42,7 @@ FIELDS = [
 @pytest.fixture(autouse=True)
 def _no_compilation_cache(monkeypatch):
     """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -341,14 +341,14 @@ def test_interruption_and_a_closed_pipe_leave_no_traceback(dspark, monkeypatch):
 
 def test_the_compilation_cache_lies_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setattr(given.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(model.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         for _ in range(2):  # a directory that is set stays
-            given.use_compilation_cache()
+            model.use_compilation_cache()
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
-            monkeypatch.setattr(given.platformdirs, "user_cache_dir", None)
+            monkeypatch.setattr(model.platformdirs, "user_cache_dir", None)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

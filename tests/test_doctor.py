@@ -150,7 +150,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
 
 
 def test_the_report_is_a_table_or_json(models, monkeypatch, capsys):

@@ -407,7 +407,7 @@ def run(capsys, *words):
 
 @files_alone
 def test_the_commands_write_and_say_where(target_dir, drafters, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     source, there, back = drafters("vanilla", 13), tmp_path / "there", tmp_path / "back"
     words = ("--target", target_dir, "--drafter", source, "--format", "speculators", "--out", there)
     code, out, _ = run(capsys, "export", *words)
@@ -431,7 +431,7 @@ def assert_refused(result, *expected):
 
 @files_alone
 def test_wrong_use_is_refused_in_one_line(target_dir, drafters, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     out = ("--out", tmp_path / "x")
     assert_refused(run(capsys, "export", *out), "--format")
     assert_refused(run(capsys, "export", "--format", "gguf", *out), "gguf")

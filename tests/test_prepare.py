@@ -49,7 +49,7 @@ def target(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(target):
-    sizes = SimpleNamespace(max_positions=CONTEXT)
+    sizes = SimpleNamespace(max_positions=CONTEXT, vocab_size=1000)
     return SimpleNamespace(tokenizer=load_tokenizer(target), target=sizes)
 
 
@@ -311,7 +311,7 @@ def test_there_must_be_something_to_answer(tmp_path):
 
 @pytest.fixture
 def dspark(target, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
 
     def call(*words, models=("--target", target, "--drafter", "none")):
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dspark_jax
+from tests.tiny_model import write_drafter, write_target
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -52,12 +53,10 @@ def test_readme_names_every_marker_and_extra():
 
 
 def test_pseudocode_in_readme_calls_functions_that_exist():
-    decode_round, *others = code_blocks("python")
-    assert decode_round.startswith("def decode_round(")
+    (decode_round,) = (block for block in code_blocks("text") if block.startswith("def "))
     called = {
         node.func.id
-        for block in (decode_round, *others)
-        for node in ast.walk(ast.parse(block))
+        for node in ast.walk(ast.parse(decode_round))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     } - set(dir(builtins))
     defined = {
@@ -67,3 +66,15 @@ def test_pseudocode_in_readme_calls_functions_that_exist():
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     assert called <= defined, f"unknown to the code: {sorted(called - defined)}"
+
+
+def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
+    """Every block as it stands, with a tiny model in the default one's place."""
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+    tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
+    monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
+    blocks = code_blocks("python")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+        assert len(capsys.readouterr().out) > 20

@@ -30,7 +30,6 @@ from dspark_jax.cli.given import (
     load_models,
     policy_of,
     prompts_of,
-    use_compilation_cache,
 )
 from dspark_jax.evaluation.prompts import read_prompt_sets
 
@@ -69,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         try:
             if args.command not in UNCOMPILED:
+                from dspark_jax.model import use_compilation_cache
+
                 use_compilation_cache()
             code = run(args)
             sys.stdout.flush()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import platformdirs
 
 from dspark_jax.cli.arguments import DEFAULT_POLICY
 from dspark_jax.evaluation.prompts import Prompt, read_prompts
@@ -55,32 +51,10 @@ def drafter_of(args: argparse.Namespace) -> str:
 
 def load_models(args: argparse.Namespace) -> tuple[Decoder, tuple[int, ...], dict[str, str]]:
     """The models, the ids that end a text, and the models' names for reports."""
-    import jax.numpy as jnp
+    from dspark_jax.model import load
 
-    from dspark_jax.checkpoints.load import load_drafter_for, load_target
-    from dspark_jax.engine.decoder import make_decoder
-    from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
-
-    target = load_target(args.target, jnp.dtype(args.dtype))
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
-    names, bound, calibration = {"target": target.name, "drafter": "none"}, None, None
-    if drafter_of(args) != "none":
-        drafter = load_drafter_for(target, drafter_of(args))
-        names["drafter"], bound = drafter.name, (drafter.cfg, drafter.params, drafter.vocab)
-        if (drafter.directory / FILE_NAME).exists():
-            calibration = read_calibration(drafter.directory / FILE_NAME, drafter.cfg.block_size)
-    sizes = target.cfg, target.params
-    decoder = make_decoder(sizes, bound, target.tokenizer, calibration=calibration)
-    return decoder, target.stop_ids, names
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs for later runs, unless the user has set another place."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = platformdirs.user_cache_dir("dspark-jax", appauthor=False)
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "compiled"))
+    model = load(args.target, drafter_of(args), dtype=args.dtype)
+    return model.decoder, model.stop_ids, {"target": model.target, "drafter": model.drafter}
 
 
 def policy_of(args: argparse.Namespace) -> str:

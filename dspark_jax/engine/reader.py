@@ -31,6 +31,7 @@ class Generation:
         logprobs: log-probability of each new token where the request asks for it.
         finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
             ``"error"`` (the target's logits were not finite); empty while it runs.
+        seed: from which the request's key was made, where ``Model`` made it.
     """
 
     prompt_tokens: int
@@ -43,6 +44,7 @@ class Generation:
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    seed: int | None = None
 
     @property
     def rounds(self) -> int:

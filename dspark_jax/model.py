@@ -1,0 +1,218 @@
+"""Text in, text out: a target with its drafter, ready to use."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import platformdirs
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.config import EngineConfig, round_up
+from dspark_jax.engine.decoder import Decoder, make_decoder
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.request import Request
+from dspark_jax.engine.stream import Event
+from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
+from pallas_kernels import random
+from pallas_kernels.dispatch import Implementation
+
+# A user's message, or the turns of a conversation with "role" and "content".
+Prompt = str | Sequence[Mapping[str, str]]
+
+MOST_SLOTS = 32  # decoded at once by one call
+POSITIONS = 512  # the lengths that states are made for are multiples of it
+
+
+@dataclass(frozen=True)
+class Model:
+    """A target and its drafter on a device or a mesh, as :func:`load` gives it.
+
+    Attributes:
+        decoder: weights, sizes, tokenizer and calibration, for an ``Engine``.
+        stop_ids: ids that end a text.
+        target, drafter: names; the drafter's is ``"none"`` for plain decoding.
+        kernels: the implementation of the operations of ``pallas_kernels``.
+    """
+
+    decoder: Decoder = dataclasses.field(repr=False)
+    stop_ids: tuple[int, ...]
+    target: str
+    drafter: str
+    kernels: Implementation = "xla"
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        policy: str = "",
+        acceptance: Literal["rejection", "coupled"] = "rejection",
+        **limits: Any,
+    ) -> list[Generation]:
+        """Continue prompts, decoded together.
+
+        Args:
+            prompts: a message of the user, the turns of a conversation (``role``, ``content``), or
+                several of either.
+            n: samples of each prompt; above temperature 0 they differ.
+            seed: of all randomness; None takes a fresh one. Each result says which it was.
+            policy: which drafts are verified, as in ``EngineConfig``.
+            acceptance: the lossless rule, ``"rejection"`` or ``"coupled"``.
+            **limits: of ``Request``: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``,
+                ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``.
+
+        Returns:
+            The results, the n of a prompt one behind the other.
+
+        Raises:
+            ValueError: a prompt or an option cannot be used; names it and the remedy.
+        """
+        requests, seed = self.requests(prompts, n=n, seed=seed, **limits)
+        with self._engine(requests, policy, acceptance) as engine:
+            streams = [engine.submit(request) for request in requests]
+            engine.run()
+        return [dataclasses.replace(stream.result, seed=seed) for stream in streams]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int | None = None,
+        policy: str = "",
+        acceptance: Literal["rejection", "coupled"] = "rejection",
+        **limits: Any,
+    ) -> Iterator[Event]:
+        """Continue one prompt and give its text out as it is verified; arguments as for
+        :meth:`generate`. Whoever stops reading ends the request.
+        """
+        requests, _ = self.requests([prompt], seed=seed, **limits)
+        return self._events(requests, policy, acceptance)
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        **limits: Any,
+    ) -> tuple[list[Request], int]:
+        """The requests of :meth:`generate`, for an ``Engine``, and the seed of their keys.
+
+        Sample j of prompt i has the key ``fold_in(seed_key(seed), i, j)``.
+        """
+        if type(n) is not int or n < 1:
+            raise ValueError(f"n is {n!r}: ask for 1 or more samples of each prompt")
+        known = {field.name for field in dataclasses.fields(Request)} - {"prompt_ids", "key"}
+        for name in limits.keys() - known:
+            raise ValueError(f"{name} is no option: known are {', '.join(sorted(known))}")
+        seed = secrets.randbits(63) if seed is None else seed
+        if type(seed) is not int or not 0 <= seed < 2**64:
+            raise ValueError(
+                f"seed is {seed!r}: give an integer in 0..2^64-1, or None for a fresh one"
+            )
+        several = prompts if _is_several(prompts) else [prompts]
+        limits["stop_ids"] = (*self.stop_ids, *limits.get("stop_ids", ()))
+        numbers = jnp.arange(len(several))[:, None], jnp.arange(n)
+        key_XN2 = np.asarray(random.fold_in(random.seed_key(seed), *numbers))
+        requests = []
+        for number, prompt in enumerate(several):
+            try:
+                ids = chat_prompt_ids(self.decoder.tokenizer, prompt)  # type: ignore[arg-type]
+                made = [Request(ids, key=key_2, **limits) for key_2 in key_XN2[number]]
+                made[0].check(self.decoder.target.max_positions, self.decoder.target.vocab_size)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
+            requests += made
+        return requests, seed
+
+    def _engine(
+        self, requests: Sequence[Request], policy: str, acceptance: Literal["rejection", "coupled"]
+    ) -> Engine:
+        """One that holds these requests, and no more slots than it needs."""
+        longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+        longest = min(longest, self.decoder.target.max_positions)
+        positions = min(round_up(longest, POSITIONS), self.decoder.target.max_positions)
+        config = EngineConfig(
+            slots=min(len(requests), MOST_SLOTS),
+            positions=positions,
+            position_buckets=(round_up(positions + 64, 64),),
+            queue=len(requests),
+            policy=policy,
+            acceptance=acceptance,
+            stop_ids=max(len(request.stop_ids) for request in requests),
+            kernels=self.kernels,
+        )
+        return Engine(self.decoder, config)
+
+    def _events(
+        self, requests: Sequence[Request], policy: str, acceptance: Literal["rejection", "coupled"]
+    ) -> Iterator[Event]:
+        with self._engine(requests, policy, acceptance) as engine:
+            yield from engine.submit(requests[0])
+
+
+def _is_several(prompts: Any) -> bool:
+    """Whether these are several prompts, and not one message or the turns of one conversation."""
+    if isinstance(prompts, str):
+        return False
+    return not all(isinstance(turn, Mapping) for turn in prompts)
+
+
+def load(
+    target: str | Path = "default",
+    drafter: str | Path | None = None,
+    *,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    kernels: Implementation = "xla",
+) -> Model:
+    """A target and its drafter, with all that belongs to them: tokenizer and chat template, stop
+    ids, the calibration beside the drafter. Compiled programs are kept in the user's cache
+    directory for later processes, unless jax was given another.
+
+    Args:
+        target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
+        drafter: a directory or hub id, ``"default"`` or ``"none"``; None is the packaged drafter
+            for the default target and none for another.
+        dtype: of the weights.
+        mesh: of ``make_mesh``; None for one device.
+        kernels: the implementation of the operations of ``pallas_kernels``.
+
+    Raises:
+        ValueError: a source is not there, broken or not supported, or the drafter does not fit.
+    """
+    use_compilation_cache()
+    found = load_target(target, jnp.dtype(dtype), mesh)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
+    if drafter is None:
+        drafter = "default" if str(target) == "default" else "none"
+    name, bound, calibration = "none", None, None
+    if str(drafter) != "none":
+        loaded = load_drafter_for(found, drafter)
+        name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
+        if (loaded.directory / FILE_NAME).exists():
+            calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
+    decoder = make_decoder(
+        (found.cfg, found.params), bound, found.tokenizer, mesh, calibration=calibration
+    )
+    return Model(decoder, found.stop_ids, found.name, name, kernels)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs for later runs, unless the user has set another place."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = platformdirs.user_cache_dir("dspark-jax", appauthor=False)
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "compiled"))

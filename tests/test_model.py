@@ -1,0 +1,115 @@
+"""The front door: text in, text out."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dspark_jax
+from dspark_jax.engine.generate import generate
+from tests.tiny_model import write_drafter, write_target
+
+PROMPTS = ["one", [{"role": "user", "content": "and two"}]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+        target, drafter = write_target(folder / "target"), write_drafter(folder / "drafter")
+        return dspark_jax.load(target, drafter)
+
+
+def test_names_are_there_and_take_no_time():
+    """Importing the package imports nothing; every name of ``__all__`` is one."""
+    program = (
+        "import sys, dspark_jax\n"
+        "assert not {'jax', 'flax', 'transformers'} & set(sys.modules)\n"
+        "assert set(dspark_jax.__all__) <= set(dir(dspark_jax))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    for name in dspark_jax.__all__:
+        assert getattr(dspark_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'lead'"):
+        dspark_jax.lead  # noqa: B018
+
+
+def test_greedy_texts_are_those_of_plain_decoding(model):
+    requests, _ = model.requests(PROMPTS, seed=0, max_new_tokens=12)
+    expected = generate(model.decoder, requests, policy="none")
+    found = model.generate(PROMPTS, max_new_tokens=12)
+    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+    alone = model.generate("one", max_new_tokens=12)
+    assert [result.text for result in alone] == [expected[0].text]
+    events = list(model.stream("one", max_new_tokens=12))
+    assert "".join(event.text for event in events) == expected[0].text
+    assert events[-1].finish_reason == expected[0].finish_reason
+
+
+def test_samples_differ_and_a_seed_repeats_them(model):
+    limits = {"max_new_tokens": 12, "temperature": 5.0, "acceptance": "coupled"}
+    first = model.generate(PROMPTS, n=3, **limits)
+    texts = [tuple(result.token_ids) for result in first]
+    assert len(set(texts)) == len(texts) == 6
+    assert len({result.seed for result in first}) == 1
+    again = model.generate(PROMPTS, n=3, seed=first[0].seed, **limits)
+    assert [tuple(result.token_ids) for result in again] == texts
+    other = model.generate(PROMPTS[0], **limits)[0]
+    assert other.seed != first[0].seed
+
+
+def test_a_stream_that_nobody_reads_on_ends(model):
+    stream = model.stream("one", max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+
+
+def test_a_model_serves_an_engine(model):
+    requests, _ = model.requests(PROMPTS, max_new_tokens=6)
+    config = dspark_jax.EngineConfig(slots=2, positions=64)
+    with dspark_jax.Engine(model.decoder, config) as engine:
+        streams = [engine.submit(request) for request in requests]
+        texts = [stream.wait().text for stream in streams]
+    assert texts == [result.text for result in model.generate(PROMPTS, max_new_tokens=6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ""}, "prompt 0: the prompt is empty"),
+        ({"prompts": ["one", " "]}, "prompt 1: the prompt is empty"),
+        ({"prompts": "a" * 600}, "prompt 0: the prompt has .* shorten the prompt"),
+        ({"n": 0}, "n is 0"),
+        ({"n": True}, "n is True"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": "7"}, "seed is '7'"),
+        ({"max_tokens": 5}, "max_tokens is no option: known are .*max_new_tokens"),
+        ({"temperature": -1}, "prompt 0: temperature is -1"),
+        ({"policy": "sometimes"}, "sometimes"),
+        ({"acceptance": "maybe"}, "acceptance is 'maybe'"),
+    ],
+)
+def test_wrong_input_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"prompts": "one", **options})
+
+
+def test_a_model_without_a_drafter_decodes_plainly(model, tmp_path):
+    plain = dspark_jax.load(write_target(tmp_path / "target"))
+    assert plain.drafter == "none"
+    results = plain.generate(PROMPTS, max_new_tokens=8)
+    expected = model.generate(PROMPTS, max_new_tokens=8)
+    assert [result.text for result in results] == [result.text for result in expected]
+    assert not any(np.sum(result.verified_lengths) for result in results)
+
+
+def test_weights_go_where_the_mesh_says(model, tmp_path, emulated_devices):
+    mesh = dspark_jax.make_mesh(2, 2)
+    shared = dspark_jax.load(write_target(tmp_path / "t"), write_drafter(tmp_path / "d"), mesh=mesh)
+    embed = shared.decoder.weights.target.vocab.embed_VD
+    assert len(embed.sharding.device_set) == 4
+    assert isinstance(embed, jax.Array)
