@@ -419,6 +419,41 @@ def test_closing_cancels_everything():
         served.submit(requests()[0])
 
 
+def test_clients_that_go_away_free_their_slots():
+    """A stream that is dropped, a task that is cancelled, a wait that is too long: neighbours and
+    those who wait for a slot see nothing of it."""
+    served, long = engine(), Request([1, 2, 3], 40)
+    stays = served.submit(requests()[3])
+    dropped = served.submit(long)
+    served.step()
+    left = dropped.result
+    del dropped
+
+    async def client():
+        stream = served.submit(long)
+        result.append(stream.result)
+        async for _ in stream:
+            pass
+
+    async def cancelled_client():
+        task = asyncio.create_task(client())
+        while not result or not result[0].token_ids:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    result = []
+    asyncio.run(cancelled_client())
+    late = served.submit(long)
+    with pytest.raises(TimeoutError, match="is not over after"):
+        late.wait(timeout_s=0.0)
+    assert late.result.finish_reason == "cancelled"
+    assert stays.wait().token_ids == expected()[3]
+    assert {left.finish_reason, result[0].finish_reason} == {"cancelled"}
+    assert max(len(left.token_ids), len(result[0].token_ids)) < 30
+    assert not served._tenants
+
+
 def test_memory_is_planned_before_anything_is_allocated():
     small = dataclasses.replace(CONFIG, slot_buckets=(), memory_bytes=3_000_000)
     slots = plan_slots(decoder(), small)

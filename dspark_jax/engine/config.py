@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dspark_jax.engine.request import Request
 from dspark_jax.scheduler.policy import Policy
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
@@ -78,6 +79,25 @@ class EngineConfig:
         for field in ("memory_bytes", "min_tokens_per_s_user"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that an engine of these sizes has no room for.
+
+        Raises:
+            ValueError: names the value and the remedy.
+        """
+        total = len(request.prompt_ids) + request.max_new_tokens
+        if total > self.positions:
+            raise ValueError(
+                f"the prompt has {len(request.prompt_ids)} tokens and max_new_tokens is "
+                f"{request.max_new_tokens}, together more than the engine's {self.positions} "
+                "positions: shorten one of them, or start the engine with more positions"
+            )
+        if len(request.stop_ids) > self.stop_ids:
+            raise ValueError(
+                f"the request has {len(request.stop_ids)} stop ids and the engine takes "
+                f"{self.stop_ids}: give fewer, or start the engine with more stop_ids"
+            )
 
 
 @dataclass(frozen=True)

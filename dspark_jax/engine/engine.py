@@ -32,7 +32,7 @@ from dspark_jax.engine.reader import Reader, drafted_by
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.state import DecodeState, slot_values
-from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.stream import Mailbox, Stream
 from dspark_jax.engine.timing import profile_of
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
 from dspark_jax.scheduler.calibration import confidence_temperatures
@@ -67,8 +67,7 @@ class Engine:
         Args:
             decoder: weights, tokenizer and mesh.
             config: sizes and policy.
-            profile: of the rounds, for policies that weigh their seconds, and of no use to others;
-                None learns the seconds from the rounds that are run.
+            profile: of the rounds, for policies that weigh their seconds; None learns them.
 
         Raises:
             ValueError: the sizes do not fit the models, the mesh or the memory, the profile belongs
@@ -94,14 +93,13 @@ class Engine:
             self._profile = profile_of(self._programs, profile)
             self._drift = Drift(self._profile)
         self._seconds = Seconds()
-        self._waited = False
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
         self._switch = DraftSwitch()
         self._history = History(config.recalibrate)
         self._numbers, self._arrivals = itertools.count(), itertools.count()
-        self._roomy_rounds = 0
+        self._roomy_rounds, self._waited = 0, False
         self._lock = threading.RLock()
         self._stepping: asyncio.Task[Any] | None = None
         self._closed = False
@@ -122,36 +120,25 @@ class Engine:
             queue.Full: ``config.queue`` requests wait already.
         """
         request.check(*self._limits)
-        total, config = len(request.prompt_ids) + request.max_new_tokens, self.config
-        if total > config.positions:
-            raise ValueError(
-                f"the prompt has {len(request.prompt_ids)} tokens and max_new_tokens is "
-                f"{request.max_new_tokens}, together more than the engine's {config.positions} "
-                "positions: shorten one of them, or start the engine with more positions"
-            )
-        if len(request.stop_ids) > config.stop_ids:
-            raise ValueError(
-                f"the request has {len(request.stop_ids)} stop ids and the engine takes "
-                f"{config.stop_ids}: give fewer, or start the engine with more stop_ids"
-            )
+        self.config.check(request)
         with self._lock:
             if self._closed:
                 raise ValueError("the engine is closed: start another one")
             self._drop_cancelled()
-            if len(self._queue) >= config.queue:
+            if len(self._queue) >= self.config.queue:
                 raise queue.Full(
-                    f"{config.queue} requests wait already: try again later, or start the engine "
-                    "with a longer queue"
+                    f"{self.config.queue} requests wait already: try again later, or start the "
+                    "engine with a longer queue"
                 )
             reader = Reader(request, request.max_new_tokens, self._tokenizer)
-            stream = Stream(reader, self.step, self._step_async, self._lock)
+            mailbox = Mailbox(reader)
             arrival, calibration = next(self._arrivals), self._calibration
-            sampled = config.acceptance, request.temperature
+            sampled = self.config.acceptance, request.temperature
             temperature_G = confidence_temperatures(calibration, *sampled, self._block_size)
             kind = request.temperature == 0, tuple(temperature_G.tolist())
-            tenant = Tenant(stream, reader, arrival, -1, kind, len(request.prompt_ids))
+            tenant = Tenant(mailbox, reader, arrival, -1, kind, len(request.prompt_ids))
             heapq.heappush(self._queue, (-priority, arrival, tenant))
-            return stream
+            return Stream(mailbox, self.step, self._step_async, self._lock)
 
     def step(self) -> bool:
         """Plan and launch a round, after reading the round before the last.
@@ -197,7 +184,7 @@ class Engine:
         """Cancel everything and give the memory back."""
         with self._lock:
             for tenant in (*self._tenants, *(entry[-1] for entry in self._queue)):
-                tenant.stream.cancel()
+                tenant.mailbox.cancel()
             self._queue, self._tenants, self._closed = [], [], True
             self._in_flight.clear()
             self._state = None
@@ -221,12 +208,12 @@ class Engine:
         drafted: dict[int, Drafted] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.shape.num_draft + 1
-            if report.generation_B[slot] != tenant.generation or tenant.stream.finished:
+            if report.generation_B[slot] != tenant.generation or tenant.mailbox.finished:
                 continue
             tenant.length = int(report.length_B[slot])
             if report.confidence_logit_BG is not None and not first:
                 drafted[tenant.generation] = drafted_by(tenant.kind, report, slot)
-            tenant.stream.report(tenant.reader.read(report, slot, first))
+            tenant.mailbox.report(tenant.reader.read(report, slot, first))
             if tenant.reader.result.finish_reason:
                 self._tenants.remove(tenant)
         self._history = record(self._history, done.number, drafted)
@@ -241,9 +228,14 @@ class Engine:
         )
 
     def _drop_cancelled(self) -> None:
-        self._tenants = [tenant for tenant in self._tenants if not tenant.stream.cancelled]
-        if any(entry[-1].stream.cancelled for entry in self._queue):
-            self._queue = [entry for entry in self._queue if not entry[-1].stream.cancelled]
+        """End the requests that nobody wants any more, so that their slots are free."""
+        everybody = (*self._tenants, *(entry[-1] for entry in self._queue))
+        gone = [tenant for tenant in everybody if tenant.mailbox.cancelled]
+        for tenant in gone:
+            tenant.mailbox.cancel()
+        if gone:
+            self._tenants = [tenant for tenant in self._tenants if not tenant.mailbox.cancelled]
+            self._queue = [entry for entry in self._queue if not entry[-1].mailbox.cancelled]
             heapq.heapify(self._queue)
 
     # Planning.

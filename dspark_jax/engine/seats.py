@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Chunk, Move
 from dspark_jax.engine.reader import Reader
-from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.stream import Mailbox
 from dspark_jax.scheduler.history import Kind
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -20,7 +20,7 @@ class Tenant:
     """A request in a slot, as far as the host knows.
 
     Attributes:
-        stream, reader: where its text goes.
+        mailbox, reader: where its text goes.
         generation: its number.
         slot: counted over all data shards.
         kind: of its confidences.
@@ -30,7 +30,7 @@ class Tenant:
         decoding: whether the prompt was read to the end.
     """
 
-    stream: Stream
+    mailbox: Mailbox
     reader: Reader
     generation: int
     slot: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,26 +30,15 @@ class Event:
     finish_reason: str
 
 
-class Stream:
-    """Iterates over the events of a request, and drives the engine where there are none yet.
-
-    ``for event in stream`` and ``async for event in stream`` end after the event with a finish
-    reason. Events that nobody reads wait, at most as many as the request has tokens; the engine
-    does not wait for anybody.
+class Mailbox:
+    """What the engine keeps of a request's stream: it outlives whoever reads.
 
     Attributes:
-        result: the text so far, and after the last event all of it.
+        cancelled: whether nobody wants the rest; the engine ends the request before its next round.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        drive: Callable[[], Any],
-        drive_async: Callable[[], Awaitable[Any]],
-        lock: threading.RLock,
-    ) -> None:
-        self._reader, self._lock = reader, lock
-        self._drive, self._drive_async = drive, drive_async
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
         self._events: deque[Event] = deque()
         self._reported = 0
         self.cancelled = False
@@ -63,14 +54,13 @@ class Stream:
         return bool(self._reader.result.finish_reason)
 
     def cancel(self) -> None:
-        """End the request, wherever it is; what it had said stays. No harm once it is over."""
-        with self._lock:
-            self.cancelled = True
-            if not self.finished:
-                self.report(self._reader.cancel())
+        """End the request; what it had said stays."""
+        self.cancelled = True
+        if not self.finished:
+            self.report(self._reader.cancel())
 
     def report(self, text: str) -> None:
-        """Make an event of what the reader has taken in (the engine calls this)."""
+        """Make an event of what the reader has taken in."""
         result = self.result
         tokens = tuple(result.token_ids[self._reported :])
         logprobs = tuple(result.logprobs[self._reported :])
@@ -78,9 +68,60 @@ class Stream:
         if text or tokens or result.finish_reason:
             self._events.append(Event(text, tokens, logprobs, result.finish_reason))
 
-    def wait(self) -> Generation:
-        """Drive the engine until the request is over; returns all of its text."""
+    def take(self) -> Event | None:
+        """The oldest event that nobody has read."""
+        return self._events.popleft() if self._events else None
+
+
+class Stream:
+    """Iterates over the events of a request, and drives the engine where there are none yet.
+
+    ``for event in stream`` and ``async for event in stream`` end after the event with a finish
+    reason. Events that nobody reads wait, at most as many as the request has tokens; the engine
+    does not wait for anybody. Whoever goes away ends the request: a task that is cancelled while
+    it waits for an event, and a stream that is dropped.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        drive: Callable[[], Any],
+        drive_async: Callable[[], Awaitable[Any]],
+        lock: threading.RLock,
+    ) -> None:
+        self._mailbox, self._lock = mailbox, lock
+        self._drive, self._drive_async = drive, drive_async
+
+    def __del__(self) -> None:
+        # Without the lock, which some other thread may hold: the engine sees to the rest.
+        self._mailbox.cancelled = True
+
+    @property
+    def result(self) -> Generation:
+        """The text so far, and after the last event all of it."""
+        return self._mailbox.result
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will be added any more."""
+        return self._mailbox.finished
+
+    def cancel(self) -> None:
+        """End the request, wherever it is; what it had said stays. No harm once it is over."""
+        with self._lock:
+            self._mailbox.cancel()
+
+    def wait(self, timeout_s: float | None = None) -> Generation:
+        """Drive the engine until the request is over; returns all of its text.
+
+        Raises:
+            TimeoutError: it takes longer than ``timeout_s``; it is cancelled then.
+        """
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.finished:
+            if end_s is not None and time.monotonic() >= end_s:
+                self.cancel()
+                raise TimeoutError(f"the request is not over after {timeout_s} s: it is cancelled")
             self._drive()
         return self.result
 
@@ -90,10 +131,11 @@ class Stream:
     def __next__(self) -> Event:
         while True:
             with self._lock:
-                if self._events:
-                    return self._events.popleft()
-                if self.finished:
-                    raise StopIteration
+                event = self._mailbox.take()
+            if event is not None:
+                return event
+            if self.finished:
+                raise StopIteration
             self._drive()
 
     def __aiter__(self) -> Stream:
@@ -101,8 +143,13 @@ class Stream:
 
     async def __anext__(self) -> Event:
         while True:
-            if self._events:
-                return self._events.popleft()
+            event = self._mailbox.take()
+            if event is not None:
+                return event
             if self.finished:
                 raise StopAsyncIteration
-            await self._drive_async()
+            try:
+                await self._drive_async()
+            except asyncio.CancelledError:
+                self._mailbox.cancelled = True
+                raise
