@@ -149,9 +149,10 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     assert options == {"policy": "threshold:0.25", "acceptance": "coupled", "kernels": "mosaic_gpu"}
     assert decoder.weights.target.norm_D.dtype == decoder.weights.drafter.norm_D.dtype == "bfloat16"
     np.testing.assert_array_equal(request.key, random.fold_in(random.seed_key(7), 1))
-    found = dataclasses.replace(request, prompt_ids=(), key=None)
-    end = decoder.tokenizer.eos_token_id
-    assert found == engine.Request((), 9, 0.5, 4, 0.9, 0.1, None, (end,), ("a", "bc"))
+    limits = request.max_new_tokens, request.temperature, request.top_k, request.top_p
+    assert (*limits, request.min_p) == (9, 0.5, 4, 0.9, 0.1)
+    assert request.stop_ids == (decoder.tokenizer.eos_token_id,)
+    assert request.stop_strings == ("a", "bc")
 
 
 def test_texts_of_a_file_are_set_apart(dspark, write):

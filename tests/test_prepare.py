@@ -74,7 +74,7 @@ def run(decoder, source, tmp_path):
             return [reply(decoder, request) for request in requests]
 
         conversations = conversations or read_questions(source)
-        limits = Request((), max_new_tokens=20, temperature=0.5, stop_ids=(7,))
+        limits = Request((0,), max_new_tokens=20, temperature=0.5, stop_ids=(7,))
         arguments = (conversations, limits, tmp_path / "out.jsonl", recipe or {"target": "t"})
         with contextlib.suppress(KeyboardInterrupt):
             prepare(decode, decoder, *arguments, seed=3, **options)
@@ -117,7 +117,7 @@ def test_every_turn_is_answered_after_the_answers_before_it(run, decoder, tmp_pa
         for number, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
             text += question["content"] + " > "
             request = asked[tuple(np.asarray(keys.fold_in(root, row["id"], number)).tolist())]
-            assert request.prompt_ids == decoder.tokenizer.encode(text)
+            assert list(request.prompt_ids) == decoder.tokenizer.encode(text)
             assert (request.temperature, request.max_new_tokens) == (0.5, 20)
             expected = reply(decoder, request)
             assert answer == {"role": "assistant", "content": expected.text}
