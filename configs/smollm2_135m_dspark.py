@@ -11,7 +11,7 @@ Data: the target's own answers to 5,001 prompts (math, code, chat) at temperatur
     tokens; of 4,953 to train on, the first part reads 858 and the second 3,429 (3,727 in all).
 Hardware and time: 2 CPU cores (AVX-512 with bfloat16 products), shared with other work, 2026-11-22:
     27 minutes at 100 to 128 blocks/s in float32, then 69 minutes at 135 blocks/s in bfloat16. A
-    third part on another CPU (AVX-512, 2026-11-27, float32, the trainer of that day) went on from it with
+    third part on another CPU (AVX-512, 2026-11-27, float32, the trainer of that day) went on with
     883 more answers in front, sequences_per_update=5, num_anchors=84, updates_per_batch=60: 15
     batches at 1e-3, then 25 of 28 at 8e-4, 1.0 M blocks. The shipped file is rounded to bfloat16,
     25 MB.
