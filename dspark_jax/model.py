@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
-from dspark_jax.engine.config import EngineConfig, round_up
+from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
@@ -148,7 +148,7 @@ class Model:
         config = EngineConfig(
             slots=min(len(requests), MOST_SLOTS),
             positions=positions,
-            position_buckets=(round_up(positions + 64, 64),),
+            position_buckets=(round_up(positions + POSITION_STEP, POSITION_STEP),),
             queue=len(requests),
             policy=policy,
             acceptance=acceptance,

@@ -202,7 +202,8 @@ class Engine:
         # Of a round that was over before anybody looked, nobody knows how long it took.
         waited, before = time.perf_counter() - began_s > SHORTEST_WAIT_S, self._waited
         self._waited, steady = waited, done.steady and waited and before
-        self._seconds.read(done.number, done.shape, steady)
+        if self.policy.needs_seconds and self._drift is None:  # otherwise nobody would take them in
+            self._seconds.read(done.number, done.shape, steady)
         if self._drift is not None:
             self._drift.read(done.shape, steady)
         drafted: dict[int, Drafted] = {}
