@@ -147,10 +147,8 @@ class DrafterConfig(TransformerConfig):
             )
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank {self.markov_rank} must be 0 (no head) or positive")
-        if self.markov_head not in ("vanilla", "gated", "rnn"):
-            raise ValueError(
-                f"markov_head {self.markov_head!r} must be 'vanilla', 'gated' or 'rnn'"
-            )
+        if self.markov_head not in (heads := ("vanilla", "gated", "rnn")):
+            raise ValueError(f"markov_head {self.markov_head!r} must be one of {heads}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} must lie in the vocabulary, "
@@ -187,8 +185,7 @@ class TrainConfig:
         max_length: longest sequence; longer ones are cut.
         length_buckets: sequence lengths that are compiled; the last one is ``max_length``. Empty
             chooses the fewest, up to 8, that keep padding on the data below 10 %.
-        bigram_init: start a vanilla sequential head from the bigrams of the answers, so that
-            training begins where it would be after hundreds of updates.
+        bigram_init: start a vanilla sequential head from the bigrams of the answers.
         local_init: start the first layer's heads with their eyes on the last positions.
         tokens_per_batch: positions of one step: a bucket of length S takes tokens_per_batch // S
             sequences.
@@ -196,9 +193,10 @@ class TrainConfig:
             proportionally fewer.
         updates_per_batch: optimiser updates that share one pass of the target.
         sequences_per_update: sequences of the batch that one update sees; 0 is all of them.
-        micro_batches: parts of an update's sequences that are computed one after the other, where
-            memory is short; the result is the same.
+        micro_batches: parts of an update's sequences, computed one after the other: less memory.
         steps: batches; 0 is ``epochs`` passes over the data.
+        average_decay: of the exponential mean of the weights, which is evaluated and exported
+            instead of them; 0 keeps none.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
         min_loss_tokens: conversations with fewer tokens of an answer are dropped.
@@ -253,6 +251,7 @@ class TrainConfig:
     warmup_fraction: float = 0.04
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    average_decay: float = 0.0
     ce_weight: float = 0.1
     l1_weight: float = 0.9
     confidence_weight: float = 1.0
@@ -293,8 +292,9 @@ class TrainConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must not be negative")
         if not self.ce_weight and not self.l1_weight:
             raise ValueError("ce_weight and l1_weight are both 0: nothing would train the drafts")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction {self.warmup_fraction} must lie in [0, 1)")
+        for field in ("warmup_fraction", "average_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)} must lie in [0, 1)")
         for field in ("markov_head", "dtype", "kernels"):
             choices = typing.get_args(typing.get_type_hints(TrainConfig)[field])
             if getattr(self, field) not in choices:

@@ -463,3 +463,32 @@ def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(froze
     assert int(metrics["finite_updates"]) == 1
     assert not np.isfinite(metrics["loss"])
     assert int(metrics["blocks"]) == 3 * 8
+
+
+def test_the_running_mean_is_that_of_the_weights_after_each_update(frozen, params, batch):
+    """Four updates; the weights themselves are those of a run without a mean."""
+    recipe = dataclasses.replace(RECIPE, average_decay=0.2)
+    optimizer = make_optimizer(recipe, 4)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def run(state, recipe, steps):
+        static = {"target_cfg": TARGET, "cfg": DRAFTER, "recipe": recipe, "optimizer": optimizer}
+        advance = jax.jit(partial(step.train_step, **static))
+        for _ in range(steps):
+            state, _ = advance(state, frozen, batch)
+            seen.append(state.result)
+        return state
+
+    seen = []
+    plain = run(state, dataclasses.replace(recipe, average_decay=0), 4)
+    after = run(state.replace(average=params), recipe, 4)
+    assert_same(after.params, plain.params)
+    mean = params
+    for count, weights in enumerate(seen[:4]):
+        kept = min(0.2, (1 + count) / (10 + count))
+        mean = jax.tree.map(
+            lambda old, new, kept=kept: kept * old + (1 - kept) * new, mean, weights
+        )
+    assert_same(after.result, mean)
+    with pytest.raises(AssertionError):
+        assert_same(after.result, after.params)

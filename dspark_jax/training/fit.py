@@ -77,7 +77,7 @@ def evaluate(run: Run, state: TrainState, remedy: str) -> dict[str, Any]:
     for bucket, indices in plans:
         batch = data.make_batch(run.held_out, indices, bucket, data.batch_size(small, bucket))
         placed = place(batch, run.programs.whole)
-        rows.append(run.programs.evaluate(state.params, run.frozen, placed))
+        rows.append(run.programs.evaluate(state.result, run.frozen, placed))
     when = f"step {int(state.step)}, held-out,"
     for plan, row in zip(plans, rows, strict=True):
         check_finite(when, plain(row), run.held_out, iter([plan]), remedy)
@@ -214,7 +214,7 @@ def fit(recipe: TrainConfig) -> Path:
                 saved.save(step, state)
             if stopped and step < total:
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    params = gather(state.params)
+    params = gather(state.result)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
         save_drafter(out / "drafter", run.cfg, params, run.own)

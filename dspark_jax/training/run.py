@@ -282,7 +282,9 @@ def programs_of(
     mesh = mesh_of(recipe)
     optimizer = make_optimizer(recipe, num_updates)
     whole = NamedSharding(mesh, PartitionSpec())
-    state, frozen, sequences = step_shardings(target_cfg, cfg, optimizer, mesh)
+    state, frozen, sequences = step_shardings(
+        target_cfg, cfg, optimizer, mesh, averaged=recipe.average_decay > 0
+    )
     layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
     step = jax.jit(
@@ -346,6 +348,7 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     )
     params = place(params, programs.state.params)
     moments = jax.jit(programs.optimizer.init, out_shardings=programs.state.optimizer)(params)
-    state = TrainState(place(np.int32(0), programs.state.step), params, moments)
+    average = jax.tree.map(jnp.copy, params) if recipe.average_decay else None  # both are donated
+    state = TrainState(place(np.int32(0), programs.state.step), params, moments, average)
     frozen = place(frozen, programs.frozen)
     return Run(recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state)

@@ -31,11 +31,18 @@ class TrainState:
         step: int32, batches done, of ``updates_per_batch`` optimiser updates each.
         params: trainable weights, float32.
         optimizer: state of the optimiser.
+        average: running mean of the weights; None where the recipe has no ``average_decay``.
     """
 
     step: jax.Array
     params: DrafterParams
     optimizer: Any
+    average: Any = None
+
+    @property
+    def result(self) -> DrafterParams:
+        """The weights to evaluate and to export."""
+        return self.params if self.average is None else self.average
 
 
 @struct.dataclass
@@ -70,6 +77,8 @@ def step_shardings(
     cfg: DrafterConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    averaged: bool,
 ) -> tuple[Any, Any, NamedSharding]:
     """Shardings in the form of a ``TrainState`` and a ``Frozen``, and that of a batch's arrays.
 
@@ -88,7 +97,8 @@ def step_shardings(
     )
     frozen = frozen_shardings(target_cfg, cfg, mesh)
     sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return TrainState(replicated, params, moments), frozen, sequences  # type: ignore[arg-type]
+    state: Any = TrainState(replicated, params, moments, params if averaged else None)  # type: ignore[arg-type]
+    return state, frozen, sequences
 
 
 def frozen_shardings(
@@ -271,6 +281,13 @@ def target_outputs(
     return feature_BSFD, make_teacher(frozen.target.vocab, hidden_BSD, reduced)
 
 
+def running_mean(mean: Any, params: Any, count: jax.Array, decay: float) -> Any:
+    """The exponential mean after update number ``count`` (from 0), over about 1 / (1 - decay) of
+    them; over fewer in the beginning, so that the first weights are soon forgotten."""
+    kept = jnp.minimum(decay, (1 + count) / (10 + count))
+    return optax.incremental_update(params, mean, 1 - kept)
+
+
 def train_step(
     state: TrainState,
     frozen: Frozen,
@@ -312,8 +329,8 @@ def train_step(
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
 
-    def update(carry: tuple[DrafterParams, Any], index: jax.Array) -> Any:
-        params, optimizer_state = carry
+    def update(carry: tuple[DrafterParams, Any, Any], index: jax.Array) -> Any:
+        params, optimizer_state, average = carry
         lap, part = index, seen
         if share < size:
             first = index * share
@@ -325,10 +342,16 @@ def train_step(
         gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe, layout, law_TU)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
-        return (optax.apply_updates(params, change), optimizer_state), metrics
+        params = optax.apply_updates(params, change)
+        if average is not None:
+            count = state.step * recipe.updates_per_batch + index
+            average = running_mean(average, params, count, recipe.average_decay)
+        return (params, optimizer_state, average), metrics
 
-    (params, optimizer_state), each = jax.lax.scan(
-        update, (state.params, state.optimizer), jnp.arange(recipe.updates_per_batch)
+    (params, optimizer_state, average), each = jax.lax.scan(
+        update,
+        (state.params, state.optimizer, state.average),
+        jnp.arange(recipe.updates_per_batch),
     )
     finite_X = _are_finite(each)
     first = jnp.argmin(finite_X)
@@ -340,7 +363,7 @@ def train_step(
     # An answer ends its sequence: what lies behind is padding.
     place_S = jnp.arange(1, batch.token_BS.shape[1] + 1)
     metrics["tokens"] = jnp.max(batch.loss_mask_BS * place_S, axis=1).sum()
-    return TrainState(state.step + 1, params, optimizer_state), metrics
+    return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
 
 def _are_finite(each: dict[str, jax.Array]) -> jax.Array:
