@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,21 +21,19 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
-from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Prompt, Request, key_of, seed_of
+from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stream import Event
 from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
+from dspark_jax.scheduler.profile import read_profile, write_profile
 from pallas_kernels import random
 from pallas_kernels.dispatch import Implementation
 
-# A user's message, or the turns of a conversation with "role" and "content".
-Prompt = str | Sequence[Mapping[str, str]]
-
-MOST_SLOTS = 32  # decoded at once by one call
-POSITIONS = 512  # the lengths that states are made for are multiples of it
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,12 @@ class Model:
     """A target and its drafter on a device or a mesh, as :func:`load` gives it.
 
     Attributes:
-        decoder: weights, sizes, tokenizer and calibration, for an ``Engine``.
-        stop_ids: ids that end a text.
+        decoder: weights, sizes, tokenizer and calibration.
         target, drafter: names; the drafter's is ``"none"`` for plain decoding.
         kernels: the implementation of the operations of ``pallas_kernels``.
     """
 
     decoder: Decoder = dataclasses.field(repr=False)
-    stop_ids: tuple[int, ...]
     target: str
     drafter: str
     kernels: Implementation = "xla"
@@ -60,6 +59,7 @@ class Model:
         seed: int | None = None,
         policy: str = "",
         acceptance: Literal["rejection", "coupled"] = "rejection",
+        trace: bool = False,
         **limits: Any,
     ) -> list[Generation]:
         """Continue prompts, decoded together.
@@ -71,6 +71,7 @@ class Model:
             seed: of all randomness; None takes a fresh one. Each result says which it was.
             policy: which drafts are verified, as in ``EngineConfig``.
             acceptance: the lossless rule, ``"rejection"`` or ``"coupled"``.
+            trace: whether the results have every round, as ``RoundTrace``.
             **limits: of ``Request``: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``,
                 ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``.
 
@@ -80,11 +81,12 @@ class Model:
         Raises:
             ValueError: a prompt or an option cannot be used; names it and the remedy.
         """
-        requests, seed = self.requests(prompts, n=n, seed=seed, **limits)
-        with self._engine(requests, policy, acceptance) as engine:
-            streams = [engine.submit(request) for request in requests]
-            engine.run()
-        return [dataclasses.replace(stream.result, seed=seed) for stream in streams]
+        requests, seed = self.requests(prompts, n=n, seed=seed, trace=trace, **limits)
+        if not requests:
+            return []
+        with self.engine_for(requests, policy=policy, acceptance=acceptance) as engine:
+            results = list(serve(engine, requests))
+        return [dataclasses.replace(result, seed=seed) for result in results]
 
     def stream(
         self,
@@ -115,52 +117,72 @@ class Model:
         """
         if type(n) is not int or n < 1:
             raise ValueError(f"n is {n!r}: ask for 1 or more samples of each prompt")
-        known = {field.name for field in dataclasses.fields(Request)} - {"prompt_ids", "key"}
+        own = {"prompt_ids", "prompt", "messages", "key"}
+        known = {field.name for field in dataclasses.fields(Request)} - own
         for name in limits.keys() - known:
             raise ValueError(f"{name} is no option: known are {', '.join(sorted(known))}")
-        seed = secrets.randbits(63) if seed is None else seed
-        if type(seed) is not int or not 0 <= seed < 2**64:
-            raise ValueError(
-                f"seed is {seed!r}: give an integer in 0..2^64-1, or None for a fresh one"
-            )
+        root_2 = key_of(seed)
         several = prompts if _is_several(prompts) else [prompts]
-        limits["stop_ids"] = (*self.stop_ids, *limits.get("stop_ids", ()))
         numbers = jnp.arange(len(several))[:, None], jnp.arange(n)
-        key_XN2 = np.asarray(random.fold_in(random.seed_key(seed), *numbers))
+        key_XN2 = np.asarray(random.fold_in(jnp.asarray(root_2), *numbers))
         requests = []
         for number, prompt in enumerate(several):
+            what: Any = {"prompt" if isinstance(prompt, str) else "messages": prompt}
             try:
-                ids = chat_prompt_ids(self.decoder.tokenizer, prompt)  # type: ignore[arg-type]
-                made = [Request(ids, key=key_2, **limits) for key_2 in key_XN2[number]]
+                made = [Request(**what, key=key_2, **limits) for key_2 in key_XN2[number]]
+                made = [one.resolve(self.decoder.encode, self.decoder.stop_ids) for one in made]
                 made[0].check(self.decoder.target.max_positions, self.decoder.target.vocab_size)
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
             requests += made
-        return requests, seed
+        return requests, seed_of(root_2)
 
-    def _engine(
-        self, requests: Sequence[Request], policy: str, acceptance: Literal["rejection", "coupled"]
-    ) -> Engine:
-        """One that holds these requests, and no more slots than it needs."""
-        longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-        longest = min(longest, self.decoder.target.max_positions)
-        positions = min(round_up(longest, POSITIONS), self.decoder.target.max_positions)
-        config = EngineConfig(
-            slots=min(len(requests), MOST_SLOTS),
-            positions=positions,
-            position_buckets=(round_up(positions + POSITION_STEP, POSITION_STEP),),
-            queue=len(requests),
+    @contextlib.contextmanager
+    def engine_for(
+        self,
+        requests: Sequence[Request],
+        *,
+        policy: str = "",
+        acceptance: Literal["rejection", "coupled"] = "rejection",
+        slots: int = MOST_SLOTS,
+    ) -> Iterator[Engine]:
+        """An engine that holds these requests, and no more slots than they need.
+
+        What rounds cost is read from the user's cache directory and kept there for the next one.
+
+        Args:
+            requests: of :meth:`requests`.
+            policy, acceptance: as for :meth:`generate`.
+            slots: most requests that are decoded at once.
+        """
+        config = config_for(
+            self.decoder,
+            requests,
             policy=policy,
             acceptance=acceptance,
-            stop_ids=max(len(request.stop_ids) for request in requests),
             kernels=self.kernels,
+            slots=slots,
         )
-        return Engine(self.decoder, config)
+        setting, profile = setting_of(self.decoder, config), None
+        digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
+        path = cache_directory() / "rounds" / f"{digest[:16]}.json"
+        with contextlib.suppress(ValueError):  # there is none yet, or it is damaged
+            found = read_profile(path)
+            found.of(setting)
+            profile = found
+        with Engine(self.decoder, config, profile) as engine:
+            try:
+                yield engine
+            finally:
+                learnt = engine.profile()
+                with contextlib.suppress(OSError):  # a cache that cannot be written is no harm
+                    if learnt is not None:
+                        write_profile(path, learnt)
 
     def _events(
         self, requests: Sequence[Request], policy: str, acceptance: Literal["rejection", "coupled"]
     ) -> Iterator[Event]:
-        with self._engine(requests, policy, acceptance) as engine:
+        with self.engine_for(requests, policy=policy, acceptance=acceptance) as engine:
             yield from engine.submit(requests[0])
 
 
@@ -168,7 +190,7 @@ def _is_several(prompts: Any) -> bool:
     """Whether these are several prompts, and not one message or the turns of one conversation."""
     if isinstance(prompts, str):
         return False
-    return not all(isinstance(turn, Mapping) for turn in prompts)
+    return not all(isinstance(turn, Mapping) for turn in prompts) or not prompts
 
 
 def load(
@@ -208,11 +230,17 @@ def load(
     decoder = make_decoder(
         (found.cfg, found.params), bound, found.tokenizer, mesh, calibration=calibration
     )
-    return Model(decoder, found.stop_ids, found.name, name, kernels)
+    encode = partial(chat_prompt_ids, found.tokenizer)
+    decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
+    return Model(decoder, found.name, name, kernels)
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs for later runs, unless the user has set another place."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = platformdirs.user_cache_dir("dspark-jax", appauthor=False)
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+
+
+def cache_directory() -> Path:
+    """The user's, for what need not be computed twice."""
+    return Path(platformdirs.user_cache_dir("dspark-jax", appauthor=False))

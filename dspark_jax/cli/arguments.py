@@ -10,8 +10,6 @@ from typing import Any, NoReturn
 
 from dspark_jax.scheduler.policy import check_name
 
-# What the packaged drafter does best with; other drafters verify the whole block.
-DEFAULT_POLICY = "gate:0.25"
 LOADS = "1,2,4,8,16,32,64"
 LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
@@ -337,9 +335,11 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
     add(
         "--policy",
         type=_policy,
+        default="",
         help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
-        "first confidence below P), gate:P (all, or none where the first confidence is below P) or "
-        f"none (default: {DEFAULT_POLICY} with the packaged drafter, block with another)",
+        "first confidence below P), gate:P (all, or none where the first confidence is below P), "
+        "causal or delayed (as many as pay), or none (default: delayed; block for a drafter "
+        "without confidences)",
     )
     _add_limits(command)
 

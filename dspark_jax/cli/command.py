@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -24,14 +23,7 @@ from typing import TYPE_CHECKING
 import dspark_jax
 from dspark_jax.cli import training
 from dspark_jax.cli.arguments import make_parser
-from dspark_jax.cli.given import (
-    drafter_of,
-    limits_of,
-    load_models,
-    policy_of,
-    prompts_of,
-)
-from dspark_jax.evaluation.prompts import read_prompt_sets
+from dspark_jax.cli.given import drafter_of, limits_of, load_model, names_of, prompts_of
 
 if TYPE_CHECKING:
     from dspark_jax.engine.reader import Generation
@@ -102,38 +94,29 @@ def _discard_output() -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Continue one prompt or a file of prompts."""
-    prompts = prompts_of(args)
-    limits = limits_of(args)
-    decoder, stop_ids, _ = load_models(args)
-    from dspark_jax.engine import generate as engine
-    from dspark_jax.evaluation.results import result_row, summary
-    from dspark_jax.evaluation.speed import Decode, make_requests, warm_up
+    prompts, limits = prompts_of(args), limits_of(args)
+    model = load_model(args)
+    from dspark_jax.engine.generate import serve
+    from dspark_jax.evaluation.prompts import make_requests
+    from dspark_jax.evaluation.results import result_row, sound, summary
 
-    limits = dataclasses.replace(limits, stop_ids=stop_ids)
-    requests = make_requests(prompts, decoder, limits, args.seed)
-    options = {"acceptance": args.acceptance, "policy": policy_of(args), "kernels": args.kernels}
-    decode: Decode = partial(engine.generate, decoder, **options)
+    requests = make_requests(prompts, model.decoder, limits, args.seed)
+    options = {"acceptance": args.acceptance, "policy": args.policy, "slots": args.batch}
     streams = args.batch == 1 and not args.json
     done: list[Generation] = []
-    total_s = 0.0
-    for start in range(0, len(requests), args.batch):
-        batch = requests[start : start + args.batch]
-        warm_up(decode, batch)
-        began = time.perf_counter()
-        results = decode(batch, on_text=_show if streams else None)
-        seconds = time.perf_counter() - began
-        total_s += seconds
-        for result in results:
+    began = time.perf_counter()
+    with model.engine_for(requests, **options) as engine:
+        for result in serve(engine, requests, _show if streams else None):
             done.append(result)
             if args.json:
-                print(json.dumps(result_row(result, seconds)), flush=True)
+                print(json.dumps(result_row(result)), flush=True)
             else:
                 last = len(done) == len(requests)
                 print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
     if not args.json:
-        print(summary(done, total_s), file=sys.stderr)
-    if any(result.finish_reason == "error" for result in done):
-        raise FloatingPointError("the target's logits are not finite: a text ends too early")
+        print(summary(done, time.perf_counter() - began), file=sys.stderr)
+    for result in done:
+        sound(result)
     return 0
 
 
@@ -145,13 +128,14 @@ def bench_speed(args: argparse.Namespace) -> int:
     """Measure decoding with drafts against plain decoding."""
     if drafter_of(args) == "none":
         raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
-    decoder, stop_ids, names = load_models(args)
     from dspark_jax.evaluation import speed
+    from dspark_jax.evaluation.prompts import read_prompt_sets
 
-    limits = dataclasses.replace(limits, stop_ids=stop_ids)
-    options = {name: getattr(args, name) for name in ("seed", "repeats", "acceptance", "kernels")}
-    report = speed.bench_speed(decoder, sets, limits, **options, policy=policy_of(args)) | names
+    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
+    model = load_model(args)
+    given = ("seed", "repeats", "acceptance", "kernels", "policy")
+    options = {name: getattr(args, name) for name in given}
+    report = speed.bench_speed(model.decoder, sets, limits, **options) | names_of(model)
     print(json.dumps(report) if args.json else speed.format_report(report))
     return 0
 
@@ -160,16 +144,17 @@ def bench_acceptance(args: argparse.Namespace) -> int:
     """Measure how many drafts the target keeps."""
     if drafter_of(args) == "none":
         raise ValueError("bench acceptance measures a drafter: give --drafter")
+    from dspark_jax.evaluation import acceptance
+    from dspark_jax.evaluation.prompts import read_prompt_sets
+
     sets = read_prompt_sets(args.prompts, args.limit)
     temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
     limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
-    decoder, stop_ids, names = load_models(args)
-    from dspark_jax.evaluation import acceptance
-
-    report = names | acceptance.bench_acceptance(
-        decoder,
+    model = load_model(args)
+    report = names_of(model) | acceptance.bench_acceptance(
+        model.decoder,
         sets,
-        dataclasses.replace(limits[0], stop_ids=stop_ids),
+        limits[0],
         temperatures,
         seed=args.seed,
         batch=args.batch,
@@ -184,15 +169,15 @@ def bench_load(args: argparse.Namespace) -> int:
     """Measure policies under load."""
     if drafter_of(args) == "none":
         raise ValueError("bench load compares policies of drafting: give --drafter")
-    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
-    decoder, stop_ids, names = load_models(args)
     from dspark_jax.evaluation import load, pictures
+    from dspark_jax.evaluation.prompts import read_prompt_sets
     from dspark_jax.training.curves import write_picture
 
-    limits = dataclasses.replace(limits, stop_ids=stop_ids)
+    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
+    model = load_model(args)
     given = ("concurrency", "policies", "seed", "repeats", "requests_per_client")
     options = {name: getattr(args, name) for name in (*given, "acceptance", "kernels")}
-    report = load.bench_load(decoder, sets, limits, **options) | names
+    report = load.bench_load(model.decoder, sets, limits, **options) | names_of(model)
     if args.plot is not None:
         write_picture(pictures.draw_load(report), Path(args.plot))
     print(json.dumps(report) if args.json else load.format_load(report))
@@ -201,12 +186,12 @@ def bench_load(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure what the rounds of an engine cost here."""
-    decoder, _, names = load_models(args)
+    model = load_model(args)
     from dspark_jax.engine import config, timing
     from dspark_jax.scheduler import profile as costs
 
     sizes = config.EngineConfig(slots=args.slots, positions=args.positions)
-    found = timing.measure_profile(decoder, sizes, args.replays, names)
+    found = timing.measure_profile(model.decoder, sizes, args.replays, names_of(model))
     if args.out is not None:
         costs.write_profile(Path(args.out), found)
     print(json.dumps(costs.profile_json(found)) if args.json else costs.format_profile(found))
@@ -215,10 +200,10 @@ def profile(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Say whether drafts pay on this machine."""
-    decoder, _, names = load_models(args)
+    model = load_model(args)
     from dspark_jax.evaluation.doctor import diagnose, format_report
 
-    report = diagnose(decoder, args.concurrency, args.max_new_tokens) | names
+    report = diagnose(model.decoder, args.concurrency, args.max_new_tokens) | names_of(model)
     print(json.dumps(report) if args.json else format_report(report))
     return 0
 
@@ -227,6 +212,7 @@ def calibrate(args: argparse.Namespace) -> int:
     """Fit the temperatures of a drafter's confidences."""
     from dspark_jax.evaluation import confidence, pictures, rounds
     from dspark_jax.evaluation.confidence import path_beside
+    from dspark_jax.evaluation.prompts import read_prompt_sets
     from dspark_jax.scheduler.calibration import write_calibration
     from dspark_jax.training.curves import write_picture
     from dspark_jax.training.records import sha256
@@ -238,12 +224,12 @@ def calibrate(args: argparse.Namespace) -> int:
         temperatures = tuple(args.temperature or (0.0, 1.0))
         acceptances = tuple(args.acceptance or ("rejection",))
         limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
-        decoder, stop_ids, names = load_models(args)
+        model = load_model(args)
         record = partial(
             rounds.record_rounds,
-            decoder,
+            model.decoder,
             sets,
-            dataclasses.replace(limits[0], stop_ids=stop_ids),
+            limits[0],
             acceptances,
             temperatures,
             seed=args.seed,
@@ -252,7 +238,9 @@ def calibrate(args: argparse.Namespace) -> int:
         if args.record is None:
             requests = [request for _, request in record()]
         else:
-            recipe = names | {"prompts_sha256": [sha256(Path(path)) for path in args.prompts]}
+            recipe = names_of(model) | {
+                "prompts_sha256": [sha256(Path(path)) for path in args.prompts]
+            }
             for name in ("dtype", "limit", "max_new_tokens", "seed"):
                 recipe[name] = getattr(args, name)
             recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
@@ -290,25 +278,26 @@ def replay(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> int:
     """Have the target answer a file of prompts or conversations."""
     from dspark_jax.checkpoints.conversations import read_questions
-    from dspark_jax.engine.generate import generate as decode
     from dspark_jax.evaluation import prepare as data
     from dspark_jax.training.records import sha256
 
     limits, share = limits_of(args), data.Share(args.process, args.processes)
     conversations = read_questions(args.input, args.limit)
-    decoder, stop_ids, names = load_models(args)
-    options = {"acceptance": args.acceptance, "policy": policy_of(args), "kernels": args.kernels}
-    path = data.prepare(
-        partial(decode, decoder, **options),
-        decoder,
-        conversations,
-        dataclasses.replace(limits, stop_ids=stop_ids),
-        Path(args.out),
-        {"target": names["target"], "dtype": args.dtype, "input_sha256": sha256(Path(args.input))},
-        seed=args.seed,
-        batch=args.batch,
-        share=share,
-    )
+    model = load_model(args)
+    recipe = {"target": model.target, "dtype": args.dtype, "input_sha256": sha256(Path(args.input))}
+    given = ("acceptance", "policy", "kernels")
+    options = {name: getattr(args, name) for name in given}
+    with data.engine_for(model.decoder, limits, args.batch, **options) as engine:
+        path = data.prepare(
+            engine,
+            model.decoder,
+            conversations,
+            limits,
+            Path(args.out),
+            recipe,
+            seed=args.seed,
+            share=share,
+        )
     print(path)
     return 0
 

@@ -6,16 +6,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from dspark_jax.cli.arguments import DEFAULT_POLICY
-from dspark_jax.evaluation.prompts import Prompt, read_prompts
-
 if TYPE_CHECKING:
-    from dspark_jax.engine.decoder import Decoder
     from dspark_jax.engine.request import Request
+    from dspark_jax.evaluation.prompts import Prompt
+    from dspark_jax.model import Model
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of the file, of the command line or of stdin."""
+    from dspark_jax.evaluation.prompts import Prompt, read_prompts
+
     if args.prompts is not None:
         if args.prompt is not None:
             raise ValueError("PROMPT and --prompts exclude each other: give one of them")
@@ -49,15 +49,14 @@ def drafter_of(args: argparse.Namespace) -> str:
     return "default" if args.target == "default" else "none"
 
 
-def load_models(args: argparse.Namespace) -> tuple[Decoder, tuple[int, ...], dict[str, str]]:
-    """The models, the ids that end a text, and the models' names for reports."""
+def load_model(args: argparse.Namespace) -> Model:
+    """The models that are asked for."""
     from dspark_jax.model import load
 
-    model = load(args.target, drafter_of(args), dtype=args.dtype)
-    return model.decoder, model.stop_ids, {"target": model.target, "drafter": model.drafter}
+    given = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
+    return load(args.target, drafter_of(args), dtype=args.dtype, **given)
 
 
-def policy_of(args: argparse.Namespace) -> str:
-    """The policy asked for; empty is the whole block."""
-    default = DEFAULT_POLICY if drafter_of(args) == "default" else ""
-    return default if args.policy is None else str(args.policy)
+def names_of(model: Model) -> dict[str, str]:
+    """The models' names, for reports."""
+    return {"target": model.target, "drafter": model.drafter}

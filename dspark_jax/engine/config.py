@@ -80,14 +80,18 @@ class EngineConfig:
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request, context: int) -> None:
         """Refuse a request that an engine of these sizes has no room for.
+
+        Args:
+            request: in ids.
+            context: positions of the target's context, where a text ends in any case.
 
         Raises:
             ValueError: names the value and the remedy.
         """
         total = len(request.prompt_ids) + request.max_new_tokens
-        if total > self.positions:
+        if min(total, context) > self.positions:
             raise ValueError(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_new_tokens is "
                 f"{request.max_new_tokens}, together more than the engine's {self.positions} "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from dspark_jax.axes import param_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.inputs import Weights
+from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.layers import unstack_layers
@@ -30,6 +32,8 @@ class Decoder:
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
         calibration: of the drafter's confidences; None leaves them as they are.
+        encode: a message or a conversation -> ids, by the chat template; None takes ids alone.
+        stop_ids: ids that end every text.
     """
 
     weights: Weights
@@ -38,6 +42,8 @@ class Decoder:
     tokenizer: Any
     mesh: Mesh | None
     calibration: Calibration | None = None
+    encode: Callable[[Prompt], Sequence[int]] | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 def make_decoder(
@@ -76,6 +82,11 @@ def make_decoder(
             vocab = columns if same_head else by_columns(vocab)
     weights = Weights(target_params, drafter_params, vocab)
     return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
+
+
+def without_drafter(decoder: Decoder) -> Decoder:
+    """The same target, decoded plainly: no features are extracted either."""
+    return replace(decoder, weights=Weights(decoder.weights.target), drafter=None)
 
 
 def _unstacked(params: Any) -> Any:

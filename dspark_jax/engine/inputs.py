@@ -29,7 +29,6 @@ class RoundConfig:
         gate: verify nothing of a block whose first confidence lies below; 0 sets no gate. Where
             further drafts cost nothing, as in a program of fixed size, it is the better of the two.
         acceptance: rejection sampling, or coupled by a common noise field.
-        greedy: all temperatures are 0, so that the program can do without noise.
         kernels: the implementation of the operations of ``pallas_kernels``.
     """
 
@@ -39,7 +38,6 @@ class RoundConfig:
     threshold: float = 0.0
     gate: float = 0.0
     acceptance: Literal["rejection", "coupled"] = "rejection"
-    greedy: bool = False
     kernels: Implementation = "xla"
 
 
@@ -123,6 +121,7 @@ class RoundReport:
         generation_B: int32 which request this is about; the host drops reports of others.
         logprob_BC: float32 log-probability of each token under the target's own law, before
             temperature and filters; 0 where nobody asked.
+        draft_BG: int32 tokens of the draft; None without one.
         confidence_logit_BG: float32 of the draft; None without a draft or a confidence head.
     """
 
@@ -135,4 +134,5 @@ class RoundReport:
     length_B: jax.Array
     generation_B: jax.Array
     logprob_BC: jax.Array
+    draft_BG: Any
     confidence_logit_BG: Any

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
-from dspark_jax.engine.rows import prefill
 from dspark_jax.engine.state import DecodeState, admit, move, state_shardings
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
@@ -36,17 +35,6 @@ def num_shards(mesh: Mesh | None) -> int:
 def place_state(state: DecodeState, mesh: Mesh | None) -> DecodeState:
     """A new state on its devices."""
     return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
-
-
-@functools.lru_cache(maxsize=64)
-def prefill_program(
-    cfg: RoundConfig, num_rows: int, mesh: Mesh | None
-) -> Callable[..., DecodeState]:
-    """``prefill(weights, state, start)``."""
-    step = functools.partial(prefill, cfg=cfg, num_rows=num_rows)
-    if mesh is not None:
-        step = _by_shard(step, mesh, (EVERYWHERE, STATE, EVERYWHERE), STATE)
-    return jax.jit(step, donate_argnums=1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,9 +8,34 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, seed_of
 from dspark_jax.engine.text import TextStream
 from dspark_jax.scheduler.history import Drafted, Kind, decided_drafts
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrace:
+    """One round of one request, for research.
+
+    Attributes:
+        draft_G: int32 drafted tokens; None where the round did not draft.
+        confidence_G: float32 confidence logits of the draft, before calibration; None without.
+        verified: drafts that were verified, a prefix.
+        accepted: those of them that were accepted.
+        token_ids: committed tokens, a stop token included.
+        num_rows: anchors and drafts that the round had room for, over all requests of a data
+            shard: its bucket.
+        seconds: since the round before was over or this one was launched, whichever came later,
+            until the host had read it.
+    """
+
+    draft_G: np.ndarray | None
+    confidence_G: np.ndarray | None
+    verified: int
+    accepted: int
+    token_ids: tuple[int, ...]
+    num_rows: int
+    seconds: float
 
 
 @dataclass
@@ -30,8 +55,11 @@ class Generation:
         undrafted_rounds: how many of these rounds did not draft at all.
         logprobs: log-probability of each new token where the request asks for it.
         finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
-            ``"error"`` (the target's logits were not finite); empty while it runs.
-        seed: from which the request's key was made, where ``Model`` made it.
+            ``"error"``; empty while it runs.
+        error: what went wrong, after ``"error"``.
+        seed: with which the same request gives the same text again.
+        seconds: since the request got a slot, until its last round was read.
+        trace: every round, where the request asks for it.
     """
 
     prompt_tokens: int
@@ -44,7 +72,10 @@ class Generation:
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    error: Exception | None = None
     seed: int | None = None
+    seconds: float = 0.0
+    trace: list[RoundTrace] = field(default_factory=list)
 
     @property
     def rounds(self) -> int:
@@ -63,7 +94,7 @@ class Reader:
     def __init__(self, request: Request, limit: int, tokenizer: Any) -> None:
         self.request = request
         self.limit = limit
-        self.result = Generation(prompt_tokens=len(request.prompt_ids))
+        self.result = Generation(len(request.prompt_ids), seed=seed_of(request.key))
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._held = ""
 
@@ -82,8 +113,7 @@ class Reader:
             result.confidence_logits.append(logit_G)
             result.undrafted_rounds += report.token_BC.shape[1] == 1
         if not report.finite_B[slot]:
-            result.finish_reason = "error"
-            return self._finish()
+            return self.fail(FloatingPointError("the target's logits are not finite"))
         for column, token in enumerate(report.token_BC[slot, :count].tolist()):
             if token in self.request.stop_ids:
                 result.finish_reason = "stop"
@@ -99,9 +129,31 @@ class Reader:
                 break
         return self._finish() if result.finish_reason else self._show()
 
+    def note(self, report: RoundReport, slot: int, num_rows: int, seconds: float) -> None:
+        """Keep a round for the trace."""
+        drafted = report.draft_BG is not None
+        logit_BG, count = report.confidence_logit_BG, int(report.count_B[slot])
+        self.result.trace.append(
+            RoundTrace(
+                np.array(report.draft_BG[slot]) if drafted else None,
+                None if logit_BG is None else np.array(logit_BG[slot]),
+                int(report.verified_B[slot]),
+                int(report.accepted_B[slot]),
+                tuple(report.token_BC[slot, :count].tolist()),
+                num_rows,
+                seconds,
+            )
+        )
+
     def cancel(self) -> str:
         """End the request here; returns the text that was still held back."""
         self.result.finish_reason = "cancelled"
+        return self._finish()
+
+    def fail(self, error: Exception) -> str:
+        """End the request with an error; returns the text that was still held back."""
+        self.result.finish_reason, self.result.error = "error", error
+        self._stream = None  # it may be what failed
         return self._finish()
 
     def may_outlast(self, most: int) -> bool:

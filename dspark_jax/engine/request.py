@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.sampling import check_sampling
+
+# A user's message, or the turns of a conversation with "role" and "content".
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -20,31 +24,39 @@ class Request:
     JAX's, ids also a tokenizer's encoding, and all are kept as Python's own.
 
     Attributes:
-        prompt_ids: token ids of the prompt, at least one.
-        max_new_tokens: the text is cut there.
+        prompt_ids: token ids of the prompt, at least one; or ``prompt``, or ``messages``.
+        max_new_tokens: the text is cut there, or where the target's context ends.
         temperature, top_k, top_p, min_p: 0, 0, 1 and 0 switch them off (greedy, no filter).
-        key: uint32 [2], the randomness of this request: ``fold_in(seed_key(seed), line)``.
-        stop_ids: ids that end the text; the id itself is dropped from it.
+        key: uint32 [2], the randomness of this request, where ``seed`` does not make it.
+        stop_ids: ids that end the text besides the model's own; dropped from it.
         stop_strings: strings that end the text; dropped from it too.
         logprobs: whether the log-probabilities of the new tokens are wanted, under the target's
             own law before temperature and filters.
+        trace: whether the result shall have every round.
+        seed: of the key, 0..2^64-1; without seed and key, a fresh one. The result says which.
+        prompt: a user's message, to which the engine applies the chat template.
+        messages: the turns of a conversation (``role``, ``content``), likewise.
 
     Raises:
         ValueError: a value is of the wrong type or has no meaning; names the field and the remedy.
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] = ()
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    key: np.ndarray = field(default_factory=lambda: np.zeros(2, np.uint32))  # seed 0
+    key: Any = None
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
+    trace: bool = False
+    seed: InitVar[int | None] = None
+    prompt: str | None = None
+    messages: Sequence[Mapping[str, str]] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, seed: int | None) -> None:
         def keep(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -54,9 +66,12 @@ class Request:
             keep(name, _integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
             keep(name, _number(name, getattr(self, name)))
-        if not isinstance(self.logprobs, bool | np.bool_):
-            raise ValueError(f"logprobs is {self.logprobs!r:.40}: give True or False")
-        keep("key", _key(self.key))
+        for name in ("logprobs", "trace"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.40}: give True or False")
+        if self.key is not None and seed is not None:
+            raise ValueError("key and seed are both given: one of them says it all")
+        keep("key", key_of(seed) if self.key is None else _key(self.key))
         keep("stop_strings", _strings(self.stop_strings))
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if self.max_new_tokens < 1:
@@ -65,8 +80,39 @@ class Request:
             )
         if any(not text for text in self.stop_strings):
             raise ValueError("a stop string is empty: leave it out")
-        if not self.prompt_ids:
+        if not isinstance(self.prompt, str | None):
+            raise ValueError(f"prompt is {self.prompt!r:.40}: give a text")
+        if self.messages is not None:
+            keep("messages", _turns(self.messages))
+        given = [self.prompt_ids or None, self.prompt, self.messages]
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give one of prompt_ids, prompt and messages, and not several")
+        if not any(given):
             raise ValueError("the prompt is empty: write some text")
+
+    def resolve(
+        self, encode: Callable[[Prompt], Sequence[int]] | None, stop_ids: Sequence[int]
+    ) -> Request:
+        """The request in ids.
+
+        Args:
+            encode: the chat template and the tokenizer; None where there is none.
+            stop_ids: of the model, besides the request's own.
+
+        Raises:
+            ValueError: the text cannot be encoded.
+        """
+        text = self.prompt if self.prompt is not None else self.messages
+        if text is None:
+            ids: Sequence[int] = self.prompt_ids
+        elif encode is None:
+            raise ValueError("the engine has no tokenizer: give prompt_ids, or load a model")
+        else:
+            ids = encode(text)
+        stop_ids = tuple(dict.fromkeys((*self.stop_ids, *stop_ids)))
+        if text is None and stop_ids == self.stop_ids:
+            return self
+        return replace(self, prompt_ids=ids, stop_ids=stop_ids, prompt=None, messages=None)
 
     def check(self, max_positions: int, vocab_size: int) -> None:
         """Refuse what a target cannot decode.
@@ -90,6 +136,39 @@ class Request:
                     f"{name} has the id {largest}, and the target's ids are 0..{vocab_size - 1}: "
                     "use the target's own tokenizer"
                 )
+
+
+def _turns(value: Any) -> tuple[Mapping[str, str], ...]:
+    """The turns of a conversation."""
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    turns = tuple(value) if listed else ()
+    if not listed:
+        raise ValueError(f"messages is {value!r:.40}: give a list of turns")
+    for place, turn in enumerate(turns):
+        for name in ("role", "content"):
+            text = turn.get(name) if isinstance(turn, Mapping) else None
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"messages[{place}] is {turn!r:.60}: give a dict with role and content, texts"
+                )
+    return turns
+
+
+def key_of(seed: int | None) -> np.ndarray:
+    """The key of a seed; a fresh one for None.
+
+    Raises:
+        ValueError: it is no seed.
+    """
+    seed = secrets.randbits(63) if seed is None else _integer("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: give an integer in 0..2^64-1, or None for a fresh one")
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)  # as random.seed_key, anywhere
+
+
+def seed_of(key: np.ndarray) -> int:
+    """The seed whose key this is."""
+    return int(key[0]) << 32 | int(key[1])
 
 
 def _integer(name: str, value: Any) -> int:

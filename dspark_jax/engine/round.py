@@ -97,6 +97,7 @@ def decode_round(
         length_B=length_B,
         generation_B=state.generation_B,
         logprob_BC=_raw_logprob(state, logits_TV, plan, committed_BC),
+        draft_BG=None if block is None else block.token_BG,
         confidence_logit_BG=None if block is None else block.confidence_logit_BG,
     )
     state = state.replace(  # type: ignore[attr-defined]
@@ -189,7 +190,7 @@ def draft(
 
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
         sampled = functools.partial(sample, slot=slot)
-        return _unless_greedy(state, cfg, first_argmax, sampled, logits_BU)
+        return _unless_greedy(state, first_argmax, sampled, logits_BU)
 
     hidden_BGD = slot_hidden(
         weights.drafter,
@@ -203,12 +204,8 @@ def draft(
     return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter)
 
 
-def _unless_greedy(
-    state: DecodeState, cfg: RoundConfig, greedy: Any, sampled: Any, *args: Any
-) -> Any:
+def _unless_greedy(state: DecodeState, greedy: Any, sampled: Any, *args: Any) -> Any:
     """``greedy(*args)`` where nobody samples, which needs no noise, else ``sampled(*args)``."""
-    if cfg.greedy:
-        return greedy(*args)
     return jax.lax.cond(jnp.all(state.sampling.temperature_B == 0), greedy, sampled, *args)
 
 
@@ -293,7 +290,7 @@ def accept(
         floor_T = sampling.kept_floor(logits_TV, *(value_B[slot_T] for value_B in limits_B))
         return by(cfg.acceptance, floor_T)
 
-    return _unless_greedy(state, cfg, greedy, sampled)
+    return _unless_greedy(state, greedy, sampled)
 
 
 def _accept_on_mesh(

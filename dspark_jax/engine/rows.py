@@ -21,35 +21,6 @@ from dspark_jax.models.vocab import unembed
 from pallas_kernels.accept_block.rule import VerifyPlan
 
 
-def prefill(
-    weights: Weights, state: DecodeState, start: jax.Array, cfg: RoundConfig, *, num_rows: int
-) -> DecodeState:
-    """Read positions ``start .. start + num_rows - 1`` of every prompt into both caches.
-
-    The anchor, the last token of a prompt, is left to the first round.
-
-    Args:
-        weights: of target and drafter.
-        state: donated.
-        start: int32 scalar, a multiple of ``num_rows``.
-        cfg: static part.
-        num_rows: rows of each slot, static.
-    """
-    num_slots = state.length_B.shape[0]
-    position_BC = jnp.broadcast_to(
-        start + jnp.arange(num_rows, dtype=jnp.int32), (num_slots, num_rows)
-    )
-    wanted_BC = (position_BC < state.length_B[:, None] - 1) & state.active_B[:, None]
-    token_BC = jnp.take_along_axis(state.token_BS, position_BC, axis=1, mode="clip")
-    slot_BC = jnp.where(wanted_BC, jnp.arange(num_slots, dtype=jnp.int32)[:, None], num_slots)
-    rows = Rows(token_BC.reshape(-1), slot_BC.reshape(-1), position_BC.reshape(-1))
-    _, feature_TFD, target_cache = _extend(weights, state, rows, None, cfg, num_rows)
-    return state.replace(  # type: ignore[attr-defined]
-        target_cache=target_cache,
-        context_cache=inject_rows(weights, state, feature_TFD, rows, None, cfg),
-    )
-
-
 def chunk_rows(state: DecodeState, chunks: Chunks, rows_per_chunk: int) -> Rows:
     """The rows [P, W] of chunks; positions that are not wanted become padding (slot B)."""
     column_W = jnp.arange(rows_per_chunk, dtype=jnp.int32)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Chunk, Move
 from dspark_jax.engine.reader import Reader
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Mailbox
 from dspark_jax.scheduler.history import Kind
 from dspark_jax.scheduler.shape import Shape, Sizes
@@ -21,24 +23,44 @@ class Tenant:
 
     Attributes:
         mailbox, reader: where its text goes.
-        generation: its number.
-        slot: counted over all data shards.
         kind: of its confidences.
+        arrival: its place among all requests.
+        request: what is left of it: its prompt has all tokens that were committed when it entered.
         length: committed tokens after the last round that was read.
+        generation: a number that nobody else ever has, another one each time that it enters.
+        slot: counted over all data shards; -1 without one.
         pending: most tokens that the rounds in flight may add.
         read: positions of the prompt that were given to a round.
         decoding: whether the prompt was read to the end.
+        since_s: when it entered first, on a monotonic clock.
     """
 
     mailbox: Mailbox
     reader: Reader
-    generation: int
-    slot: int
     kind: Kind
+    arrival: int
+    request: Request
     length: int
+    generation: int = -1
+    slot: int = -1
     pending: int = 0
     read: int = 0
     decoding: bool = False
+    since_s: float = 0.0
+
+    def enter(self, generation: int) -> None:
+        """Wait for a slot no longer."""
+        self.generation, self.since_s = generation, self.since_s or time.perf_counter()
+
+    def leave(self) -> None:
+        """Give up the slot, with all tokens so far behind the prompt of what is left."""
+        self.slot, self.pending, self.read, self.decoding = -1, 0, 0, False
+        asked, new_ids = self.reader.request, self.reader.result.token_ids
+        if new_ids:
+            left = self.reader.limit - len(new_ids)
+            ids = (*asked.prompt_ids, *new_ids)
+            self.request = replace(asked, prompt_ids=ids, max_new_tokens=left)
+        self.length = len(self.request.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class InFlight:
     report: RoundReport
     shape: Shape
     steady: bool
+    launched_s: float
     members: tuple[tuple[Tenant, int, bool], ...]
 
 
@@ -127,7 +150,7 @@ def plan_chunks(
 
 def _pieces(tenant: Tenant, slot: int, rows: int) -> list[Chunk]:
     """What is left of a prompt, without the anchor, which decoding reads; at least one piece."""
-    end = len(tenant.reader.request.prompt_ids) - 1
+    end = len(tenant.request.prompt_ids) - 1
     starts = list(range(tenant.read, end, rows)) or [tenant.read]
     return [Chunk(slot, start, min(rows, end - start), start == starts[-1]) for start in starts]
 

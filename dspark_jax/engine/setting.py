@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 from dspark_jax import __version__
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 
 
-def setting_of(decoder: Decoder, chunk_rows: int) -> dict[str, Any]:
+def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
     """What the seconds of a round depend on, apart from its size, as flat JSON values.
 
     Of the models that is their sizes: other weights of the same sizes cost the same.
@@ -26,7 +27,8 @@ def setting_of(decoder: Decoder, chunk_rows: int) -> dict[str, Any]:
         "dtype": str(decoder.weights.target.norm_D.dtype),
         "jax": jax.__version__,
         "dspark_jax": __version__,
-        "chunk_rows": chunk_rows,
+        "chunk_rows": config.chunk_rows,
+        "kernels": config.kernels,
     }
     for model in ("target", "drafter"):
         cfg = getattr(decoder, model)

@@ -88,7 +88,7 @@ def slot_values(request: Request | None, generation: int, cfg: StateConfig) -> d
         token_S[:length] = request.prompt_ids
         stop_id_K[: len(request.stop_ids)] = request.stop_ids
     else:
-        request = Request((0,))
+        request = Request((0,), seed=0)
     limits: list[Any] = [np.float32(request.temperature), np.int32(request.top_k)]
     limits += [np.float32(request.top_p), np.float32(request.min_p)]
     return {

@@ -59,6 +59,11 @@ class Mailbox:
         if not self.finished:
             self.report(self._reader.cancel())
 
+    def fail(self, error: Exception) -> None:
+        """End the request with an error; what it had said stays."""
+        if not self.finished:
+            self.report(self._reader.fail(error))
+
     def report(self, text: str) -> None:
         """Make an event of what the reader has taken in."""
         result = self.result

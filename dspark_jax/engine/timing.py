@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
-from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import RoundInput, Weights
 from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Chunk, HostPlan
@@ -38,16 +38,6 @@ WARM_REPLAYS = 1
 Step = Callable[[DecodeState], tuple[DecodeState, Any]]
 
 
-def profile_of(programs: Programs, given: Profile) -> Profile:
-    """What an engine with these programs needs of a profile.
-
-    Raises:
-        ValueError: it belongs to something else.
-    """
-    shapes = [shape for sizes in programs.sizes() for shape in programs.shapes(sizes)]
-    return given.part(setting_of(programs.decoder, programs.config.chunk_rows), shapes)
-
-
 def measure_profile(
     decoder: Decoder,
     config: EngineConfig,
@@ -59,7 +49,7 @@ def measure_profile(
     The requests are greedy, without filters: the noise of sampling costs a little more.
 
     Args:
-        decoder: models and mesh; without a drafter if the policy is ``"none"``.
+        decoder: models and mesh.
         config: of the engine; the profile serves all policies that verify up to as many drafts.
         replays: how often every round is timed.
         names: of the models, ``target`` and ``drafter``, to be noted in the profile.
@@ -79,6 +69,8 @@ def measure_profiles(
     measured = []
     for decoder, config in engines:
         policy = make_policy(config.policy, decoder.drafter)
+        if policy.kind == "none":
+            decoder = without_drafter(decoder)
         ladder = make_ladder(config, policy, num_shards(decoder.mesh))
         check_sizes(decoder, config, ladder)
         measured.append((Programs(decoder, config, policy, ladder), decoder.weights))
@@ -109,7 +101,7 @@ def _profile(programs: Programs, seconds: Mapping[Sizes, list[float]]) -> Profil
             ahead_s = draft_s[sizes]
         for shape, value in zip(shapes, values, strict=False):
             round_s[shape] = value + (ahead_s if shape.num_draft else 0.0)
-    return make_profile(setting_of(programs.decoder, programs.config.chunk_rows), round_s, draft_s)
+    return make_profile(setting_of(programs.decoder, programs.config), round_s, draft_s)
 
 
 def _steps(programs: Programs, weights: Weights, sizes: Sizes) -> list[Step]:

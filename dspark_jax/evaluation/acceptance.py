@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 from tqdm import tqdm
 
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.generate import generate
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.speed import (
-    Decode,
+from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.results import (
     accept_rates,
-    fill_up,
     format_rates,
-    make_requests,
     mean_accepted_length,
+    served,
 )
 from pallas_kernels.dispatch import Implementation
 
@@ -57,7 +55,7 @@ def bench_acceptance(
         temperatures: to decode at.
         seed: root of the keys; each set counts its prompts from 0.
         batch: prompts decoded together.
-        acceptance, kernels: of ``generate``.
+        acceptance, kernels: of ``EngineConfig``.
 
     Returns:
         ``rows``, one for each set and temperature, their ``mean`` over the sets at each
@@ -75,12 +73,18 @@ def bench_acceptance(
         for temperature in temperatures
         for name, prompts in sets.items()
     }
-    decode = partial(generate, decoder, acceptance=acceptance, kernels=kernels)
+    everybody = [request for group in requests.values() for request in group]
+    config = config_for(
+        decoder, everybody, policy="block", acceptance=acceptance, kernels=kernels, slots=batch
+    )
     rows = []
-    with tqdm(total=sum(map(len, requests.values())), unit="prompt", disable=None) as bar:
+    with (
+        Engine(decoder, config) as engine,
+        tqdm(total=len(everybody), unit="prompt", disable=None) as bar,
+    ):
         for (name, temperature), group in requests.items():
             bar.set_description(f"{name}, temperature {temperature:g}")
-            results = list(_in_batches(decode, group, batch, bar))
+            results = list(served(engine, group, bar))
             row = {"set": name, "temperature": temperature, "prompts": len(group)}
             rows.append(row | summarise(results, decoder.drafter.block_size))
     return {
@@ -93,20 +97,6 @@ def bench_acceptance(
         "device": device_name(),
         "jax": jax.__version__,
     }
-
-
-def _in_batches(
-    decode: Decode, requests: Sequence[Request], batch: int, bar: tqdm
-) -> Iterator[Generation]:
-    """The results of all requests, decoded in batches of one size."""
-    size = min(batch, len(requests))
-    for start in range(0, len(requests), size):
-        part = requests[start : start + size]
-        results = decode(fill_up(part, size))[: len(part)]
-        if any(result.finish_reason == "error" for result in results):
-            raise FloatingPointError("the target's logits are not finite")
-        bar.update(len(part))
-        yield from results
 
 
 def summarise(results: Sequence[Generation], block_size: int) -> dict[str, Any]:

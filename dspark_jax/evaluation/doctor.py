@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
@@ -28,11 +29,10 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profiles
-from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.replay import replay_record, survivals
-from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request, serve_requests
-from dspark_jax.evaluation.speed import make_requests
-from dspark_jax.evaluation.steps import plain_decoder
+from dspark_jax.evaluation.results import served
+from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request
 from dspark_jax.scheduler.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
 from dspark_jax.scheduler.calibration import Calibration
 from dspark_jax.scheduler.choice import DELAY
@@ -96,9 +96,7 @@ def diagnose(
     requests = make_requests(prompts, decoder, limits, seed=0)
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
-    profile, plain = measure_profiles(
-        [(decoder, config), (plain_decoder(decoder), plain_config)], REPLAYS
-    )
+    profile, plain = measure_profiles([(decoder, config), (decoder, plain_config)], REPLAYS)
     sample = _sample(decoder, config, requests, max_new_tokens)
     rows = []
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
@@ -154,8 +152,11 @@ def _sample(
 ) -> list[RecordedRequest]:
     """The rounds of the first tokens of each text, with whole blocks verified."""
     short = [dataclasses.replace(request, max_new_tokens=max_new_tokens) for request in requests]
-    with Engine(decoder, dataclasses.replace(config, policy="block")) as engine:
-        results = list(serve_requests(engine, short, "sample"))
+    with (
+        Engine(decoder, dataclasses.replace(config, policy="block")) as engine,
+        tqdm(desc="sample", total=len(short), unit="request", disable=None) as bar,
+    ):
+        results = list(served(engine, short, bar))
     return [recorded_request("built-in", config.acceptance, 0.0, result) for result in results]
 
 

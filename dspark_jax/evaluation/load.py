@@ -33,8 +33,8 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profile
-from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.speed import make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.results import sound
 from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile
 from pallas_kernels.dispatch import Implementation
@@ -216,9 +216,7 @@ def serve(engine: Engine, requests: Iterator[Request], clients: int, count: int)
     for stream in since:
         stream.cancel()
     engine.run()
-    results = [stream.result for stream, _ in over]
-    if any(result.finish_reason == "error" for result in results):
-        raise FloatingPointError("the target's logits are not finite")
+    results = [sound(stream.result) for stream, _ in over]
     seconds = sum(seconds for _, seconds in over)
     tokens_over = sum(len(result.token_ids) for result in results)
     results += [stream.result for stream in since]

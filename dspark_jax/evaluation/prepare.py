@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,15 @@ from tqdm import tqdm
 from dspark_jax.checkpoint import write_atomically
 from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.config import POSITION_STEP, round_up
 from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.stream import Stream
+from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
-from dspark_jax.evaluation.speed import Decode, fill_up
 from pallas_kernels import random
 
 logger = logging.getLogger(__name__)
@@ -83,7 +88,7 @@ class Dialogue:
 
 
 def prepare(
-    decode: Decode,
+    engine: Engine,
     decoder: Decoder,
     conversations: Sequence[Conversation],
     limits: Request,
@@ -91,13 +96,12 @@ def prepare(
     recipe: dict[str, Any],
     *,
     seed: int = 0,
-    batch: int = 1,
     share: Share = Share(),
 ) -> Path:
     """Have the target answer conversations, or go on where an interrupted run stopped.
 
     Args:
-        decode: ``generate`` with decoder and options filled in.
+        engine: of :func:`engine_for`.
         decoder: whose tokenizer and context length are used.
         conversations: of :func:`~dspark_jax.checkpoints.conversations.read_questions`, all of them.
         limits: all of a request but prompt and key.
@@ -106,7 +110,6 @@ def prepare(
             in ``OUT.recipe.json``, and another one is refused.
         seed: answer number t of conversation i has the key ``fold_in(seed_key(seed), i, t)``, so
             the first one that of line i of ``dspark generate --prompts``.
-        batch: conversations decoded together.
         share: of this process.
 
     Returns:
@@ -127,13 +130,13 @@ def prepare(
         elsewhere = read_lines(out)[0] if path != out and out.exists() else {}
         todo = [number for number in mine if number not in lines and number not in elsewhere]
         dialogues = [begin(number, conversations[number]) for number in todo]
-        ask = make_asker(decoder, limits, seed)
+        ask = make_asker(decoder, lambda _: limits, seed, engine.config.positions)
         before = len(mine) - len(todo)
         with tqdm(
             total=len(mine), initial=before, unit="line", desc="prepare", dynamic_ncols=True
         ) as bar:
-            for dialogue in answer_all(decode, ask, dialogues, batch, bar):
-                lines[dialogue.number] = line_of(dialogue, limits.temperature)
+            for dialogue in answer_all(engine, decoder.tokenizer, ask, dialogues, bar):
+                lines[dialogue.number] = line_of(dialogue)
                 file.write(lines[dialogue.number])
                 file.flush()
         if list(lines) != sorted(lines):
@@ -148,82 +151,146 @@ def begin(number: int, conversation: Conversation) -> Dialogue:
     return Dialogue(number, conversation.origin, system, turns)
 
 
-def make_asker(decoder: Decoder, limits: Request, seed: int) -> Callable[[Dialogue], str | None]:
-    """A function that opens a dialogue's next question, or says why that cannot be."""
+# Opens a dialogue's next question, or says why that cannot be.
+Ask = Callable[[Dialogue], str | None]
+
+
+def make_asker(
+    decoder: Decoder,
+    limits_of: Callable[[str], Request],
+    seed: int,
+    positions: int,
+    least: int = 1,
+) -> Ask:
+    """The function that asks the questions of dialogues.
+
+    Args:
+        decoder: whose tokenizer is used.
+        limits_of: a question -> all of its request but prompt and key.
+        seed: root of the keys.
+        positions: of the longest request; an answer is cut there.
+        least: tokens of an answer that must have room.
+    """
     root, fold_in = random.seed_key(seed), jax.jit(random.fold_in)
+    host = jax.local_devices(backend="cpu")[0]  # keys must not wait for the rounds in flight
 
     def ask(dialogue: Dialogue) -> str | None:
         turns = [*dialogue.turns, dialogue.questions[0]]
         number = sum(turn["role"] == "assistant" for turn in turns)
-        key_2 = np.asarray(fold_in(root, np.uint32(dialogue.number), np.uint32(number)))
+        with jax.default_device(host):
+            key_2 = np.asarray(fold_in(root, np.uint32(dialogue.number), np.uint32(number)))
+        limits = limits_of(turns[-1]["content"])
         try:
             ids = chat_prompt_ids(decoder.tokenizer, turns)
             request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
             request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             return str(error)
-        dialogue.request = request
+        room = positions - len(ids)
+        if room < least:
+            return f"the prompt has {len(ids)} tokens, which leaves no room for an answer"
+        most = min(room, request.max_new_tokens)
+        dialogue.request = dataclasses.replace(request, max_new_tokens=most)
         dialogue.turns.append(dialogue.questions.popleft())
         return None
 
     return ask
 
 
+def engine_for(decoder: Decoder, limits: Request, slots: int, **options: Any) -> Engine:
+    """An engine for conversations of any length, which makes no text while it decodes.
+
+    Args:
+        decoder: models.
+        limits: of the requests.
+        slots: conversations decoded together.
+        **options: of ``EngineConfig``.
+    """
+    config = config_for(decoder, [limits] * slots, slots=slots, **options)
+    positions, rounds = decoder.target.max_positions, config.position_buckets[0]
+    buckets = [rounds * 2**i for i in range(32) if rounds * 2**i < positions + rounds]
+    config = dataclasses.replace(
+        config,
+        positions=positions,
+        position_buckets=(*buckets[:-1], round_up(positions + POSITION_STEP, POSITION_STEP)),
+        queue=2 * slots,
+    )
+    return Engine(dataclasses.replace(decoder, tokenizer=None), config)
+
+
 def answer_all(
-    decode: Decode,
-    ask: Callable[[Dialogue], str | None],
+    engine: Engine,
+    tokenizer: Any,
+    ask: Ask,
     dialogues: Sequence[Dialogue],
-    batch: int,
     bar: tqdm,
+    end: float = math.inf,
 ) -> Iterator[Dialogue]:
     """The dialogues, each as soon as it is over; one that cannot even begin is left out.
 
-    Whoever is over makes room for the next, so that the batch stays full.
+    Whoever is over makes room for the next at once, so that all slots stay taken.
+
+    Args:
+        engine: of :func:`engine_for`.
+        tokenizer: of the answers.
+        ask: of :func:`make_asker`.
+        dialogues: in the order in which they begin.
+        bar: that counts them.
+        end: of the time, by ``time.time()``; what is under way then is lost.
+
+    Raises:
+        FloatingPointError: the target's logits are not finite.
     """
-    waiting, active, left_out = deque(dialogues), list[Dialogue](), list[str]()
-    size, tokens, start = min(batch, len(dialogues)), 0, time.monotonic()
-    while waiting or active:
-        while waiting and len(active) < size:
+    waiting, left_out = deque(dialogues), list[str]()
+    running: list[tuple[Dialogue, Stream]] = []
+    tokens, start = 0, time.monotonic()
+    while (waiting or running) and time.time() < end:
+        while waiting and len(running) < 2 * engine.config.slots:
             dialogue = waiting.popleft()
             problem = ask(dialogue)
             if problem is None:
-                active.append(dialogue)
+                running.append((dialogue, engine.submit(_request(dialogue))))
             else:
                 left_out.append(f"{dialogue.origin}: {problem}")
                 bar.update()
-        results = answer(decode, active, size)
-        tokens += sum(len(result.token_ids) for result in results)
-        bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.1f} tokens/s")
-        # An answer that was cut is nothing to go on from.
-        open_ones = [
-            dialogue
-            for dialogue, result in zip(active, results, strict=True)
-            if result.finish_reason == "stop" and dialogue.questions and ask(dialogue) is None
-        ]
-        for dialogue in active:
-            if dialogue not in open_ones:
-                bar.update()
-                yield dialogue
-        active = open_ones
+        engine.step()
+        over = [pair for pair in running if pair[1].finished]
+        running = [pair for pair in running if not pair[1].finished]
+        for dialogue, stream in over:
+            close_answer(dialogue, stream.result, tokenizer)
+            tokens += len(stream.result.token_ids)
+            # An answer that was cut is nothing to go on from.
+            goes_on = stream.result.finish_reason == "stop" and dialogue.questions
+            if goes_on and ask(dialogue) is None:
+                running.append((dialogue, engine.submit(_request(dialogue), priority=1)))
+                continue
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.1f} tokens/s")
+            bar.update()
+            yield dialogue
     if left_out:
         logger.warning("%d left out; the first: %s", len(left_out), left_out[0])
 
 
-def answer(decode: Decode, dialogues: Sequence[Dialogue], size: int) -> list[Generation]:
-    """Answer the open question of every dialogue, in one batch of always the same size."""
-    if not dialogues:
-        return []
-    requests = [dialogue.request for dialogue in dialogues if dialogue.request]
-    results = decode(fill_up(requests, size))[: len(requests)]
-    for dialogue, result in zip(dialogues, results, strict=True):
-        if result.finish_reason == "error":
-            raise FloatingPointError(f"{dialogue.origin}: the target's logits are not finite")
-        dialogue.answer = result
-        dialogue.turns.append({"role": "assistant", "content": result.text})
-    return results
+def _request(dialogue: Dialogue) -> Request:
+    assert dialogue.request is not None
+    return dialogue.request
 
 
-def line_of(dialogue: Dialogue, temperature: float) -> bytes:
+def close_answer(dialogue: Dialogue, result: Generation, tokenizer: Any) -> None:
+    """The answer to the open question.
+
+    Raises:
+        FloatingPointError: the target's logits were not finite.
+    """
+    if result.finish_reason == "error":
+        raise FloatingPointError(f"{dialogue.origin}: {result.error}")
+    text = TextStream(tokenizer)
+    content = text.push(result.token_ids) + text.finish()
+    dialogue.answer = result
+    dialogue.turns.append({"role": "assistant", "content": content})
+
+
+def line_of(dialogue: Dialogue) -> bytes:
     """A dialogue that is over, as a line of the output."""
     assert dialogue.answer is not None
     row = {
@@ -231,6 +298,6 @@ def line_of(dialogue: Dialogue, temperature: float) -> bytes:
         "conversations": dialogue.turns,
         "response_ids": dialogue.answer.token_ids,
         "finish": dialogue.answer.finish_reason,
-        "temperature": temperature,
+        "temperature": _request(dialogue).temperature,
     }
     return json.dumps(row).encode() + b"\n"

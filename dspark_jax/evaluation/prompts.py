@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from dspark_jax.checkpoints.conversations import json_lines
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.request import Request
+from pallas_kernels import random
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,33 @@ def read_prompt_sets(paths: Sequence[str], limit: int | None = None) -> dict[str
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
     return {name: read_prompts(path, limit) for name, path in zip(names, paths, strict=True)}
+
+
+def make_requests(
+    prompts: Sequence[Prompt], decoder: Decoder, limits: Request, seed: int
+) -> list[Request]:
+    """A request for every prompt; number i has the key ``fold_in(seed_key(seed), i)``.
+
+    Args:
+        prompts: the user's messages.
+        decoder: whose tokenizer and context length are used.
+        limits: all but prompt and key.
+        seed: root of the keys.
+
+    Raises:
+        ValueError: a prompt is empty or too long; the message says where it was read.
+    """
+    keys_B2 = np.asarray(random.fold_in(random.seed_key(seed), jnp.arange(len(prompts))))
+    requests = []
+    for prompt, key_2 in zip(prompts, keys_B2, strict=True):
+        try:
+            ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
+            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request.check(decoder.target.max_positions, decoder.target.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{prompt.origin}: {error}") from None
+        requests.append(request)
+    return requests
 
 
 def _prompt_text(row: Any, origin: str) -> str:

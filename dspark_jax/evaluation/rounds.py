@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoints.conversations import json_lines
-from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
-from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.speed import make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.results import served
 from dspark_jax.scheduler.calibration import ACCEPTANCES
 from dspark_jax.scheduler.history import decided_drafts
 
@@ -100,40 +100,27 @@ def record_rounds(
         own = dataclasses.replace(limits, temperature=temperature)
         groups = [make_requests(prompts, decoder, own, seed) for prompts in sets.values()]
         requests = dict(enumerate(itertools.chain(*groups), way * len(origins)))
-        longest = max(len(r.prompt_ids) for r in requests.values()) + limits.max_new_tokens
         todo = {number: r for number, r in requests.items() if number not in done}
         if not todo:
             continue
-        config = EngineConfig(
-            slots=min(slots, len(requests)),
-            positions=longest,
-            queue=len(requests),
+        config = config_for(
+            decoder,
+            list(requests.values()),
             policy="block",
             acceptance=acceptance,  # type: ignore[arg-type]
-            stop_ids=max(1, len(limits.stop_ids)),
+            slots=slots,
         )
         label = f"{acceptance}, temperature {temperature:g}"
-        with Engine(decoder, config) as engine:
-            results = serve_requests(engine, list(todo.values()), label)
+        with (
+            Engine(decoder, config) as engine,
+            tqdm(desc=label, total=len(todo), unit="request", disable=None) as bar,
+        ):
+            results = served(engine, list(todo.values()), bar)
             for number, result in zip(todo, results, strict=True):
                 origin = origins[number % len(origins)]
                 found = recorded_request(origin, acceptance, temperature, result)
                 if len(found.accepted_N):
                     yield number, found
-
-
-def serve_requests(engine: Engine, requests: Sequence[Request], label: str) -> Iterator[Generation]:
-    """The results of all requests in order, with a progress bar.
-
-    Raises:
-        FloatingPointError: the target's logits are not finite.
-    """
-    streams = [engine.submit(request) for request in requests]
-    for stream in tqdm(streams, desc=label, unit="request", disable=None):
-        result = stream.wait()
-        if result.finish_reason == "error":
-            raise FloatingPointError("the target's logits are not finite")
-        yield result
 
 
 def recorded_request(

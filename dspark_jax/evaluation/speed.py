@@ -1,40 +1,42 @@
-"""Plain against speculative decoding of the same prompts, by the same engine and weights.
+"""Plain against speculative decoding of the same prompts, by engines with the same weights.
 
 Both ways take turns prompt by prompt, so that a machine that slows down slows both, and the
-speed-up is the median over these pairs. Times are of whole requests, the prompt included;
-compilation happens before the clock starts.
+speed-up is the median over these pairs. Times are of whole requests, the prompt included; programs
+are compiled, and what rounds cost is learnt, before the clock starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import string
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.generate import PREFILL_ROWS, generate, round_config
-from dspark_jax.engine.inputs import RoundConfig
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.evaluation.prompts import Prompt
-from dspark_jax.evaluation.steps import plain_decoder, step_seconds
-from pallas_kernels import random
+from dspark_jax.engine.timing import measure_profiles
+from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.results import (
+    accept_rates,
+    format_rates,
+    mean_accepted_length,
+    sound,
+)
+from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels.dispatch import Implementation
 
-# ``generate`` with everything but the requests (and ``on_text``) filled in.
-Decode = Callable[..., list[Generation]]
+REPLAYS = 8  # of a profile
+WARM_UP = 3  # prompts that are decoded before the clock starts
 
 
 @dataclass(frozen=True)
@@ -58,68 +60,6 @@ class Pair:
     dspark: Timed
 
 
-def make_requests(
-    prompts: Sequence[Prompt], decoder: Decoder, limits: Request, seed: int
-) -> list[Request]:
-    """A request for every prompt; number i has the key ``fold_in(seed_key(seed), i)``.
-
-    Args:
-        prompts: the user's messages.
-        decoder: whose tokenizer and context length are used.
-        limits: all but prompt and key.
-        seed: root of the keys.
-
-    Raises:
-        ValueError: a prompt is empty or too long; the message says where it was read.
-    """
-    keys_B2 = np.asarray(random.fold_in(random.seed_key(seed), jnp.arange(len(prompts))))
-    requests = []
-    for prompt, key_2 in zip(prompts, keys_B2, strict=True):
-        try:
-            ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
-            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
-            request.check(decoder.target.max_positions, decoder.target.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"{prompt.origin}: {error}") from None
-        requests.append(request)
-    return requests
-
-
-def fill_up(requests: Sequence[Request], size: int) -> list[Request]:
-    """A batch of always the same size, as its shape is compiled: requests of one token are
-    cheaper than another shape.
-
-    Args:
-        requests: at least one, at most ``size``.
-        size: of the batch.
-    """
-    spare = dataclasses.replace(requests[0], max_new_tokens=1)
-    return [*requests, *[spare] * (size - len(requests))]
-
-
-def warm_up(decode: Decode, requests: Sequence[Request]) -> None:
-    """Compile everything that decoding this batch needs, in as few steps as will do.
-
-    The programs depend on the number of requests, on the length of the longest text to come, and
-    on the rows of the last chunk of the prompt. So prompts are cut by whole chunks, their texts
-    get as much more room, and end with the first printable character.
-    """
-    unread = max(len(request.prompt_ids) for request in requests) - 1
-    keep = 1 + unread % PREFILL_ROWS + (PREFILL_ROWS if unread >= PREFILL_ROWS else 0)
-    total = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-    decode(
-        [
-            dataclasses.replace(
-                request,
-                prompt_ids=request.prompt_ids[:keep],
-                max_new_tokens=total - keep,
-                stop_strings=tuple(string.printable),
-            )
-            for request in requests
-        ]
-    )
-
-
 def bench_speed(
     decoder: Decoder,
     sets: Mapping[str, Sequence[Prompt]],
@@ -131,7 +71,7 @@ def bench_speed(
     acceptance: Literal["rejection", "coupled"] = "rejection",
     kernels: Implementation = "xla",
 ) -> dict[str, Any]:
-    """Decode every prompt plainly and with drafts, several times.
+    """Decode every prompt plainly and with drafts, several times, one at a time.
 
     Args:
         decoder: weights with a drafter.
@@ -139,7 +79,7 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        policy, acceptance, kernels: of ``generate``.
+        policy, acceptance, kernels: of ``EngineConfig``.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
@@ -150,21 +90,22 @@ def bench_speed(
     """
     assert decoder.drafter is not None
     requests = {name: make_requests(sets[name], decoder, limits, seed) for name in sets}
-    decode = partial(generate, acceptance=acceptance, kernels=kernels)
-    ways: dict[str, Decode] = {
-        "plain": partial(decode, plain_decoder(decoder)),
-        "dspark": partial(decode, decoder, policy=policy),
-    }
-    pairs = _measure(ways, requests, repeats)
-    first = next(request for group in requests.values() for request in group)
-    cfg = round_config(decoder, [first], policy, acceptance, kernels)
-    seconds = step_seconds(decoder, first, cfg)
+    flat = [request for group in requests.values() for request in group]
+    config = config_for(
+        decoder, flat, policy=policy, acceptance=acceptance, kernels=kernels, slots=1
+    )
+    plain = dataclasses.replace(config, policy="none")
+    seconds = _step_seconds(decoder, config, plain)
+    with Engine(decoder, plain) as without, Engine(decoder, config) as drafting:
+        num_draft = drafting.policy.num_draft
+        pairs = _measure({"plain": without, "dspark": drafting}, requests, repeats)
+    greedy = limits.temperature == 0
     break_even = (seconds["verify"] + seconds["draft"]) / seconds["plain"]
     report = {
-        **summarise([pair for name in sets for pair in pairs[name]], cfg),
+        **summarise([pair for name in sets for pair in pairs[name]], num_draft, greedy),
         "step_seconds": seconds,
         "break_even_accepted_length": round(break_even, 4),
-        "prompts": sum(len(group) for group in requests.values()),
+        "prompts": len(flat),
         "max_new_tokens": limits.max_new_tokens,
         "temperature": limits.temperature,
         "repeats": repeats,
@@ -173,22 +114,41 @@ def bench_speed(
     }
     if len(sets) > 1:
         report["sets"] = {
-            name: {**summarise(pairs[name], cfg), "prompts": len(requests[name])} for name in sets
+            name: {**summarise(pairs[name], num_draft, greedy), "prompts": len(requests[name])}
+            for name in sets
         }
     return report
 
 
+def _step_seconds(decoder: Decoder, config: EngineConfig, plain: EngineConfig) -> dict[str, float]:
+    """Seconds of a plain round, of a draft, and of the rest of a round that verifies all drafts."""
+    drafting, without = measure_profiles([(decoder, config), (decoder, plain)], REPLAYS)
+    (positions,) = config.position_buckets
+    sizes = Sizes(1, positions)
+    shapes = [shape for shape in drafting.round_s if not shape.num_chunks]
+    whole_s = drafting.round_s[max(shapes, key=lambda shape: shape.num_rows)]
+    draft_s = drafting.draft_s.get(sizes, 0.0)
+    seconds = {
+        "plain": without.round_s[Shape(sizes, 0, 1, 0)],
+        "verify": whole_s - draft_s,
+        "draft": draft_s,
+    }
+    return {name: round(value, 6) for name, value in seconds.items()}
+
+
 def _measure(
-    ways: Mapping[str, Decode], requests: Mapping[str, Sequence[Request]], repeats: int
+    ways: Mapping[str, Engine], requests: Mapping[str, Sequence[Request]], repeats: int
 ) -> dict[str, list[Pair]]:
     """Pairs of each set; which way goes first changes with every prompt and every repeat."""
     flat = [(name, request) for name, group in requests.items() for request in group]
     pairs: dict[str, list[Pair]] = {name: [] for name in requests}
-    with tqdm(total=len(flat) * (1 + repeats), unit="prompt", disable=None) as bar:
-        bar.set_description("compile")
-        for _, request in flat:
-            for decode in ways.values():
-                warm_up(decode, [request])
+    for engine in ways.values():
+        engine.compile()
+    with tqdm(total=WARM_UP + len(flat) * repeats, unit="prompt", disable=None) as bar:
+        bar.set_description("warm up")
+        for number in range(WARM_UP):
+            for engine in ways.values():
+                _timed(engine, flat[number % len(flat)][1])
             bar.update()
         bar.set_description("measure")
         for repeat in range(repeats):
@@ -199,60 +159,34 @@ def _measure(
     return pairs
 
 
-def _timed(decode: Decode, request: Request) -> Timed:
+def _timed(engine: Engine, request: Request) -> Timed:
     """One request, decoded against the clock."""
     began = time.perf_counter()
-    (result,) = decode([request])
+    result = sound(engine.submit(request).wait())
     seconds = time.perf_counter() - began
-    if result.finish_reason == "error":
-        raise FloatingPointError("the target's logits are not finite")
+    engine.settle()
     return Timed(result, seconds)
 
 
-def summarise(pairs: Sequence[Pair], cfg: RoundConfig) -> dict[str, Any]:
+def summarise(pairs: Sequence[Pair], num_draft: int, greedy: bool) -> dict[str, Any]:
     """What some pairs say about speed, acceptance and agreement."""
     drafted = [pair.dspark.result for pair in pairs]
     same = [pair.plain.result.text == pair.dspark.result.text for pair in pairs]
     ratios = [pair.dspark.tokens_per_s / pair.plain.tokens_per_s for pair in pairs]
     return {
-        "autoregressive": {"tokens_per_s": _throughput([pair.plain for pair in pairs])},
-        "dspark": {"tokens_per_s": _throughput([pair.dspark for pair in pairs])},
+        "autoregressive": {"tokens_per_s": _throughput(pair.plain for pair in pairs)},
+        "dspark": {"tokens_per_s": _throughput(pair.dspark for pair in pairs)},
         "speedup": round(statistics.median(ratios), 4),
         "accepted_length": mean_accepted_length(drafted),
-        "accept_rate_by_position": accept_rates(drafted, cfg.num_draft),
-        "same_text": round(sum(same) / len(same), 4) if cfg.greedy else None,
+        "accept_rate_by_position": accept_rates(drafted, num_draft),
+        "same_text": round(sum(same) / len(same), 4) if greedy else None,
     }
 
 
-def _throughput(runs: Sequence[Timed]) -> float:
+def _throughput(runs: Iterable[Timed]) -> float:
+    runs = list(runs)
     tokens = sum(len(run.result.token_ids) for run in runs)
     return round(tokens / sum(run.seconds for run in runs), 2)
-
-
-def mean_accepted_length(results: Sequence[Generation]) -> float:
-    """Committed tokens of a round, the paper's tau, over all rounds; 0 where there is none."""
-    lengths = [length for result in results for length in result.accepted_lengths]
-    return round(sum(lengths) / max(len(lengths), 1), 4)
-
-
-def accept_rates(results: Sequence[Generation], num_draft: int) -> list[float | None]:
-    """Share of the drafts of each slot that were accepted, of those that were decided about.
-
-    A slot is decided about where all slots before it were accepted and it was verified itself;
-    what lies behind an accepted stop token is not. None for a slot that never was.
-    """
-    decided, accepted = np.zeros(num_draft, int), np.zeros(num_draft, int)
-    for result in results:
-        for length, verified, accepts in zip(
-            result.accepted_lengths, result.verified_lengths, result.accepted_drafts, strict=True
-        ):
-            stopped = length == accepts  # by a draft: no token of the target's own came after it
-            decided[: accepts if stopped else min(accepts + 1, verified)] += 1
-            accepted[:accepts] += 1
-    return [
-        round(float(hits / tries), 4) if tries else None
-        for hits, tries in zip(accepted, decided, strict=True)
-    ]
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -283,8 +217,3 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"break-even at an accepted length of {report['break_even_accepted_length']:.2f}",
         ]
     )
-
-
-def format_rates(rates: Sequence[float | None]) -> str:
-    """Rates of :func:`accept_rates` with two digits."""
-    return " ".join("-" if rate is None else f"{rate:.2f}" for rate in rates)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,11 @@ class Profile:
             undrafted_s=undrafted_s,
         )
 
-    def part(self, setting: Mapping[str, Any], shapes: Iterable[Shape]) -> Profile:
-        """What one engine needs of it.
-
-        Args:
-            setting: that it must belong to.
-            shapes: of all rounds of the engine.
+    def of(self, setting: Mapping[str, Any]) -> Mapping[Shape, float]:
+        """The seconds of whole rounds, for an engine of this setting.
 
         Raises:
-            ValueError: names the field that differs, or the size that is missing.
+            ValueError: the profile belongs to another one; names the field that differs.
         """
         for field, value in setting.items():
             found = self.setting.get(field)
@@ -81,16 +77,16 @@ class Profile:
                     f"the profile does not belong here: its {field} is {found!r:.80} and not "
                     f"{value!r:.80}: {REMEDY}"
                 )
-        round_s = {}
-        for shape in shapes:
-            if shape not in self.round_s:
-                raise ValueError(
-                    f"the profile has no rounds of {describe(shape)}: {REMEDY}, with the slots and "
-                    "positions of the engine"
-                )
-            round_s[shape] = self.round_s[shape]
-        drafting = {shape.sizes for shape in round_s if shape.num_draft}
-        return Profile(self.setting, round_s, {sizes: self.draft_s[sizes] for sizes in drafting})
+        return self.round_s
+
+
+def learnt_profile(setting: Mapping[str, Any], round_s: Mapping[Shape, float]) -> Profile | None:
+    """A profile of whole rounds alone: what their drafts take is not known apart. Sizes without
+    plain rounds are left out; None where nothing is left."""
+    plain = {shape.sizes for shape in round_s if not (shape.num_draft or shape.num_chunks)}
+    known_s = {shape: seconds for shape, seconds in round_s.items() if shape.sizes in plain}
+    drafted = {shape.sizes for shape in known_s if shape.num_draft}
+    return make_profile(setting, known_s, dict.fromkeys(drafted, 0.0)) if known_s else None
 
 
 def make_profile(

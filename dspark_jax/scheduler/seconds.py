@@ -1,9 +1,9 @@
 """Seconds of rounds, learnt from the rounds that an engine runs anyway.
 
-Nobody waits for a measurement: an engine starts without knowing what its rounds cost. Until it has
-seen what plain rounds take, it decodes plainly. A round that was never seen is taken to cost what
-the dearest round that does no more costs, which it cannot undercut: so whatever might pay is tried,
-for as many rounds as its median needs, and judged by what it took.
+Nobody waits for a measurement: an engine starts with what a profile says, or without knowing what
+its rounds cost. Until it knows what plain rounds take, it decodes plainly. A round that was never
+seen is taken to cost what the dearest round that does no more costs, which it cannot undercut: so
+whatever might pay is tried, for as many rounds as its median needs, and judged by what it took.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
+from collections.abc import Mapping
 
 from dspark_jax.scheduler.budget import RoundCosts
 from dspark_jax.scheduler.choice import DELAY
@@ -27,7 +28,9 @@ class Seconds:
     costs of a round come from rounds that are `DELAY` old, by their number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before_s: Mapping[Shape, float]) -> None:
+        """Start with the seconds of earlier engines, which those of this one replace."""
+        self._before_s = dict(before_s)
         self._recent: defaultdict[Shape, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._waiting: deque[tuple[int, Shape, float]] = deque()
         self._last_s = 0.0
@@ -66,11 +69,7 @@ class Seconds:
         while self._waiting and self._waiting[0][0] <= number - DELAY:
             _, shape, seconds = self._waiting.popleft()
             self._recent[shape].append(seconds)
-        known_s = {
-            shape: statistics.median(recent)
-            for shape, recent in self._recent.items()
-            if len(recent) >= ENOUGH
-        }
+        known_s = self.known_s()
         plain = Shape(sizes, 0, sizes.slots, 0)
         if plain not in known_s:
             return None
@@ -83,3 +82,12 @@ class Seconds:
             draft_s=0.0,
             undrafted_s=known_s[plain],
         )
+
+    def known_s(self) -> dict[Shape, float]:
+        """Median seconds of the rounds of every size that is known."""
+        recent_s = {
+            shape: statistics.median(recent)
+            for shape, recent in self._recent.items()
+            if len(recent) >= ENOUGH
+        }
+        return self._before_s | recent_s

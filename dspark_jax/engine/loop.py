@@ -1,0 +1,357 @@
+"""Planning, launching and reading the rounds of an engine, by one thread.
+
+The host plans a round, launches it and reads the report of the round before the last, so that the
+device never waits for the host: two rounds are in flight. Everything that it decides passes
+through one :class:`~dspark_jax.engine.plan.HostPlan`. Whatever goes wrong in between, the host
+still has every token that it has read: :meth:`Loop.start_over` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from dspark_jax.engine.compiled import Programs
+from dspark_jax.engine.config import Ladder, fit
+from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
+from dspark_jax.engine.plan import Admission, HostPlan, Move
+from dspark_jax.engine.programs import BY_SLOT, num_shards
+from dspark_jax.engine.reader import drafted_by
+from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
+from dspark_jax.engine.state import DecodeState, slot_values
+from dspark_jax.engine.stats import Tally
+from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
+from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
+from dspark_jax.scheduler.history import Drafted, History, Kind, advance, record
+from dspark_jax.scheduler.seconds import Seconds
+from dspark_jax.scheduler.shape import Shape, Sizes
+
+IN_FLIGHT = 2  # rounds that the host launches before it reads the first of them
+SHORTEST_WAIT_S = 1e-4  # below that the host found a round over
+SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there
+FIRST = -(2**63)  # in the queue: before every priority
+
+
+class Loop:
+    """The requests of an engine, its state, and what it has learnt. Not thread-safe.
+
+    Attributes:
+        weights: arguments of every round.
+        suspects: whose admission may have caused what the present step raises.
+        one_by_one: of the requests that wait, how many take their slots in steps of their own.
+        seconds: what rounds take.
+        tally: of what was read.
+    """
+
+    def __init__(self, programs: Programs, weights: Weights, seconds: Seconds) -> None:
+        """Nothing is allocated before there is a request."""
+        self._programs, self._config, self._policy = programs, programs.config, programs.policy
+        self.weights, self.seconds, self.tally = weights, seconds, Tally()
+        self.suspects: list[Tenant] = []
+        self.one_by_one = 0
+        self._shards = num_shards(programs.decoder.mesh)
+        drafter = programs.decoder.drafter
+        self._block_size = 0 if drafter is None else drafter.block_size
+        self._ladder: Ladder = programs.ladder
+        self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
+        self._state: DecodeState | None = None
+        self._queue: list[tuple[int, int, Tenant]] = []
+        self._tenants: list[Tenant] = []
+        self._in_flight: deque[InFlight] = deque()
+        self._switch = DraftSwitch()
+        self._history = History(self._config.recalibrate)
+        self._numbers, self._generations = itertools.count(), itertools.count()
+        self._roomy_rounds, self._waited, self._read_s = 0, False, 0.0
+
+    @property
+    def running(self) -> int:
+        """Requests that have slots."""
+        return len(self._tenants)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._in_flight or self._queue or self._tenants)
+
+    def add(self, tenant: Tenant, priority: int) -> None:
+        """Queue a request: higher priorities first, then by arrival."""
+        heapq.heappush(self._queue, (-priority, tenant.arrival, tenant))
+
+    def step(self) -> None:
+        """Plan and launch a round, after reading the round before the last."""
+        self.suspects = []
+        while len(self._in_flight) >= IN_FLIGHT:
+            self._read_oldest()
+        if self._in_flight and not self._next_round_is_needed():
+            self.settle()
+        plan = self._make_plan()
+        if plan is not None:
+            self._launch(plan)
+
+    def settle(self) -> None:
+        """Wait for the rounds in flight and read them."""
+        while self._in_flight:
+            self._read_oldest()
+
+    def close(self) -> None:
+        """Cancel everything and let go of the state."""
+        for tenant in self._everybody():
+            tenant.mailbox.cancel()
+        self._queue, self._tenants, self._state = [], [], None
+        self._in_flight.clear()
+
+    def start_over(self) -> None:
+        """Forget the device's state, and let everybody who had a slot go on from what was read.
+
+        Where texts do not depend on where rounds begin (greedy, coupled acceptance), they become
+        what they would have been; under rejection they keep their distribution.
+        """
+        self._in_flight.clear()
+        self._state, self._waited = None, False
+        self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
+        for tenant in self._tenants:
+            tenant.leave()
+            heapq.heappush(self._queue, (FIRST, tenant.arrival, tenant))
+        self._tenants = []
+
+    def drop(self, tenant: Tenant) -> None:
+        """Forget a request, which must be over."""
+        self._tenants = [other for other in self._tenants if other is not tenant]
+        self._queue = [entry for entry in self._queue if entry[-1] is not tenant]
+        heapq.heapify(self._queue)
+
+    def newest(self) -> Tenant | None:
+        """Who came last of all that have a slot, or had one before :meth:`start_over`."""
+        seated = [*self._tenants, *(entry[-1] for entry in self._queue if entry[0] == FIRST)]
+        return max(seated, key=lambda tenant: tenant.arrival, default=None)
+
+    def drop_cancelled(self) -> None:
+        """End the requests that nobody wants any more, so that their slots are free."""
+        for tenant in self._everybody():
+            if tenant.mailbox.cancelled:
+                tenant.mailbox.cancel()
+                self.drop(tenant)
+
+    def _everybody(self) -> list[Tenant]:
+        return [*self._tenants, *(entry[-1] for entry in self._queue)]
+
+    # Reading.
+
+    def _read_oldest(self) -> None:
+        """Take in the report of the oldest round in flight."""
+        done, began_s = self._in_flight.popleft(), time.perf_counter()
+        report = jax.device_get(done.report)
+        now_s = time.perf_counter()
+        # Of a round that was over before anybody looked, nobody knows how long it took.
+        waited, before = now_s - began_s > SHORTEST_WAIT_S, self._waited
+        self._waited, steady = waited, done.steady and waited and before
+        self.seconds.read(done.number, done.shape, steady, now_s)
+        round_s, self._read_s = now_s - max(self._read_s, done.launched_s), now_s
+        drafted: dict[int, Drafted] = {}
+        for tenant, slot, first in done.members:
+            tenant.pending -= done.shape.num_draft + 1
+            if report.generation_B[slot] != tenant.generation or tenant.mailbox.finished:
+                continue
+            if report.confidence_logit_BG is not None and not first:
+                drafted[tenant.generation] = drafted_by(tenant.kind, report, slot)
+            self.tally.read(report, slot, first, now_s)
+            try:
+                self._read_one(tenant, report, slot, first, (done.shape.num_rows, round_s))
+            except Exception as error:  # of its tokenizer, say: nobody else's business
+                tenant.mailbox.fail(error)
+            if tenant.reader.result.finish_reason:
+                tenant.reader.result.seconds = now_s - tenant.since_s
+                self.drop(tenant)
+        self._history = record(self._history, done.number, drafted)
+
+    def _read_one(
+        self,
+        tenant: Tenant,
+        report: RoundReport,
+        slot: int,
+        first: bool,
+        about: tuple[int, float],
+    ) -> None:
+        tenant.length = int(report.length_B[slot])
+        if tenant.reader.request.trace:
+            tenant.reader.note(report, slot, *about)
+        tenant.mailbox.report(tenant.reader.read(report, slot, first))
+
+    def _next_round_is_needed(self) -> bool:
+        """Whether there is work for another round, whatever those in flight bring."""
+        self.drop_cancelled()
+        free = len(self._tenants) < self._config.slots
+        return (bool(self._queue) and free) or any(
+            not tenant.decoding or tenant.reader.may_outlast(tenant.pending)
+            for tenant in self._tenants
+        )
+
+    # Planning.
+
+    def _make_plan(self) -> HostPlan | None:
+        """The next round; None where there is nothing to do."""
+        self.drop_cancelled()
+        joining = self._join()
+        if not self._tenants:
+            return None
+        moves = self._seat(joining)
+        drafted = frozenset(tenant for tenant in self._tenants if tenant.decoding)
+        chunks = tuple(
+            plan_chunks(part, self._sizes.slots, self._config.chunk_rows, self._ladder.chunks)
+            for part in spread(self._tenants, (), self._sizes.slots, self._shards)
+        )
+        num_chunks = fit(max(map(len, chunks)), (0, *self._ladder.chunks))
+        number, num_rows = next(self._numbers), 0
+        if self._policy.num_draft:
+            outlook = self._outlook(number, drafted, num_chunks)
+            if outlook.costs is not None or not self._policy.needs_seconds:
+                self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)
+        return HostPlan(
+            number,
+            moves,
+            tuple(Admission(t.slot, t.generation, t.request) for t in joining),
+            frozenset(tenant.slot for tenant in self._tenants),
+            chunks,
+            self._shape(num_rows, num_chunks),
+        )
+
+    def _join(self) -> list[Tenant]:
+        """Those who get a slot now, in front of the queue; they are tenants from here on."""
+        joining: list[Tenant] = []
+        while self._queue and len(self._tenants) < self._config.slots:
+            if self.one_by_one and joining:
+                break
+            self.one_by_one = max(0, self.one_by_one - 1)
+            tenant = heapq.heappop(self._queue)[-1]
+            self._tenants.append(tenant)
+            tenant.enter(next(self._generations))
+            joining.append(tenant)
+        self.suspects = joining
+        return joining
+
+    def _shape(self, num_rows: int, num_chunks: int) -> Shape:
+        """Of a round with so many rows for anchors and drafts; 0 for one without a draft."""
+        num_draft = self._policy.num_draft if num_rows else 0
+        return Shape(self._sizes, num_draft, num_rows or self._sizes.slots, num_chunks)
+
+    def _seat(self, joining: Sequence[Tenant]) -> tuple[Move, ...]:
+        """Slots for everybody, in a state that holds them."""
+        seated = [tenant for tenant in self._tenants if tenant.slot >= 0]
+        shards = spread(seated, joining, self._sizes.slots, self._shards)
+        columns = self._policy.num_draft + 1
+        wanted = Sizes(
+            fit(max(map(len, shards)), self._ladder.slots),
+            fit(max(room(tenant, columns) for tenant in self._tenants), self._ladder.positions),
+        )
+        if self._state is None:
+            self._sizes = wanted
+            self._state = self._programs.new_state(wanted)
+        sizes = Sizes(
+            max(wanted.slots, self._sizes.slots), max(wanted.positions, self._sizes.positions)
+        )
+        self._roomy_rounds = self._roomy_rounds + 1 if sizes != wanted else 0
+        if self._roomy_rounds > SHRINK_AFTER:
+            sizes, self._roomy_rounds = wanted, 0
+        moves = plan_moves(shards, self._sizes, sizes)
+        self._sizes = sizes
+        return moves
+
+    def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
+        """What the choice of the rows of a round is made from."""
+        self._history = advance(self._history, number, [t.generation for t in self._tenants])
+        history, temperatures = self._history, self._temperatures()
+        seats = [
+            Seat(
+                tenant.slot // self._sizes.slots,
+                tenant in drafted,
+                temperatures[tenant.kind],
+                history.logits.get(tenant.generation),
+                tenant.generation in history.fresh,
+            )
+            for tenant in self._tenants
+            if tenant.decoding
+        ]
+        rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
+        costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
+        return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
+
+    def _costs(self, number: int, rows: tuple[int, ...], num_shards: int) -> RoundCosts | None:
+        """Seconds of what round ``number`` may be; None while too little is known."""
+        return self.seconds.costs(number, self._sizes, rows, self._policy.num_draft, num_shards)
+
+    # Launching.
+
+    def _launch(self, plan: HostPlan) -> None:
+        """Run a plan on the device, without waiting for it."""
+        assert self._state is not None
+        programs, state, joined = self._programs, self._state, self.suspects
+        for move in plan.moves:
+            state = programs.move(move.old, move.new)(state, programs.put(move.origin_B, BY_SLOT))
+        for admission, tenant in zip(plan.admissions, joined, strict=True):
+            self.suspects = [tenant]
+            form = programs.form(plan.shape.sizes)
+            values = slot_values(admission.request, admission.generation, form)
+            slot = np.int32(admission.slot)
+            state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
+        self.suspects = joined
+        given, shape = programs.round_input(plan, self._temperature_BG()), plan.shape
+        if self._policy.kind == "causal" and shape.num_draft:
+            shape, given = self._draft_ahead(plan.number, state, given, shape)
+        ready = programs.ready(shape)
+        if not ready:  # the rounds in flight will be over long before they are read
+            self._in_flight = deque(replace(done, steady=False) for done in self._in_flight)
+        self._state, report = programs.round(shape)(self.weights, state, given)
+        columns, members = shape.num_draft + 1, []
+        for tenant in self._tenants:
+            if tenant.decoding:
+                tenant.pending += columns
+                members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
+        steady = ready and bool(self._in_flight) and not (plan.moves or plan.admissions)
+        launched_s = time.perf_counter()
+        self._in_flight.append(
+            InFlight(plan.number, report, shape, steady, launched_s, tuple(members))
+        )
+
+    def _temperatures(self) -> dict[Kind, np.ndarray]:
+        """float32 [G]: of the confidences of each kind of requests."""
+        kinds = {tenant.kind for tenant in self._tenants}
+        return {kind: self._history.temperature_G(kind) for kind in kinds}
+
+    def _temperature_BG(self) -> np.ndarray | None:
+        """float32: of everybody's confidences; None without a drafter."""
+        if not self._block_size:
+            return None
+        temperatures, num_slots = self._temperatures(), self._sizes.slots * self._shards
+        temperature_BG = np.ones((num_slots, self._block_size), np.float32)
+        for tenant in self._tenants:
+            temperature_BG[tenant.slot] = temperatures[tenant.kind]
+        return temperature_BG
+
+    def _draft_ahead(
+        self, number: int, state: DecodeState, given: RoundInput, shape: Shape
+    ) -> tuple[Shape, RoundInput]:
+        """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
+        where the host waits for the device."""
+        size, chunks = shape.sizes, shape.num_chunks
+        costs = self._costs(number, self._ladder.drafted_rows(size.slots, chunks), num_shards=1)
+        assert costs is not None
+        steps_per_s_T = self._programs.put(steps_per_s(costs))
+        draft = self._programs.draft(size, chunks)
+        block, wanted_D = draft(self.weights, state, given, steps_per_s_T)
+        wanted = int(jax.device_get(wanted_D).max())
+        if not wanted:
+            return self._shape(0, chunks), given
+        rows = int(bucket_for(wanted, costs.buckets))
+        return self._shape(rows, chunks), given.replace(block=block)  # type: ignore[attr-defined]

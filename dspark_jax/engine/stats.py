@@ -1,0 +1,87 @@
+"""What an engine is doing, in numbers."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.scheduler.history import decided_drafts
+
+WINDOW_S = 10.0  # of recent tokens
+
+
+@dataclass(frozen=True)
+class Stats:
+    """An engine at a moment.
+
+    Attributes:
+        running: requests that have a slot.
+        waiting: requests that have none yet.
+        tokens_per_s: committed tokens of all requests a second, over the last ten seconds.
+        accepted_length: committed tokens of a request and round since the engine began, the first
+            round of each request aside; 0 before there is one.
+        accept_rate_by_position: of the drafts of each position that were decided about, the share
+            that was accepted; None where there were none.
+    """
+
+    running: int
+    waiting: int
+    tokens_per_s: float
+    accepted_length: float
+    accept_rate_by_position: tuple[float | None, ...]
+
+
+class Tally:
+    """Counts what the rounds bring.
+
+    Attributes:
+        tokens: committed by all requests.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._committed = self._rounds = 0
+        self._decided_G = self._accepted_G = np.zeros(0, int)
+
+    def read(self, report: RoundReport, slot: int, first: bool, now_s: float) -> None:
+        """One request of one round, on a monotonic clock."""
+        reported = report.count_B, report.accepted_B, report.verified_B
+        count, accepted, verified = (int(value_B[slot]) for value_B in reported)
+        self.tokens += count
+        self._recent.append((now_s, count))
+        self._forget(now_s)
+        if first:
+            return
+        self._committed, self._rounds = self._committed + count, self._rounds + 1
+        place_G = np.arange(max(len(self._decided_G), verified))
+        decided = min(accepted + 1, decided_drafts(count, accepted, verified))
+        self._decided_G = _grown(self._decided_G, len(place_G)) + (place_G < decided)
+        self._accepted_G = _grown(self._accepted_G, len(place_G)) + (place_G < accepted)
+
+    def stats(self, running: int, waiting: int, now_s: float) -> Stats:
+        """All of it."""
+        self._forget(now_s)
+        seconds = max(now_s - self._recent[0][0], 1e-3) if self._recent else 1.0
+        rates = (
+            round(float(hits / tries), 4) if tries else None
+            for hits, tries in zip(self._accepted_G, self._decided_G, strict=True)
+        )
+        return Stats(
+            running,
+            waiting,
+            round(sum(count for _, count in self._recent) / seconds, 2),
+            round(self._committed / max(self._rounds, 1), 4),
+            tuple(rates),
+        )
+
+    def _forget(self, now_s: float) -> None:
+        while self._recent and self._recent[0][0] < now_s - WINDOW_S:
+            self._recent.popleft()
+
+
+def _grown(count_G: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(count_G, (0, size - len(count_G)))
