@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_jax.axes import map_params
+from dspark_jax.axes import empty_buffers, map_params, unstacked
 from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models import layers
-from dspark_jax.models.cache import Rows, empty_cache
+from dspark_jax.models.cache import Rows
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.targets.llama import declare_target, encode, extend
+from dspark_jax.models.targets.llama import declare_cache, declare_target, encode, extend
 from dspark_jax.models.vocab import unembed
 
 GOLDEN = Path(__file__).parent / "data" / "hf_targets"
@@ -87,7 +87,8 @@ def step(target, cache, rows):
 
 def garbage_cache(*, stacked: bool):
     """A cache whose every place holds what must never be attended to."""
-    cache = empty_cache(TINY, SLOTS, POSITIONS, jnp.float32, stacked=stacked)
+    declared = declare_cache(TINY, SLOTS, POSITIONS, jnp.float32)
+    cache = empty_buffers(declared if stacked else unstacked(declared))
     return jax.tree.map(lambda leaf: leaf + 100.0, cache)
 
 

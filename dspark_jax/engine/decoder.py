@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dspark_jax.axes import param_shardings
+from dspark_jax.axes import declared_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.state import StateConfig
@@ -60,11 +60,11 @@ def make_decoder(
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
     if mesh is not None:
         target_params = jax.device_put(
-            target_params, param_shardings(declare_target(target_cfg), mesh)
+            target_params, declared_shardings(declare_target(target_cfg), mesh)
         )
         if drafter_cfg is not None:
             drafter_params = jax.device_put(
-                drafter_params, param_shardings(declare_drafter(drafter_cfg), mesh)
+                drafter_params, declared_shardings(declare_drafter(drafter_cfg), mesh)
             )
             vocab = _share_embedding(vocab, target_params, mesh)
     elif jax.default_backend() == "cpu":

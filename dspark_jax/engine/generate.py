@@ -12,10 +12,10 @@ import numpy as np
 
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
-from dspark_jax.engine.programs import num_shards, place_state, prefill_program, round_program
+from dspark_jax.engine.programs import num_shards, prefill_program, round_program
 from dspark_jax.engine.reader import Generation, Reader
 from dspark_jax.engine.request import Request
-from dspark_jax.engine.state import DecodeState, make_state
+from dspark_jax.engine.state import DecodeState, StateConfig, make_state
 from dspark_jax.scheduler.calibration import confidence_temperatures
 from dspark_jax.scheduler.policy import make_policy
 from pallas_kernels.dispatch import Implementation, require_kernels
@@ -54,12 +54,14 @@ def generate(
     for request in requests:
         request.check(decoder.target.max_positions, decoder.target.vocab_size)
     cfg = round_config(decoder, requests, policy, acceptance, kernels)
-    state = _start(decoder, requests, cfg)
+    form = _form(decoder, requests, cfg)
+    state = make_state(requests, form, decoder.mesh)
     plain = dataclasses.replace(cfg, num_draft=0, threshold=0.0, gate=0.0)
     longest = max(len(request.prompt_ids) for request in requests)
     for start in range(0, longest - 1, PREFILL_ROWS):
         rows = min(PREFILL_ROWS, _round_up(longest - 1 - start, 16))
-        state = prefill_program(plain, rows, decoder.mesh)(decoder.weights, state, np.int32(start))
+        read_prompts = prefill_program(plain, form, rows, decoder.mesh)
+        state = read_prompts(decoder.weights, state, np.int32(start))
 
     num_slots = state.length_B.shape[0]
     temperature_BG = _temperatures(decoder, requests, num_slots, acceptance)
@@ -82,7 +84,7 @@ def generate(
 
     def step(state: DecodeState, cfg: RoundConfig) -> tuple[DecodeState, RoundReport]:
         rows_per_shard = num_slots * (cfg.num_draft + 1) // num_shards(decoder.mesh)
-        program = round_program(cfg, rows_per_shard, 0, decoder.mesh)
+        program = round_program(cfg, form, rows_per_shard, 0, decoder.mesh)
         given = RoundInput(jnp.asarray(running()), temperature_BG=temperature_BG)
         return program(decoder.weights, state, given)
 
@@ -159,14 +161,12 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _start(decoder: Decoder, requests: Sequence[Request], cfg: RoundConfig) -> DecodeState:
-    """A fresh state on the device or the mesh. Its sizes are rounded up, so that batches alike in
-    size share a program."""
+def _form(decoder: Decoder, requests: Sequence[Request], cfg: RoundConfig) -> StateConfig:
+    """Of the state: sizes are rounded up, so that batches alike in size share a program."""
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     num_positions = _round_up(
         min(longest, decoder.target.max_positions) + cfg.num_draft + 1, POSITION_STEP
     )
     num_slots = _round_up(len(requests), num_shards(decoder.mesh))
     num_stop_ids = max(1, *(len(request.stop_ids) for request in requests))
-    form = state_config(decoder, num_slots, num_positions, num_stop_ids)
-    return place_state(make_state(requests, form), decoder.mesh)
+    return state_config(decoder, num_slots, num_positions, num_stop_ids)

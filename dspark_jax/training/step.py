@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import abstract_params, param_shardings, partition
+from dspark_jax.axes import abstract_params, declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.targets.llama import TargetParams, declare_target, encode
@@ -87,7 +87,7 @@ def step_shardings(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     declared = declare_drafter(cfg)
-    params = param_shardings(declared, mesh)
+    params = declared_shardings(declared, mesh)
     moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -105,7 +105,7 @@ def frozen_shardings(
     target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh, unused: Sequence[str] = ()
 ) -> Frozen:
     """Shardings in the form of a ``Frozen``; ``unused`` mesh axes split nothing."""
-    target = param_shardings(declare_target(target_cfg), mesh, unused)
+    target = declared_shardings(declare_target(target_cfg), mesh, unused)
     head = places = None
     if cfg.draft_vocab_size is None:
         head = target.vocab.unembed_VD
@@ -136,11 +136,11 @@ class Layout:
 
 def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Layout:
     """The layout of a step on a mesh."""
-    params = param_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
+    params = declared_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
     frozen = frozen_shardings(target_cfg, cfg, mesh, unused=("fsdp",))
     layers = frozen.target.layers
     layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)
-    stored = param_shardings(declare_target(target_cfg).layers, mesh)
+    stored = declared_shardings(declare_target(target_cfg).layers, mesh)
     target = frozen.target.replace(layers=stored)  # type: ignore[attr-defined]
     return Layout(params, frozen.replace(target=target), layer)  # type: ignore[attr-defined]
 

@@ -58,6 +58,11 @@ def declare_target(cfg: TargetConfig) -> TargetParams:
     )
 
 
+def declare_cache(cfg: TargetConfig, num_slots: int, num_positions: int, dtype: Any) -> kv.KVCache:
+    """Declaration of what :func:`extend` keeps of ``num_slots`` texts of ``num_positions``."""
+    return kv.declare_kv(cfg, num_slots, num_positions, dtype)
+
+
 def _keep_feature(
     feature_FXD: jax.Array, x_XD: jax.Array, layer: Any, feature_layers: Sequence[int]
 ) -> jax.Array:
