@@ -19,7 +19,7 @@ from dspark_jax.models.drafters.dspark import (
     slot_hidden,
 )
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.bench import library, library_arguments

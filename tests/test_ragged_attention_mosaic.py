@@ -14,7 +14,8 @@ from dspark_jax.axes import unstacked
 from dspark_jax.models.cache import Rows, declare_kv
 from dspark_jax.models.drafters.dspark import declare_drafter, slot_hidden
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.targets.llama import declare_target, extend
+from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.models.targets.llama import extend
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.cases import CASES, Case

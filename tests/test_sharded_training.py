@@ -20,7 +20,7 @@ from dspark_jax.axes import declared_shardings, make_mesh, partition
 from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.load import load_target
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.training import data, fit, run
 from tests.tiny_model import TARGET, write_target
 
