@@ -1,4 +1,4 @@
-"""Axes: one legend, one declaration of every parameter, one map from axes to the mesh.
+"""Axes: one legend, one declaration of every array, one map from axes to the mesh.
 
 Legend. Arrays are named after their axes (``hidden_BGD``), and the same letters are the logical
 axes of the sharding rules:
@@ -12,7 +12,8 @@ axes of the sharding rules:
     X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
-initialisation, sharding, restoring and the name tables are derived from it.
+initialisation, sharding, restoring and the name tables are derived from it. A :class:`Buffer` does
+the same for an array of decoding state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -131,6 +132,61 @@ def abstract_params(declared: Tree, dtype: Any = jnp.float32) -> Tree:
     return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """Declaration of one array of decoding state.
+
+    Attributes:
+        axes: one letter per dimension: ``B`` is slots, ``S`` is positions, a leading ``L`` is the
+            stacked layer axis.
+        shape: sizes in the order of ``axes``.
+        dtype: of the array.
+        fill: what an empty slot or position holds.
+    """
+
+    axes: str
+    shape: tuple[int, ...]
+    dtype: Any
+    fill: float = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes over all devices."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def abstract_buffers(declared: Tree, mesh: Mesh | None = None) -> Tree:
+    """``jax.ShapeDtypeStruct`` for every declared :class:`Buffer`.
+
+    Args:
+        declared: pytree of :class:`Buffer`.
+        mesh: over which they are split as their axes say; None for the default device.
+    """
+
+    def abstract(buffer: Buffer, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(buffer.shape, buffer.dtype, sharding=sharding)
+
+    if mesh is None:
+        return jax.tree.map(abstract, declared)
+    return jax.tree.map(abstract, declared, declared_shardings(declared, mesh))
+
+
+def empty_buffers(declared: Tree, mesh: Mesh | None = None) -> Tree:
+    """Arrays in which nothing is stored yet; arguments as for :func:`abstract_buffers`."""
+    return jax.tree.map(
+        lambda buffer, leaf: jnp.full(leaf.shape, buffer.fill, leaf.dtype, device=leaf.sharding),
+        declared,
+        abstract_buffers(declared, mesh),
+    )
+
+
+def unstacked(declared: Tree) -> Tree:
+    """The declaration with a tuple of single layers in the place of every stack of buffers."""
+    return jax.tree.map(
+        lambda b: (replace(b, axes=b.axes[1:], shape=b.shape[1:]),) * b.shape[0], declared
+    )
+
+
 # Logical axis -> mesh axes. Everything that is not named here is replicated. ``D``, ``R`` and ``I``
 # are sharded in parameters alone: activations are split over slots or sequences.
 MESH_RULES: Mapping[str, tuple[str, ...]] = {
@@ -201,11 +257,11 @@ def partition(
     return PartitionSpec(*spec)
 
 
-def param_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -> Tree:
-    """A ``NamedSharding`` for every declared parameter; ``unused`` as in :func:`partition`."""
-    return map_params(
-        lambda param: NamedSharding(mesh, partition(param.axes, param.shape, mesh, unused)),
-        declared,
+def declared_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -> Tree:
+    """A ``NamedSharding`` for every :class:`Param` or :class:`Buffer`; ``unused`` as in
+    :func:`partition`."""
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, partition(leaf.axes, leaf.shape, mesh, unused)), declared
     )
 
 

@@ -85,14 +85,12 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class TargetConfig(TransformerConfig):
-    """A decoder-only target of the Llama, Qwen2 or Qwen3 family.
+    """What all targets have; each family (``models/targets``) has a class of its own.
 
     Attributes:
-        family: which Hugging Face ``model_type`` the weights are named after.
         tied: the LM head is the embedding.
     """
 
-    family: Literal["llama", "qwen2", "qwen3"] = "llama"
     tied: bool = False
 
 

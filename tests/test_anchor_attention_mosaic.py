@@ -13,7 +13,7 @@ from dspark_jax.axes import MESH_RULES, abstract_params, make_mesh
 from dspark_jax.config import DrafterConfig, TrainConfig
 from dspark_jax.models.cache import of_sequences
 from dspark_jax.models.drafters.dspark import block_hidden, declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import run
 from dspark_jax.training.step import Batch, Frozen, TrainState

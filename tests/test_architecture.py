@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dspark_jax.models.targets.table import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dspark_jax", "pallas_kernels")
 
@@ -72,6 +74,11 @@ CONFINED = {
     },
 }
 OPTIONAL = {"matplotlib"}
+
+# Where families of targets may be named.
+TARGETS = "dspark_jax.models.targets"
+# llama.cpp names its pre-tokenizers after the models that had them first.
+MAY_SPELL_FAMILIES = {"dspark_jax.checkpoints.tokenizer"}
 
 VAGUE_NAMES = {"base", "common", "helpers", "misc", "utils"}
 MAX_LINES = 400
@@ -166,6 +173,53 @@ def test_no_print_and_no_environment_variable(path):
         if isinstance(node, ast.Attribute):
             assert node.attr not in {"environ", "environb", "getenv"}, f"line {node.lineno}"
     assert {"os.environ", "os.getenv"}.isdisjoint(imports_of(path))
+
+
+def words_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every identifier and every string, docstrings aside."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    holders = (node for node in ast.walk(tree) if isinstance(node, documented))
+    docstrings = {id(node.body[0].value) for node in holders if ast.get_docstring(node) is not None}
+    for node in ast.walk(tree):
+        words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")]
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            words.append(node.value)
+        yield from ((getattr(node, "lineno", 0), word) for word in words if isinstance(word, str))
+
+
+def families_named(source: str) -> list[tuple[int, str]]:
+    """Where code, its docstrings aside, names a model type of the table or a family's module."""
+    names = {*FAMILIES, *(module.__name__.rpartition(".")[2] for module in FAMILIES.values())}
+    name = re.compile(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", re.IGNORECASE)
+    return [(line, word) for line, word in words_of(ast.parse(source)) if name.search(word)]
+
+
+@each_file(*PACKAGES)
+def test_families_of_targets_are_named_in_one_place(path):
+    if not is_within(name_of(path), {TARGETS} | MAY_SPELL_FAMILIES):
+        assert not families_named(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from dspark_jax.models.targets import llama",
+        "from dspark_jax.models.targets.llama import extend",
+        "import dspark_jax.models.targets.llama as target",
+        "if cfg.family == 'qwen3': pass",
+        "is_qwen2 = True",
+        "def make(llama): pass",
+        "options = {'use-Llama': 1}",
+        "class Llama: pass",
+    ],
+)
+def test_a_family_that_is_named_is_found(code):
+    assert families_named(code)
+
+
+def test_documentation_and_published_names_may_say_what_they_like():
+    assert not families_named('"""Llama."""\ndef f():\n    """Of qwen3."""\n')
+    assert not families_named('architecture, rope = "Qwen3DSparkModel", "llama3"')
 
 
 @each_file(*PACKAGES, "configs", "tests")

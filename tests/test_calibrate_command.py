@@ -20,7 +20,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import confidence, pictures, rounds
 from dspark_jax.evaluation.rounds import RecordedRequest, read_record, recorded_request
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.scheduler.calibration import (
     FILE_NAME,
     Calibration,

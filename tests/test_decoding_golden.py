@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.axes import empty_buffers
 from dspark_jax.checkpoints import deepspec, hf
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
@@ -87,8 +88,8 @@ def test_rounds(target, drafter):
     count = len({key.split("/")[0] for key in record})
     run = json.loads((FOLDER / name / "runs.json").read_text())["runs"][0]
     tokens = jnp.asarray(run["output_ids"], jnp.int32)
-    context = kv.empty_cache(cfg, 1, 64, jnp.float32, stacked=True)
-    cache = kv.empty_cache(target_cfg, 1, 64, jnp.float32, stacked=True)
+    context = empty_buffers(kv.declare_kv(cfg, 1, 64, jnp.float32))
+    cache = empty_buffers(kv.declare_kv(target_cfg, 1, 64, jnp.float32))
     seen = 0
     close = {"rtol": 0, "atol": 5e-5}
     for index in range(count):

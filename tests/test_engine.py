@@ -24,7 +24,8 @@ from dspark_jax.engine.memory import plan_slots
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target, encode
+from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import unembed
 from dspark_jax.scheduler import temperatures
 from dspark_jax.scheduler.profile import make_profile

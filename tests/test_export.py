@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax.axes import map_params
+from dspark_jax.checkpoints import export as layouts
 from dspark_jax.checkpoints import load
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.load import load_drafter_for, load_target, read_drafter
@@ -267,13 +268,13 @@ def test_expanding_a_reduced_vocabulary_passes_the_self_check(
 def tampered(monkeypatch, layout, tamper):
     """Let the writer of a layout make a mistake."""
     name = "save_speculators" if layout == "speculators" else "save_drafter"
-    save = getattr(export, name)
+    save = getattr(layouts, name)
 
     def wrong(directory, *args):
         save(directory, *args)
         tamper(directory)
 
-    monkeypatch.setattr(export, name, wrong)
+    monkeypatch.setattr(layouts, name, wrong)
 
 
 MISTAKES = {

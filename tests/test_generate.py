@@ -11,20 +11,22 @@ from scipy import stats
 
 from dspark_jax.axes import init_params, make_mesh
 from dspark_jax.checkpoints.deepspec import bind_vocab
-from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.engine import round as engine_round
-from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.config import DrafterConfig
 from dspark_jax.engine import generate as offline
+from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.compiled import _compile, forget_programs
+from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.programs import round_program
 from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.drafters.heads import DraftBlock
-from dspark_jax.models.targets.llama import declare_target, encode
+from dspark_jax.models.targets.llama import Config as LlamaConfig
+from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import Vocab, unembed
 from pallas_kernels import random
 
-TARGET = TargetConfig(
+TARGET = LlamaConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,

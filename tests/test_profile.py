@@ -22,7 +22,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.timing import measure_profile
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.scheduler.drift import WINDOW, Drift
 from dspark_jax.scheduler.profile import Profile, make_profile, read_profile, write_profile
 from dspark_jax.scheduler.shape import Shape, Sizes

@@ -11,10 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from dspark_jax.models.cache import empty_cache
-from dspark_jax.models.drafters.dspark import block_hidden, declare_drafter, slot_hidden
+from dspark_jax.axes import unstacked
+from dspark_jax.models.drafters.dspark import (
+    block_hidden,
+    declare_context,
+    declare_drafter,
+    slot_hidden,
+)
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.bench import library, library_arguments
@@ -212,9 +217,10 @@ def test_a_drafted_block_is_the_one_of_training(stacked):
     if not stacked:
         drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
     rng = np.random.default_rng(2)
+    declared = declare_context(DRAFTER, 3, 16, jnp.float32)
     context = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
-        empty_cache(DRAFTER, 3, 16, jnp.float32, stacked=stacked),
+        declared if stacked else unstacked(declared),
     )
     anchor_B, position_B = jnp.array([3, 4, 5]), jnp.array([6, 0, 13])
     trained = jax.jit(block_hidden, static_argnums=5)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from dspark_jax.axes import abstract_params
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig
 from dspark_jax.engine.inputs import Chunks, RoundConfig, RoundInput, Weights
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.state import StateConfig, make_state
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import Config as LlamaConfig
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab
 from pallas_kernels import dispatch
 from tests import cuda_compile
@@ -32,7 +33,7 @@ SIZES = {
     "num_kv_heads": 8,
     "head_dim": 128,
 }
-TARGET = TargetConfig(**SIZES, num_layers=36, qk_norm=True, tied=True)
+TARGET = LlamaConfig(**SIZES, num_layers=36, qk_norm=True, tied=True)
 DRAFTER = DrafterConfig(
     **SIZES,
     num_layers=5,

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dspark_jax.axes import make_mesh, param_shardings, partition
+from dspark_jax.axes import declared_shardings, make_mesh, partition
 from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.load import load_target
 from dspark_jax.config import TrainConfig, override
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.training import data, fit, run
 from tests.tiny_model import TARGET, write_target
 
@@ -137,7 +137,7 @@ def test_the_targets_weights_are_read_onto_the_mesh(recipe, emulated_devices):
     expected, mesh = load_target(recipe.target).params, make_mesh(data=2, tensor=2, fsdp=2)
     found = load_target(recipe.target, mesh=mesh).params
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    shardings = param_shardings(declare_target(SHARED), mesh)
+    shardings = declared_shardings(declare_target(SHARED), mesh)
     assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
     frozen = run.start_run(
         dataclasses.replace(recipe, **MESHES["all"]), read_answered(recipe.data)

@@ -14,7 +14,7 @@ import pytest
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.config import TrainConfig
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import anchors, losses, step
 from dspark_jax.training.optimizer import learning_rate, make_optimizer

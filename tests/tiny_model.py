@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from dspark_jax.axes import map_params
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.tensors import write_params
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import declare_target
+from dspark_jax.models.targets.llama import Config as LlamaConfig
+from dspark_jax.models.targets.llama import declare as declare_target
 
 PRINTABLE = sorted(set(string.printable) - set("\t\n\r\v\f"))
 CONTEXT = 512
@@ -34,7 +35,7 @@ SIZES = {
     "head_dim": 8,
     "max_positions": CONTEXT,
 }
-TARGET = TargetConfig(**SIZES, num_layers=2, tied=True)
+TARGET = LlamaConfig(**SIZES, num_layers=2, tied=True)
 DRAFTER = DrafterConfig(
     **SIZES,
     num_layers=1,
@@ -63,13 +64,13 @@ def random_params(seed, declared):
     return map_params(draw, declared)
 
 
-def write_target(directory: Path, cfg: TargetConfig = TARGET) -> Path:
+def write_target(directory: Path, cfg: LlamaConfig = TARGET) -> Path:
     """A Hugging Face directory: random weights, one token a character, and an end."""
     directory.mkdir(parents=True)
     params = random_params(20, declare_target(cfg))
     save_file(write_params(declare_target(cfg), params), directory / "model.safetensors")
     config = {
-        "model_type": cfg.family,
+        "model_type": "llama",
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,

@@ -18,18 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.axes import declare
-from dspark_jax.checkpoints.hf import (
-    HEAD,
+from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.targets.config_json import (
     block_config,
     block_config_dict,
     count_field,
     field,
-    read_checkpoint,
-    write_checkpoint,
 )
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
-from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.vocab import Vocab
 
 ARCHITECTURE = "Qwen3DSparkModel"

@@ -1,7 +1,7 @@
-"""GGUF files of Llama, Qwen2 and Qwen3 targets.
+"""GGUF files of targets.
 
-The tensors are dequantised to float32 and given their Hugging Face names; from there on they take
-the same way as a safetensors checkpoint. Two things are special to GGUF: the q and k rows of Llama
+The metadata and the tensors, dequantised to float32, are given their Hugging Face names; from there
+on they take the same way as a directory. Two things are special to GGUF: the q and k rows of Llama
 files are permuted for interleaved RoPE, which is undone here, and Llama-3 RoPE scaling is stored
 as a tensor of divisors, which is turned back into its four parameters.
 """
@@ -16,11 +16,13 @@ import gguf
 import numpy as np
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.hf import EMBEDDING, FAMILIES, HEAD
+from dspark_jax.checkpoints.hf import EMBEDDING, HEAD
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models.rope import rope_frequencies
-from dspark_jax.models.targets.llama import TargetParams, declare_target
+from dspark_jax.models.targets.config_json import rope_config_dict
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import FAMILIES, GGUF_PAIRS, family_of
 
 ROPE_FACTORS = "rope_freqs.weight"
 GLOBAL_NAMES = {
@@ -136,7 +138,8 @@ def load_gguf_target(
     file = open_gguf(path) if file is None else file
     cfg = gguf_config(file, path)
     try:
-        return cfg, read_params(declare_target(cfg), _tensors(file, cfg, str(path)), dtype, mesh)
+        tensors = _tensors(file, cfg, str(path))
+        return cfg, read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
     except LoadError:
         raise
     except BROKEN as error:
@@ -156,57 +159,56 @@ def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
 
 
 def _config(file: GgufFile) -> TargetConfig:
-    family = file.value("general.architecture", str)
-    if family not in FAMILIES:
+    name = file.value("general.architecture", str)
+    if name not in FAMILIES:
         raise LoadError(
-            f"general.architecture {family!r} is not supported: use a model of "
-            f"{', '.join(FAMILIES)}"
+            f"general.architecture {name!r} is not supported: use a model of {', '.join(FAMILIES)}"
         )
 
     def get(key: str, default: int | float | None = None, kind: type = int) -> Any:
-        value = file.value(f"{family}.{key}", kind, default)
+        value = file.value(f"{name}.{key}", kind, default)
         if value is None:
-            raise LoadError(f"metadata {family}.{key} is missing")
+            raise LoadError(f"metadata {name}.{key} is missing")
         return value
 
     for key in ("expert_count", "attention.sliding_window"):
         if get(key, 0):
-            raise LoadError(f"{family}.{key} is {get(key)}: such models are not supported")
+            raise LoadError(f"{name}.{key} is {get(key)}: such models are not supported")
     shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if get(key, head_dim) != head_dim:
             raise LoadError(
-                f"{family}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
+                f"{name}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
             )
-    return TargetConfig(
-        vocab_size=shapes.get("token_embd.weight", (0,))[0],
-        hidden_size=width,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon", kind=float),
-        rope=_rope(file, family, head_dim),
-        max_positions=get("context_length"),
-        qk_norm="blk.0.attn_q_norm.weight" in shapes,
-        qkv_bias="blk.0.attn_q.bias" in shapes,
-        out_bias="blk.0.attn_output.bias" in shapes,
-        family=family,
-        tied="output.weight" not in shapes,
+    return FAMILIES[name].config(
+        {
+            "model_type": name,
+            "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+            "hidden_size": width,
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", kind=float),
+            "rope_parameters": rope_config_dict(_rope(file, name, head_dim)),
+            "max_position_embeddings": get("context_length"),
+            "attention_bias": "blk.0.attn_output.bias" in shapes,
+            "tie_word_embeddings": "output.weight" not in shapes,
+        }
     )
 
 
-def _rope(file: GgufFile, family: str, head_dim: int) -> RopeConfig:
+def _rope(file: GgufFile, name: str, head_dim: int) -> RopeConfig:
     """RoPE parameters; Llama-3 scaling is recognised by the divisors that it leaves."""
-    theta = file.value(f"{family}.rope.freq_base", float, 10000.0)
-    kind = file.value(f"{family}.rope.scaling.type", str, "none")
-    if kind != "none" or file.value(f"{family}.rope.scale_linear", float, 1.0) != 1.0:
-        raise LoadError(f"{family}.rope.scaling of type {kind!r} is not supported")
+    theta = file.value(f"{name}.rope.freq_base", float, 10000.0)
+    kind = file.value(f"{name}.rope.scaling.type", str, "none")
+    if kind != "none" or file.value(f"{name}.rope.scale_linear", float, 1.0) != 1.0:
+        raise LoadError(f"{name}.rope.scaling of type {kind!r} is not supported")
     if not theta > 0:
-        raise LoadError(f"{family}.rope.freq_base is {theta}: it must be positive")
+        raise LoadError(f"{name}.rope.freq_base is {theta}: it must be positive")
     plain = RopeConfig(theta=theta)
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
@@ -220,7 +222,7 @@ def _rope(file: GgufFile, family: str, head_dim: int) -> RopeConfig:
             frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
         ):
             return rope
-    raise LoadError(f"tensor {ROPE_FACTORS} is not a Llama-3 scaling: it is not supported")
+    raise LoadError(f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported")
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -233,13 +235,14 @@ def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
     by_name = {
         _hf_name(tensor.name): tensor for tensor in file.tensors if tensor.name != ROPE_FACTORS
     }
+    pairs = file.value("general.architecture", str) in GGUF_PAIRS
 
     def read(name: str) -> np.ndarray:
         tensor = by_name[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
-        if cfg.family == "llama" and ".q_proj." in name:
+        if pairs and ".q_proj." in name:
             return _halves(values, cfg.num_heads)
-        if cfg.family == "llama" and ".k_proj." in name:
+        if pairs and ".k_proj." in name:
             return _halves(values, cfg.num_kv_heads)
         return values
 

@@ -26,7 +26,7 @@ from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import gguf_tokenizer, load_tokenizer, stop_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
-from dspark_jax.models.targets.llama import TargetParams
+from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
 # dtype of the parameters and mesh, as in load_target -> the weights.

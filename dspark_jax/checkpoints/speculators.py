@@ -37,17 +37,11 @@ from dspark_jax.checkpoints.deepspec import (
     draft_config_dict,
     layer_ids,
 )
-from dspark_jax.checkpoints.hf import (
-    HEAD,
-    block_config,
-    block_config_dict,
-    field,
-    read_checkpoint,
-    write_checkpoint,
-)
+from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.targets.config_json import BLOCK_TYPE, block_config, block_config_dict, field
 from dspark_jax.models.vocab import Vocab
 
 KIND = "speculators_model_type"
@@ -78,8 +72,10 @@ def speculators_config(config: Mapping[str, Any], num_target_layers: int) -> Dra
     if offset != LAYER_ID_OFFSET:
         raise LoadError(f"layer_id_offset is {offset}: only {LAYER_ID_OFFSET} is known")
     block = field(config, "transformer_layer_config", dict)
-    if block.get("model_type", "qwen3") != "qwen3":
-        raise LoadError(f"model_type {block['model_type']!r} of the layers: only qwen3 works")
+    if block.get("model_type", BLOCK_TYPE) != BLOCK_TYPE:
+        raise LoadError(
+            f"model_type {block['model_type']!r} of the layers: only {BLOCK_TYPE} works"
+        )
     for scale in (config.get("logit_scale"), block.get("logit_scale")):
         if scale not in (None, 1, 1.0):
             raise LoadError(f"logit_scale {scale!r} is not supported: only 1")

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from dspark_jax.axes import abstract_buffers
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.inputs import RoundConfig, RoundInput
@@ -28,15 +29,15 @@ from dspark_jax.engine.programs import (
     draft_program,
     move_program,
     num_shards,
-    place_state,
     round_program,
 )
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.state import (
     DecodeState,
     StateConfig,
+    declare_state,
     make_state,
     slot_values,
-    state_shardings,
 )
 from dspark_jax.scheduler.policy import Policy
 from dspark_jax.scheduler.shape import Shape, Sizes
@@ -101,7 +102,8 @@ class Programs:
         def build() -> tuple[Any, ...]:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
             cfg, weights = self._config(shape.num_draft), self.decoder.weights
-            program = round_program(cfg, shape.num_rows, rows_per_chunk, self.decoder.mesh)
+            form = self.form(shape.sizes)
+            program = round_program(cfg, form, shape.num_rows, rows_per_chunk, self.decoder.mesh)
             return program, weights, self._state(shape.sizes), self._given(shape)
 
         return self._once(shape, build)
@@ -118,8 +120,9 @@ class Programs:
         """``admit(state, slot, values)``."""
 
         def build() -> tuple[Any, ...]:
-            values = np.int32(0), slot_values(None, -1, self.form(sizes))
-            return admit_program(self.decoder.mesh), self._state(sizes), *self.put(values)
+            form = self.form(sizes)
+            values = self.put((np.int32(0), slot_values(Request((0,)), 0, form)))
+            return admit_program(form, self.decoder.mesh), self._state(sizes), *values
 
         return self._once(sizes, build)
 
@@ -128,7 +131,7 @@ class Programs:
 
         def build() -> tuple[Any, ...]:
             origin_B = np.zeros(new.slots * num_shards(self.decoder.mesh), np.int32)
-            program = move_program(new.positions, self.decoder.mesh)
+            program = move_program(self.form(new), self.decoder.mesh)
             return program, self._state(old), self.put(origin_B, BY_SLOT)
 
         return self._once((old, new), build)
@@ -162,7 +165,7 @@ class Programs:
 
     def new_state(self, sizes: Sizes) -> DecodeState:
         """A state without requests."""
-        return place_state(make_state((), self.form(sizes)), self.decoder.mesh)
+        return make_state((), self.form(sizes), self.decoder.mesh)
 
     def put(self, values: Any, spec: PartitionSpec = EVERYWHERE) -> Any:
         """Small values of the host on the devices, explicitly."""
@@ -201,7 +204,8 @@ class Programs:
         """The program of :meth:`draft` and its arguments."""
         given = self._given(Shape(sizes, 0, sizes.slots, num_chunks))
         steps_per_s_T = np.zeros(self.ladder.drafted_rows(sizes.slots, 0)[-1] + 1, np.float32)
-        program = draft_program(self._config(self.policy.num_draft), self.decoder.mesh)
+        cfg, form = self._config(self.policy.num_draft), self.form(sizes)
+        program = draft_program(cfg, form, self.decoder.mesh)
         return program, self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
 
     def _by_slot(self, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -210,15 +214,8 @@ class Programs:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def _state(self, sizes: Sizes) -> DecodeState:
-        state: DecodeState = jax.eval_shape(lambda: make_state((), self.form(sizes)))
-        if self.decoder.mesh is None:
-            return state
-        placed: DecodeState = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            state,
-            state_shardings(state, self.decoder.mesh),
-        )
-        return placed
+        state: DecodeState = abstract_buffers(declare_state(self.form(sizes)), self.decoder.mesh)
+        return state
 
 
 @functools.lru_cache(maxsize=1024)

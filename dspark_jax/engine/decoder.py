@@ -9,14 +9,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dspark_jax.axes import param_shardings
+from dspark_jax.axes import declared_shardings
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.layers import unstack_layers
-from dspark_jax.models.targets.llama import TargetParams, declare_target
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab, by_columns, lm_head
 from dspark_jax.scheduler.calibration import Calibration
 
@@ -65,12 +66,11 @@ def make_decoder(
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
     if mesh is not None:
-        target_params = jax.device_put(
-            target_params, param_shardings(declare_target(target_cfg), mesh)
-        )
+        declared = family_of(target_cfg).declare(target_cfg)
+        target_params = jax.device_put(target_params, declared_shardings(declared, mesh))
         if drafter_cfg is not None:
             drafter_params = jax.device_put(
-                drafter_params, param_shardings(declare_drafter(drafter_cfg), mesh)
+                drafter_params, declared_shardings(declare_drafter(drafter_cfg), mesh)
             )
             vocab = _share_embedding(vocab, target_params, mesh)
     elif jax.default_backend() == "cpu":

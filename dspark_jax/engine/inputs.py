@@ -11,7 +11,7 @@ from flax import struct
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.drafters.heads import DraftBlock
-from dspark_jax.models.targets.llama import TargetParams
+from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 from pallas_kernels.dispatch import Implementation
 

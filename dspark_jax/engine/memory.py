@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from dspark_jax.engine.config import EngineConfig, Ladder, make_ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.programs import num_shards
-from dspark_jax.engine.state import make_state
+from dspark_jax.engine.state import declare_state
 from dspark_jax.scheduler.policy import make_policy
 
 LOGIT_COPIES = 3  # logits, and two numbers for each that XLA may write down on the way
@@ -23,8 +22,7 @@ def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
 
     def state_bytes(slots: int, positions: int) -> int:
         form = state_config(decoder, slots * shards, positions, config.stop_ids)
-        leaves = jax.tree.leaves(jax.eval_shape(lambda: make_state((), form)))
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        return sum(buffer.nbytes for buffer in jax.tree.leaves(declare_state(form)))
 
     slots, positions = ladder.slots[-1], ladder.positions[-1]
     smaller = [state_bytes(size, positions) for size in ladder.slots[-2:-1]]

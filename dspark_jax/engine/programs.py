@@ -15,14 +15,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax.axes import declared_shardings
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
-from dspark_jax.engine.state import DecodeState, admit, move, state_shardings
+from dspark_jax.engine.state import DecodeState, StateConfig, admit, declare_state, move
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
-IN_CACHE = PartitionSpec(None, "data")  # behind the layers, which are stacked on a mesh
-_STATE_SPECS: dict[str, Any] = dict.fromkeys(DecodeState.__dataclass_fields__, BY_SLOT)
-STATE = DecodeState(**_STATE_SPECS | {"target_cache": IN_CACHE, "context_cache": IN_CACHE})
 _GIVEN_SPECS: dict[str, Any] = dict.fromkeys(RoundInput.__dataclass_fields__, BY_SLOT)
 GIVEN = RoundInput(**_GIVEN_SPECS)
 
@@ -32,59 +30,67 @@ def num_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(mesh.shape["data"])
 
 
-def place_state(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """A new state on its devices."""
-    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
-
-
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def round_program(
-    cfg: RoundConfig, num_rows: int, rows_per_chunk: int, mesh: Mesh | None
+    cfg: RoundConfig, form: StateConfig, num_rows: int, rows_per_chunk: int, mesh: Mesh | None
 ) -> Callable[..., tuple[DecodeState, RoundReport]]:
     """``decode_round(weights, state, given)``."""
     step = functools.partial(
         decode_round, cfg=cfg, num_rows=num_rows, rows_per_chunk=rows_per_chunk
     )
     if mesh is not None:
-        step = _by_shard(step, mesh, (EVERYWHERE, STATE, GIVEN), (STATE, BY_SLOT))
+        split = _by_data(form, mesh)
+        step = _by_shard(step, form, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
     return jax.jit(step, donate_argnums=1)
 
 
-@functools.lru_cache(maxsize=64)
-def draft_program(cfg: RoundConfig, mesh: Mesh | None) -> Callable[..., tuple[Any, jax.Array]]:
+@functools.lru_cache(maxsize=256)
+def draft_program(
+    cfg: RoundConfig, form: StateConfig, mesh: Mesh | None
+) -> Callable[..., tuple[Any, jax.Array]]:
     """``draft_ahead(weights, state, given, steps_per_s_T)``."""
     step = functools.partial(draft_ahead, cfg=cfg)
     if mesh is None:
         return jax.jit(step)
-    sharded = _by_shard(step, mesh, (EVERYWHERE, STATE, GIVEN, EVERYWHERE), BY_SLOT)
+    takes = EVERYWHERE, _by_data(form, mesh), GIVEN, EVERYWHERE
+    sharded = _by_shard(step, form, mesh, takes, BY_SLOT)
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
 
 
-@functools.lru_cache(maxsize=8)
-def admit_program(mesh: Mesh | None) -> Callable[..., DecodeState]:
+@functools.lru_cache(maxsize=256)
+def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
     """``admit(state, slot, values)``."""
-    return jax.jit(functools.partial(_pinned, admit, mesh), donate_argnums=0)
+    return jax.jit(functools.partial(_pinned, admit, form, mesh), donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=64)
-def move_program(num_positions: int, mesh: Mesh | None) -> Callable[..., DecodeState]:
-    """``move(state, origin_B)``; slots keep to their shard, by their numbers within it."""
-    step = functools.partial(move, num_positions=num_positions)
+@functools.lru_cache(maxsize=256)
+def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
+    """``move(state, origin_B)`` to a state of this form; slots keep to their shard, by their
+    numbers within it."""
+    step = functools.partial(move, cfg=form)
     if mesh is not None:
-        step = _by_shard(step, mesh, (STATE, BY_SLOT), STATE)
+        split = _by_data(form, mesh)
+        step = _by_shard(step, form, mesh, (split, BY_SLOT), split)
     return jax.jit(step)
 
 
-def _by_shard(step: Any, mesh: Mesh, takes: Any, gives: Any) -> Any:
+def _by_data(form: StateConfig, mesh: Mesh) -> DecodeState:
+    """How a state is split over the data shards."""
+    shardings = declared_shardings(declare_state(form), mesh, unused=("fsdp", "tensor"))
+    split: DecodeState = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    return split
+
+
+def _by_shard(step: Any, form: StateConfig, mesh: Mesh, takes: Any, gives: Any) -> Any:
     """A step of one data shard as a step of all of them."""
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=takes, out_specs=gives, axis_names={"data"}, check_vma=False
     )
-    return functools.partial(_pinned, sharded, mesh)
+    return functools.partial(_pinned, sharded, form, mesh)
 
 
-def _pinned(step: Any, mesh: Mesh | None, *args: Any) -> Any:
-    """``step(*args)`` whose state lies where every state of its form does."""
+def _pinned(step: Any, form: StateConfig, mesh: Mesh | None, *args: Any) -> Any:
+    """``step(*args)`` whose state, of this form, lies where every such state does."""
     out = step(*args)
     if mesh is None:
         return out
@@ -92,6 +98,7 @@ def _pinned(step: Any, mesh: Mesh | None, *args: Any) -> Any:
     def pin(value: Any) -> Any:
         if not isinstance(value, DecodeState):
             return value
-        return jax.lax.with_sharding_constraint(value, state_shardings(value, mesh))
+        shardings = declared_shardings(declare_state(form), mesh)
+        return jax.lax.with_sharding_constraint(value, shardings)
 
     return jax.tree.map(pin, out, is_leaf=lambda value: isinstance(value, DecodeState))

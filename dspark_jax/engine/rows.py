@@ -16,8 +16,7 @@ from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.cache import Rows
 from dspark_jax.models.drafters.dspark import extend_context
-from dspark_jax.models.targets.llama import extend
-from dspark_jax.models.vocab import unembed
+from dspark_jax.models.targets.table import family_of
 from pallas_kernels.accept_block.rule import VerifyPlan
 
 
@@ -58,11 +57,13 @@ def read_rows(
 ) -> Any:
     """The target over the rows of a round: logits_TV, features of all rows, and its cache."""
     num_rows, num_slots = rows.slot_T.shape[0], state.length_B.shape[0]
+    unembed = family_of(cfg.target).unembed
 
     def read(num_rows: int, rows_per_slot: int) -> Any:
         first = jax.tree.map(lambda x_T: x_T[:num_rows], rows)
         hidden_TD, feature_TFD, cache = _extend(weights, state, first, chunks, cfg, rows_per_slot)
-        return unembed(weights.target.vocab, hidden_TD[:num_rows]), feature_TFD, cache
+        logits_TV = unembed(weights.target.vocab, hidden_TD[:num_rows], cfg.target)
+        return logits_TV, feature_TFD, cache
 
     def read_anchor() -> Any:
         logits_TV, feature_TFD, cache = read(1, 1)
@@ -88,7 +89,7 @@ def _extend(
 ) -> Any:
     """The target over the rows, with the drafter's feature layers."""
     layers = () if cfg.drafter is None else cfg.drafter.target_layer_ids
-    return extend(
+    return family_of(cfg.target).extend(
         weights.target,
         state.target_cache,
         rows,

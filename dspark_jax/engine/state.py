@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from dspark_jax.axes import partition
-from dspark_jax.config import DrafterConfig, TargetConfig, TransformerConfig
+from dspark_jax.axes import Buffer, empty_buffers, unstacked
+from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.request import Request
-from dspark_jax.models import cache as kv
+from dspark_jax.models.drafters.dspark import declare_context
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.sampling import Sampling
 
 
@@ -38,7 +39,7 @@ class DecodeState:
         logprobs_B: bool, whether log-probabilities are wanted.
         generation_B: int32 number of the request in the slot; no two requests share one.
         sampling: temperature and filters of each slot.
-        target_cache: the target's keys and values.
+        target_cache: what the target keeps of the tokens, as its family declares it.
         context_cache: the drafter's context; None without a drafter.
     """
 
@@ -51,7 +52,7 @@ class DecodeState:
     logprobs_B: jax.Array
     generation_B: jax.Array
     sampling: Sampling
-    target_cache: kv.KVCache
+    target_cache: Any
     context_cache: Any
 
 
@@ -77,24 +78,51 @@ class StateConfig:
     stacked: tuple[bool, bool]
 
 
-def slot_values(request: Request | None, generation: int, cfg: StateConfig) -> dict[str, Any]:
-    """What a state holds of a request beside its caches, in numpy; of a free slot for None."""
+def declare_state(cfg: StateConfig) -> DecodeState:
+    """Declaration of the whole state: what a free slot holds, and which axis is slots and which
+    positions. Sizes, copies, shardings and byte counts of a state all follow from it."""
+
+    def by_slot(dtype: Any, fill: float = 0, axes: str = "B", *sizes: int) -> Any:
+        return Buffer(axes, (cfg.num_slots, *sizes), dtype, fill)
+
+    def cache(declare: Any, sizes: Any, which: int) -> Any:
+        declared = declare(sizes, cfg.num_slots, cfg.num_positions, cfg.dtypes[which])
+        return declared if cfg.stacked[which] else unstacked(declared)
+
+    drafter = cfg.drafter
+    return DecodeState(
+        token_BS=by_slot(jnp.int32, 0, "BS", cfg.num_positions),
+        length_B=by_slot(jnp.int32, 1),
+        stop_at_B=by_slot(jnp.int32, 1),
+        active_B=by_slot(bool),
+        stop_id_BK=by_slot(jnp.int32, -1, "BX", cfg.num_stop_ids),
+        key_B2=by_slot(jnp.uint32, 0, "BX", 2),
+        logprobs_B=by_slot(bool),
+        generation_B=by_slot(jnp.int32, -1),
+        sampling=Sampling(
+            temperature_B=by_slot(jnp.float32),
+            top_k_B=by_slot(jnp.int32),
+            top_p_B=by_slot(jnp.float32, 1),
+            min_p_B=by_slot(jnp.float32),
+        ),
+        target_cache=cache(family_of(cfg.target).declare_cache, cfg.target, 0),
+        context_cache=None if drafter is None else cache(declare_context, drafter, 1),
+    )
+
+
+def slot_values(request: Request, generation: int, cfg: StateConfig) -> dict[str, Any]:
+    """What a state holds of a request beside its caches, in numpy."""
+    length = len(request.prompt_ids)
     token_S = np.zeros(cfg.num_positions, np.int32)
+    token_S[:length] = request.prompt_ids
     stop_id_K = np.full(cfg.num_stop_ids, -1, np.int32)
-    length = stop_at = 1
-    if request is not None:
-        length = len(request.prompt_ids)
-        stop_at = min(length + request.max_new_tokens, cfg.target.max_positions)
-        token_S[:length] = request.prompt_ids
-        stop_id_K[: len(request.stop_ids)] = request.stop_ids
-    else:
-        request = Request((0,), seed=0)
+    stop_id_K[: len(request.stop_ids)] = request.stop_ids
     limits: list[Any] = [np.float32(request.temperature), np.int32(request.top_k)]
     limits += [np.float32(request.top_p), np.float32(request.min_p)]
     return {
         "token_BS": token_S,
         "length_B": np.int32(length),
-        "stop_at_B": np.int32(stop_at),
+        "stop_at_B": np.int32(min(length + request.max_new_tokens, cfg.target.max_positions)),
         "stop_id_BK": stop_id_K,
         "key_B2": np.asarray(request.key, np.uint32),
         "logprobs_B": np.bool_(request.logprobs),
@@ -103,22 +131,16 @@ def slot_values(request: Request | None, generation: int, cfg: StateConfig) -> d
     }
 
 
-def make_state(requests: Sequence[Request], cfg: StateConfig) -> DecodeState:
+def make_state(
+    requests: Sequence[Request], cfg: StateConfig, mesh: Mesh | None = None
+) -> DecodeState:
     """A state with one active slot a request; the remaining slots are free."""
-    num_free = cfg.num_slots - len(requests)
-    rows = [slot_values(request, i, cfg) for i, request in enumerate(requests)]
-    rows += [slot_values(None, -1, cfg)] * num_free
-
-    def cache(sizes: TransformerConfig, which: int) -> kv.KVCache:
-        size = cfg.num_slots, cfg.num_positions
-        return kv.empty_cache(sizes, *size, cfg.dtypes[which], stacked=cfg.stacked[which])
-
-    return DecodeState(
-        active_B=jnp.asarray(np.arange(cfg.num_slots) < len(requests)),
-        target_cache=cache(cfg.target, 0),
-        context_cache=None if cfg.drafter is None else cache(cfg.drafter, 1),
-        **jax.tree.map(lambda *values: jnp.asarray(np.stack(values)), *rows),
-    )
+    state: DecodeState = empty_buffers(declare_state(cfg), mesh)
+    if not requests:
+        return state
+    each = [slot_values(request, number, cfg) for number, request in enumerate(requests)]
+    values = jax.tree.map(lambda *rows: np.stack(rows), *each)
+    return _seat(state, slice(len(requests)), values, True)
 
 
 def admit(state: DecodeState, slot: jax.Array, values: dict[str, Any]) -> DecodeState:
@@ -129,45 +151,35 @@ def admit(state: DecodeState, slot: jax.Array, values: dict[str, Any]) -> Decode
         slot: int32 scalar.
         values: of :func:`slot_values`.
     """
+    return _seat(state, slot, values, False)
+
+
+def _seat(state: DecodeState, where: Any, values: dict[str, Any], active: bool) -> DecodeState:
     before = {name: getattr(state, name) for name in values}
-    after = jax.tree.map(lambda x_B, x: x_B.at[slot].set(x), before, values)
-    return state.replace(active_B=state.active_B.at[slot].set(False), **after)  # type: ignore[attr-defined]
+    after = jax.tree.map(lambda x_B, x: x_B.at[where].set(x), before, values)
+    return state.replace(active_B=state.active_B.at[where].set(active), **after)  # type: ignore[attr-defined]
 
 
-def move(state: DecodeState, origin_B: jax.Array, *, num_positions: int) -> DecodeState:
-    """The state with other sizes: its slots in another order and number, its positions cut or
+def move(state: DecodeState, origin_B: jax.Array, cfg: StateConfig) -> DecodeState:
+    """The state in another form: its slots in another order and number, its positions cut or
     extended.
 
     Args:
-        state: every active slot that is kept is shorter than ``num_positions``.
+        state: every active slot that is kept is shorter than the new positions.
         origin_B: int32, the old slot that each new one continues; -1 for a free slot.
-        num_positions: static.
+        cfg: of the new state; static.
     """
-    change = num_positions - state.token_BS.shape[1]
 
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
-        in_cache = path[0].name.endswith("cache")
-        # Layers may be stacked in front: axes are counted from the end, [B, K, S, H].
-        leaf = jnp.take(leaf, origin_B, axis=leaf.ndim - 4 if in_cache else 0, mode="clip")
-        axis = -2 if in_cache else -1
-        if path[0].name != "token_BS" and not in_cache:
+    def place(buffer: Buffer, leaf: jax.Array) -> jax.Array:
+        leaf = jnp.take(leaf, origin_B, axis=buffer.axes.index("B"), mode="clip")
+        if "S" not in buffer.axes:
             return leaf
-        if change <= 0:
-            return jax.lax.slice_in_dim(leaf, 0, num_positions, axis=axis % leaf.ndim)
-        widths = [(0, 0)] * leaf.ndim
-        widths[axis] = (0, change)
-        return jnp.pad(leaf, widths)
+        axis = buffer.axes.index("S")
+        old, new = leaf.shape[axis], buffer.shape[axis]
+        if new <= old:
+            return jax.lax.slice_in_dim(leaf, 0, new, axis=axis)
+        widths = [(0, new - old if place == axis else 0) for place in range(leaf.ndim)]
+        return jnp.pad(leaf, widths, constant_values=buffer.fill)
 
-    moved = jax.tree_util.tree_map_with_path(place, state)
-    return moved.replace(active_B=moved.active_B & (origin_B >= 0))
-
-
-def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """A ``NamedSharding`` for every array: slots over data, key/value heads over tensor."""
-
-    def sharding(path: Any, leaf: jax.Array) -> NamedSharding:
-        in_cache = path[0].name.endswith("cache")
-        axes = "LBKSH"[-leaf.ndim :] if in_cache else "BX"[: leaf.ndim]
-        return NamedSharding(mesh, partition(axes, leaf.shape, mesh))
-
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    moved: DecodeState = jax.tree.map(place, declare_state(cfg), state)
+    return moved.replace(active_B=moved.active_B & (origin_B >= 0))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Drafters written in the layouts that this and other programs read, each checked after writing.
+"""Drafters exported in the layouts that other programs read, each checked after writing.
 
 The check reads the new files back and measures the teacher-forced acceptance of drafts, position
 by position, on given answers: ``1 - TV`` of draft and target distribution behind the same anchors.
@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.deepspec import bind_vocab, save_drafter
-from dspark_jax.checkpoints.default import HUB_ID
+from dspark_jax.checkpoints.deepspec import bind_vocab
+from dspark_jax.checkpoints.export import save_layout
 from dspark_jax.checkpoints.load import Target, load_target, read_drafter
-from dspark_jax.checkpoints.speculators import save_speculators
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
-from dspark_jax.models.targets.llama import TargetParams, encode
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training.anchors import block_labels, sample_anchors
 from dspark_jax.training.data import TokenSequence, make_batch
@@ -72,9 +72,7 @@ def write_drafter(
         target: what ``load_target`` takes; its embedding and head are written where the layout
             wants them, and the check compares with its distributions.
         drafter: ``"default"``, a directory or a hub id, in any of the layouts.
-        layout: ``"dspark"`` is the project's own: the reference layout without embedding and
-            head. ``"deepspec"`` is the reference layout, ``"speculators"`` that of
-            vllm-project/speculators.
+        layout: as for :func:`~dspark_jax.checkpoints.export.save_layout`.
         out: the directory to write, which must not exist yet.
         dtype: of the target and of the check.
         full_vocabulary: make a drafter over a reduced vocabulary one over the whole of it.
@@ -101,43 +99,13 @@ def write_drafter(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         written = Path(folder) / out.name
-        _save(written, layout, cfg, params, vocab, _verifier(target, loaded.cfg))
+        save_layout(written, layout, (cfg, params, vocab), (target, loaded.cfg))
         cfg, params, own, _ = read_drafter(loaded.cfg, written)
         vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
         check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
         written.rename(out)
     logger.info("acceptance at position 1 is %.4f, before and after", before_G[0])
     return out
-
-
-def _save(
-    directory: Path,
-    layout: str,
-    cfg: DrafterConfig,
-    params: DrafterParams,
-    vocab: Vocab,
-    verifier: dict[str, Any],
-) -> None:
-    """Write one layout; ``vocab`` is the one that the drafter is bound to."""
-    dtype = params.norm_D.dtype
-    embed_VD = vocab.embed_VD.astype(dtype)
-    head_UD = embed_VD if vocab.unembed_VD is None else vocab.unembed_VD.astype(dtype)
-    held = Vocab(embed_VD, head_UD, vocab.d2t_U)
-    if layout == "speculators":
-        save_speculators(directory, cfg, params, held, verifier)
-        return
-    if layout == "deepspec" and cfg.draft_vocab_size is not None:
-        raise ValueError(
-            f"draft_vocab_size is {cfg.draft_vocab_size}, and the reference layout has no reduced "
-            "vocabulary: add --full-vocabulary, or choose the format speculators"
-        )
-    save_drafter(directory, replace(cfg, owns_vocab=layout == "deepspec"), params, held)
-
-
-def _verifier(target: str | Path, cfg: TargetConfig) -> dict[str, Any]:
-    """How others find the target."""
-    name = HUB_ID if str(target) == "default" else str(target)
-    return {"name_or_path": name, "architectures": [f"{cfg.family.capitalize()}ForCausalLM"]}
 
 
 def check_batch(target: Target) -> Batch:
@@ -188,6 +156,7 @@ def _acceptance(
     cfg: DrafterConfig,
 ) -> jax.Array:
     """``accept_rate_G`` of the training metrics."""
+    encode = family_of(target_cfg).encode
     hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
     teacher = make_teacher(target.vocab, hidden_BSD, vocab.d2t_U is not None)
     anchor_BA, keep_BA = sample_anchors(jax.random.key(0), batch.loss_mask_BS, NUM_ANCHORS)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dspark_jax.axes import MESH_RULES
+from dspark_jax.axes import MESH_RULES, Buffer
 from dspark_jax.config import TransformerConfig
 
 
@@ -47,19 +47,12 @@ class KVCache:
     v: Any
 
 
-def empty_cache(
-    cfg: TransformerConfig, num_slots: int, num_positions: int, dtype: Any, *, stacked: bool
-) -> KVCache:
-    """A zeroed cache for ``num_slots`` requests of at most ``num_positions`` tokens."""
-    shape = (num_slots, cfg.num_kv_heads, num_positions, cfg.head_dim)
-    if stacked:
-        all_layers = (cfg.num_layers, *shape)
-        return KVCache(jnp.zeros(all_layers, dtype), jnp.zeros(all_layers, dtype))
-
-    def layers() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
-
-    return KVCache(layers(), layers())
+def declare_kv(cfg: TransformerConfig, num_slots: int, num_positions: int, dtype: Any) -> KVCache:
+    """Declaration of the keys and values of all layers, stacked."""
+    sizes = cfg.sizes | {"B": num_slots, "S": num_positions}
+    axes = "LBKSH"
+    buffer = Buffer(axes, tuple(sizes[letter] for letter in axes), dtype)
+    return KVCache(buffer, buffer)
 
 
 def of_sequences(k_LBSKH: jax.Array, v_LBSKH: jax.Array) -> KVCache:
@@ -113,11 +106,6 @@ def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
     if isinstance(k, tuple):
         k, v, layer = k[layer], v[layer], None
     return {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
-
-
-def num_positions(cache: KVCache) -> int:
-    """S, the positions that a slot can hold."""
-    return int(cache.k[0].shape[-2])
 
 
 def num_slots(cache: KVCache) -> int:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from dspark_jax.axes import gather, place
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.targets.llama import TargetParams, encode
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.training import data
 from dspark_jax.training.cache import (
     BFLOAT16,
@@ -118,7 +119,7 @@ def target_reader(
 def _read(
     params: TargetParams, token_BS: jax.Array, cfg: TargetConfig, feature_layers: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_BSD, feature_BSFD = encode(params, token_BS, cfg, feature_layers)
+    hidden_BSD, feature_BSFD = family_of(cfg).encode(params, token_BS, cfg, feature_layers)
     return hidden_BSD.astype(BFLOAT16), feature_BSFD.astype(BFLOAT16)
 
 

@@ -23,7 +23,7 @@ from dspark_jax.checkpoints.load import Target, open_target, read_drafter
 from dspark_jax.checkpoints.tokenizer import unused_token
 from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.targets.llama import encode
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
@@ -185,6 +185,7 @@ def starting_point(
         token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
         feature_BSFD = some.feature_BSFD
         if feature_BSFD is None:
+            encode = family_of(target.cfg).encode
             read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
             feature_BSFD = gather(read(target.params, token_BS)[1])
         params = start_with_local_heads(

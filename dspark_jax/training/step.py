@@ -13,10 +13,11 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import abstract_params, param_shardings, partition
+from dspark_jax.axes import abstract_params, declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.targets.llama import TargetParams, declare_target, encode
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
 from dspark_jax.training.losses import LossTotals, draft_blocks, dspark_loss, loss_totals
@@ -87,7 +88,7 @@ def step_shardings(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     declared = declare_drafter(cfg)
-    params = param_shardings(declared, mesh)
+    params = declared_shardings(declared, mesh)
     moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -105,7 +106,7 @@ def frozen_shardings(
     target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh, unused: Sequence[str] = ()
 ) -> Frozen:
     """Shardings in the form of a ``Frozen``; ``unused`` mesh axes split nothing."""
-    target = param_shardings(declare_target(target_cfg), mesh, unused)
+    target = declared_shardings(family_of(target_cfg).declare(target_cfg), mesh, unused)
     head = places = None
     if cfg.draft_vocab_size is None:
         head = target.vocab.unembed_VD
@@ -136,11 +137,11 @@ class Layout:
 
 def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Layout:
     """The layout of a step on a mesh."""
-    params = param_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
+    params = declared_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
     frozen = frozen_shardings(target_cfg, cfg, mesh, unused=("fsdp",))
     layers = frozen.target.layers
     layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)
-    stored = param_shardings(declare_target(target_cfg).layers, mesh)
+    stored = declared_shardings(family_of(target_cfg).declare(target_cfg).layers, mesh)
     target = frozen.target.replace(layers=stored)  # type: ignore[attr-defined]
     return Layout(params, frozen.replace(target=target), layer)  # type: ignore[attr-defined]
 
@@ -260,6 +261,7 @@ def read_target(
     """Features and last hidden states of the frozen target for a batch, which may bring them."""
     if batch.feature_BSFD is not None:
         return batch.feature_BSFD, batch.hidden_BSD
+    encode = family_of(target_cfg).encode
     read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
     if layout is not None:
         gather = partial(jax.lax.with_sharding_constraint, shardings=layout.layer)

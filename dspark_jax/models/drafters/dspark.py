@@ -76,6 +76,13 @@ def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
     )
 
 
+def declare_context(
+    cfg: DrafterConfig, num_slots: int, num_positions: int, dtype: Any
+) -> kv.KVCache:
+    """Declaration of the injected keys and values of ``num_slots`` texts of ``num_positions``."""
+    return kv.declare_kv(cfg, num_slots, num_positions, dtype)
+
+
 def inject(
     drafter: DrafterParams, feature_XFD: jax.Array, position_X: jax.Array, cfg: DrafterConfig
 ) -> tuple[Any, Any]:

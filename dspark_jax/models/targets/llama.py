@@ -7,17 +7,18 @@ the residual stream after chosen layers ("features", spec section 2) beside the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from dspark_jax.axes import Param, declare
+from dspark_jax import axes
 from dspark_jax.config import TargetConfig
 from dspark_jax.models import cache as kv
+from dspark_jax.models import vocab as vocabulary
 from dspark_jax.models.cache import Rows
 from dspark_jax.models.layers import (
     Layer,
@@ -29,33 +30,58 @@ from dspark_jax.models.layers import (
     rms_norm,
 )
 from dspark_jax.models.rope import rope_table
-from dspark_jax.models.vocab import Vocab, embed
+from dspark_jax.models.targets.config_json import block_config, field
+from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.vocab import Vocab
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import Groups, group_by_slot, group_runs
 
 
-@struct.dataclass
-class TargetParams:
-    """Weights of a target: vocabulary, blocks (stacked on L, or a tuple), final norm."""
-
-    vocab: Vocab
-    layers: Any
-    norm_D: Any
+@dataclass(frozen=True)
+class Config(TargetConfig):
+    """Sizes of a target; which of the kin it is shows in its biases and in ``qk_norm``."""
 
 
-def declare_target(cfg: TargetConfig) -> TargetParams:
-    """Declaration of every parameter under its Hugging Face name."""
-    sizes = cfg.sizes
+def config(hf: Mapping[str, Any]) -> Config:
+    """The configuration out of a ``config.json`` of Llama, Qwen2 or Qwen3.
 
-    def vector(name: str) -> Param:
-        return declare("D", sizes, name, init="ones")
-
-    unembed = None if cfg.tied else declare("VD", sizes, "lm_head.weight", init="embed")
-    return TargetParams(
-        vocab=Vocab(declare("VD", sizes, "model.embed_tokens.weight", init="embed"), unembed),
-        layers=declare_layers(cfg, "model.layers"),
-        norm_D=vector("model.norm.weight"),
+    Raises:
+        ValueError: a field is missing or wrong, or asks for something that is not supported.
+    """
+    kind, bias = hf["model_type"], field(hf, "attention_bias", bool, False)
+    return Config(
+        **block_config(hf),
+        qk_norm=kind == "qwen3",
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias and kind != "qwen2",
+        tied=field(hf, "tie_word_embeddings", bool, False),
     )
+
+
+def architecture(cfg: Config) -> str:
+    """The class of transformers that computes the same."""
+    if cfg.qk_norm:
+        return "Qwen3ForCausalLM"
+    return "Qwen2ForCausalLM" if cfg.qkv_bias and not cfg.out_bias else "LlamaForCausalLM"
+
+
+def declare(cfg: Config) -> TargetParams:
+    """Declaration of every parameter under its Hugging Face name."""
+
+    def param(letters: str, name: str, init: str) -> axes.Param:
+        return axes.declare(letters, cfg.sizes, name, init=init)
+
+    head = None if cfg.tied else param("VD", "lm_head.weight", "embed")
+    return TargetParams(
+        vocab=Vocab(param("VD", "model.embed_tokens.weight", "embed"), head),
+        layers=declare_layers(cfg, "model.layers"),
+        norm_D=param("D", "model.norm.weight", "ones"),
+    )
+
+
+def declare_cache(cfg: Config, num_slots: int, num_positions: int, dtype: Any) -> kv.KVCache:
+    """Declaration of what :func:`extend` keeps of ``num_slots`` texts of ``num_positions``."""
+    return kv.declare_kv(cfg, num_slots, num_positions, dtype)
 
 
 def _keep_feature(
@@ -82,28 +108,15 @@ def _start_features(x_XD: jax.Array, feature_layers: Sequence[int]) -> jax.Array
 def encode(
     target: TargetParams,
     token_BS: jax.Array,
-    cfg: TargetConfig,
+    cfg: Config,
     feature_layers: Sequence[int] = (),
     fetch: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> tuple[jax.Array, jax.Array]:
-    """Read whole sequences from position 0, causally, without a cache.
-
-    Padding belongs at the end: nothing before it ever sees it.
-
-    Args:
-        target: weights.
-        token_BS: int32 token ids.
-        cfg: sizes.
-        feature_layers: layers whose residual stream is returned; -1 is the embedding output.
-        fetch: what is done to a layer's weights when its turn comes, for instance gathering them.
-
-    Returns:
-        hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.
-    """
+    """Read whole sequences without a cache; see :class:`TargetFamily`."""
     length = token_BS.shape[1]
     position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_BS.shape)
     table = rope_table(position_BS, cfg)
-    x_BSD = embed(target.vocab, token_BS)
+    x_BSD = embed(target.vocab, token_BS, cfg)
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
         x_BSD, feature_FBSD = carry
@@ -123,34 +136,18 @@ def extend(
     target: TargetParams,
     cache: kv.KVCache,
     rows: Rows,
-    cfg: TargetConfig,
+    cfg: Config,
     feature_layers: Sequence[int] = (),
     *,
     rows_per_slot: int,
     chunks: Rows | None = None,
     kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array, kv.KVCache]:
-    """Read T rows: write their keys and values, attend to everything up to their position.
+    """Read T rows: write their keys and values, attend to everything up to their position; see
+    :class:`TargetFamily`.
 
     The dense layers see T flat rows; for the attention alone they are grouped by slot, so that
-    every slot's cache is read once. Donate the cache: it is written
-    in place.
-
-    Args:
-        target: weights.
-        cache: valid before each slot's first row.
-        rows: the batch; at most ``rows_per_slot`` (static) rows a slot.
-        cfg: sizes.
-        feature_layers: as in :func:`encode`.
-        rows_per_slot: the most rows that one slot has here.
-        chunks: pieces of prompts in the same pass, [P, W]: each is W positions of one slot, of
-            which those behind the first may be padding. They follow the T rows in the results. A
-            chunk sees all that is written here before it in its slot.
-        kernels: the implementation of ``ragged_attention``.
-
-    Returns:
-        hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows of
-        padding hold garbage.
+    every slot's cache is read once. Donate the cache: it is written in place.
     """
     num_rows, num_slots = rows.token_T.shape[0], kv.num_slots(cache)
     groups = group_by_slot(rows.slot_T, rows.position_T, num_slots, rows_per_slot)
@@ -161,7 +158,7 @@ def extend(
         attend_chunks = _cache_attention(runs, flat, num_slots, kernels)
         rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
     table = rope_table(rows.position_T, cfg)
-    x_TD = embed(target.vocab, rows.token_T)
+    x_TD = embed(target.vocab, rows.token_T, cfg)
 
     def block(carry: Any, layer: Layer, index: Any) -> Any:
         x_TD, feature_FTD, cache = carry
@@ -194,3 +191,13 @@ def _cache_attention(
         )
 
     return attention
+
+
+def embed(vocab: Vocab, token_X: jax.Array, cfg: Config) -> jax.Array:
+    """The residual stream [X, D] before the first layer: the embedding as it is."""
+    return vocabulary.embed(vocab, token_X)
+
+
+def unembed(vocab: Vocab, hidden_XD: jax.Array, cfg: Config) -> jax.Array:
+    """Logits [X, V], float32: the LM head's as they are."""
+    return vocabulary.unembed(vocab, hidden_XD)

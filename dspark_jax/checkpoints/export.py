@@ -1,0 +1,53 @@
+"""Drafters in the layouts that this and other programs read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.default import HUB_ID
+from dspark_jax.checkpoints.speculators import save_speculators
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.drafters.dspark import DrafterParams
+from dspark_jax.models.targets.table import family_of
+from dspark_jax.models.vocab import Vocab
+
+
+def save_layout(
+    directory: Path,
+    layout: str,
+    drafter: tuple[DrafterConfig, DrafterParams, Vocab],
+    target: tuple[str | Path, TargetConfig],
+) -> None:
+    """Write a drafter's checkpoint in a layout, in the dtype of its parameters.
+
+    Args:
+        directory: where to; made if it is not there.
+        layout: ``"dspark"`` is the project's own: the reference layout without embedding and
+            head. ``"deepspec"`` is the reference layout, ``"speculators"`` that of
+            vllm-project/speculators.
+        drafter: sizes, weights, and the vocabulary that it is bound to.
+        target: what ``load_target`` took, and its sizes.
+
+    Raises:
+        ValueError: the layout cannot hold the drafter.
+    """
+    cfg, params, vocab = drafter
+    dtype = params.norm_D.dtype
+    embed_VD = vocab.embed_VD.astype(dtype)
+    head_UD = embed_VD if vocab.unembed_VD is None else vocab.unembed_VD.astype(dtype)
+    held = Vocab(embed_VD, head_UD, vocab.d2t_U)
+    if layout == "speculators":
+        source, target_cfg = target
+        name = HUB_ID if str(source) == "default" else str(source)
+        architecture = family_of(target_cfg).architecture(target_cfg)
+        verifier = {"name_or_path": name, "architectures": [architecture]}
+        save_speculators(directory, cfg, params, held, verifier)
+        return
+    if layout == "deepspec" and cfg.draft_vocab_size is not None:
+        raise ValueError(
+            f"draft_vocab_size is {cfg.draft_vocab_size}, and the reference layout has no reduced "
+            "vocabulary: add --full-vocabulary, or choose the format speculators"
+        )
+    save_drafter(directory, replace(cfg, owns_vocab=layout == "deepspec"), params, held)

@@ -1,0 +1,117 @@
+"""What a family of targets is: a module with a configuration of its own and these functions.
+
+Nothing outside of this folder asks which family a target is of: :mod:`.table` finds the module, by
+the ``model_type`` of a file or by the class of a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+
+from dspark_jax.config import TargetConfig
+from dspark_jax.models.cache import Rows
+from dspark_jax.models.vocab import Vocab
+
+
+@struct.dataclass
+class TargetParams:
+    """Weights of a target.
+
+    Attributes:
+        vocab: embedding and LM head.
+        layers: blocks, stacked on L or a tuple.
+        norm_D: final norm.
+    """
+
+    vocab: Vocab
+    layers: Any
+    norm_D: Any
+
+
+class TargetFamily(Protocol):
+    """The functions of a family; ``cfg`` is always of its ``Config``."""
+
+    @property
+    def Config(self) -> type[TargetConfig]:
+        """The family's frozen configuration, by whose class its module is found."""
+
+    def config(self, hf: Mapping[str, Any]) -> TargetConfig:
+        """The configuration out of a ``config.json``, ``model_type`` included.
+
+        Raises:
+            ValueError: a field is missing or wrong, or asks for something that is not supported.
+        """
+
+    def architecture(self, cfg: Any) -> str:
+        """The class of transformers that computes the same."""
+
+    def declare(self, cfg: Any) -> TargetParams:
+        """Declaration of every parameter, layers stacked, under its Hugging Face name."""
+
+    def declare_cache(self, cfg: Any, num_slots: int, num_positions: int, dtype: Any) -> Any:
+        """Declaration of what ``extend`` keeps: a tree of ``Buffer``, layers stacked. Every one has
+        an axis of slots; what is behind the committed length of a slot means nothing."""
+
+    def encode(
+        self,
+        target: TargetParams,
+        token_BS: jax.Array,
+        cfg: Any,
+        feature_layers: Sequence[int] = ...,
+        fetch: Callable[[Any], Any] = ...,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Read whole sequences from position 0, causally, without a cache.
+
+        Padding belongs at the end: nothing before it ever sees it.
+
+        Args:
+            target: weights.
+            token_BS: int32 token ids.
+            cfg: sizes.
+            feature_layers: layers whose residual stream is returned; -1 is the embedding output.
+            fetch: what is done to a layer's weights when its turn comes, such as gathering them.
+
+        Returns:
+            hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.
+        """
+
+    def extend(
+        self,
+        target: TargetParams,
+        cache: Any,
+        rows: Rows,
+        cfg: Any,
+        feature_layers: Sequence[int] = ...,
+        *,
+        rows_per_slot: int,
+        chunks: Rows | None = ...,
+        kernels: str = ...,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Read T rows: put them into the cache, attend to everything up to their position.
+
+        Args:
+            target: weights.
+            cache: valid before each slot's first row; donated.
+            rows: the batch; at most ``rows_per_slot`` (static) rows a slot.
+            cfg: sizes.
+            feature_layers: as in :meth:`encode`.
+            rows_per_slot: the most rows that one slot has here.
+            chunks: pieces of prompts in the same pass, [P, W]: each is W positions of one slot, of
+                which those behind the first may be padding. They follow the T rows in the results.
+                A chunk sees all that is written here before it in its slot.
+            kernels: the implementation of the operations of ``pallas_kernels``.
+
+        Returns:
+            hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows
+            of padding hold garbage.
+        """
+
+    def embed(self, vocab: Vocab, token_X: jax.Array, cfg: Any) -> jax.Array:
+        """The residual stream [X, D] before the first layer."""
+
+    def unembed(self, vocab: Vocab, hidden_XD: jax.Array, cfg: Any) -> jax.Array:
+        """Logits [X, V], float32."""
