@@ -30,9 +30,12 @@ def few_mappings():
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAPPINGS:
-        from dspark_jax.engine.compiled import forget_programs
+        import jax
 
-        forget_programs()
+        from dspark_jax.engine.executables import forget_programs
+
+        forget_programs(1.0)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ from scipy import stats
 from dspark_jax.axes import init_params, make_mesh
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.config import DrafterConfig
+from dspark_jax.engine import executables
 from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
-from dspark_jax.engine.compiled import _compile, forget_programs
 from dspark_jax.engine.decoder import make_decoder
-from dspark_jax.engine.programs import round_program
 from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.drafters.heads import DraftBlock
@@ -140,11 +139,8 @@ def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
         return DraftBlock(token, token, jnp.zeros((1, 4, 61)), jnp.zeros((1, 4)))
 
     monkeypatch.setattr(engine_round, "draft", oracle)
-    forget_programs()
-    round_program.cache_clear()
+    monkeypatch.setattr(executables, "_PROGRAMS", {})
     (spec,) = generate(make_decoder(target, drafter_of(target)), [Request([3], 21)])
-    forget_programs()
-    round_program.cache_clear()
     assert spec.token_ids == plain.token_ids
     assert spec.accepted_lengths == [5, 5, 5, 5]
 
@@ -327,9 +323,9 @@ def test_stop_strings_cut_the_text_wherever_they_begin(target):
 def test_programs_are_compiled_once(target):
     decoder = make_decoder(target, drafter_of(target))
     generate(decoder, requests())
-    before = _compile.cache_info()
+    before = set(executables._PROGRAMS)
     generate(decoder, requests(max_new_tokens=30))
-    assert _compile.cache_info().misses == before.misses
+    assert set(executables._PROGRAMS) == before
 
 
 @pytest.mark.parametrize(

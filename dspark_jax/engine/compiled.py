@@ -1,11 +1,7 @@
-"""The compiled programs of an engine: every size of its ladder, ahead of time.
-
-Executables are shared by all engines of a process that ask for the same program and shapes.
-"""
+"""The programs of an engine, one for each size of its ladder."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +15,7 @@ from tqdm import tqdm
 from dspark_jax.axes import abstract_buffers
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
+from dspark_jax.engine.executables import Executable, Program, program_of
 from dspark_jax.engine.inputs import RoundConfig, RoundInput
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.programs import (
@@ -42,8 +39,6 @@ from dspark_jax.engine.state import (
 from dspark_jax.scheduler.policy import Policy
 from dspark_jax.scheduler.shape import Shape, Sizes
 
-Executable = Callable[..., Any]
-
 
 @dataclass(frozen=True, eq=False)
 class Programs:
@@ -59,15 +54,16 @@ class Programs:
     config: EngineConfig
     policy: Policy
     ladder: Ladder
-    _ready: dict[Any, Executable] = field(default_factory=dict)
+    _known: dict[Any, Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Let go of the weights themselves."""
         shapes = jax.tree.map(_abstract, self.decoder.weights)
         object.__setattr__(self, "decoder", replace(self.decoder, weights=shapes))
 
-    def compile(self) -> int:
-        """Compile everything, with a progress bar; returns how many programs there are."""
+    def compile(self, stop: Callable[[], bool] = lambda: False) -> int:
+        """Compile everything, with a progress bar, until ``stop()``; returns how many programs
+        there are."""
         sizes = self.sizes()
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
         todo += [(self.round, (shape,)) for size in sizes for shape in self.shapes(size)]
@@ -80,8 +76,10 @@ class Programs:
             if old.slots == new.slots or old.positions == new.positions
         ]
         for program, args in tqdm(todo, desc="compile", unit="program", disable=None):
+            if stop():
+                break
             program(*args)
-        return len(self._ready)
+        return len(todo)
 
     def sizes(self) -> list[Sizes]:
         """Of all states."""
@@ -103,14 +101,15 @@ class Programs:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
             cfg, weights = self._config(shape.num_draft), self.decoder.weights
             form = self.form(shape.sizes)
-            program = round_program(cfg, form, shape.num_rows, rows_per_chunk, self.decoder.mesh)
-            return program, weights, self._state(shape.sizes), self._given(shape)
+            parts = cfg, form, shape.num_rows, rows_per_chunk, self.decoder.mesh
+            args = weights, self._state(shape.sizes), self._given(shape)
+            return round_program, parts, args
 
         return self._once(shape, build)
 
     def ready(self, shape: Shape) -> bool:
         """Whether the program of such rounds is compiled."""
-        return shape in self._ready
+        return shape in self._known and self._known[shape].ready
 
     def draft(self, sizes: Sizes, num_chunks: int) -> Executable:
         """``draft_ahead(weights, state, given, steps_per_s_T)``."""
@@ -122,7 +121,7 @@ class Programs:
         def build() -> tuple[Any, ...]:
             form = self.form(sizes)
             values = self.put((np.int32(0), slot_values(Request((0,)), 0, form)))
-            return admit_program(form, self.decoder.mesh), self._state(sizes), *values
+            return admit_program, (form, self.decoder.mesh), (self._state(sizes), *values)
 
         return self._once(sizes, build)
 
@@ -131,18 +130,17 @@ class Programs:
 
         def build() -> tuple[Any, ...]:
             origin_B = np.zeros(new.slots * num_shards(self.decoder.mesh), np.int32)
-            program = move_program(self.form(new), self.decoder.mesh)
-            return program, self._state(old), self.put(origin_B, BY_SLOT)
+            parts = self.form(new), self.decoder.mesh
+            return move_program, parts, (self._state(old), self.put(origin_B, BY_SLOT))
 
         return self._once((old, new), build)
 
     def _once(self, key: Any, build: Callable[[], tuple[Any, ...]]) -> Executable:
-        """The executable of a program and its arguments, as ``build`` gives them."""
-        if key not in self._ready:
-            program, *args = build()
-            leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, args))
-            self._ready[key] = _compile(program, structure, tuple(leaves))
-        return self._ready[key]
+        """The executable of a program, of whose parts and arguments ``build`` tells."""
+        if key not in self._known:
+            make, parts, args = build()
+            self._known[key] = program_of(make, parts, jax.tree.map(_abstract, args))
+        return self._known[key].executable()
 
     def _config(self, num_draft: int) -> RoundConfig:
         policy = self.policy
@@ -195,8 +193,8 @@ class Programs:
             temperature_BG = np.zeros(size, np.float32)
         given = jax.tree.map(_abstract, self.round_input(plan, temperature_BG))
         if self.policy.kind == "causal" and shape.num_draft:
-            program, *args = self._draft(shape.sizes, shape.num_chunks)
-            block, _ = program.eval_shape(*args)
+            make, parts, args = self._draft(shape.sizes, shape.num_chunks)
+            block, _ = make(*parts).eval_shape(*args)
             given = given.replace(block=jax.tree.map(self._by_slot, block))
         return given
 
@@ -204,9 +202,9 @@ class Programs:
         """The program of :meth:`draft` and its arguments."""
         given = self._given(Shape(sizes, 0, sizes.slots, num_chunks))
         steps_per_s_T = np.zeros(self.ladder.drafted_rows(sizes.slots, 0)[-1] + 1, np.float32)
-        cfg, form = self._config(self.policy.num_draft), self.form(sizes)
-        program = draft_program(cfg, form, self.decoder.mesh)
-        return program, self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
+        parts = self._config(self.policy.num_draft), self.form(sizes), self.decoder.mesh
+        args = self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
+        return draft_program, parts, args
 
     def _by_slot(self, leaf: Any) -> jax.ShapeDtypeStruct:
         mesh = self.decoder.mesh
@@ -216,22 +214,6 @@ class Programs:
     def _state(self, sizes: Sizes) -> DecodeState:
         state: DecodeState = abstract_buffers(declare_state(self.form(sizes)), self.decoder.mesh)
         return state
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile(program: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Executable:
-    executable: Executable = program.lower(*structure.unflatten(leaves)).compile()
-    return executable
-
-
-def forget_programs() -> None:
-    """Let go of the executables that no engine holds.
-
-    On a CPU a program of 30 unrolled layers takes 600 to 900 memory mappings, and Linux gives a
-    process 65,530 of them unless ``vm.max_map_count`` says otherwise.
-    """
-    _compile.cache_clear()
-    jax.clear_caches()  # jax holds an executable as long as it knows what it was lowered from
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

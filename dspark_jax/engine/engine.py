@@ -209,9 +209,18 @@ class Engine:
             self._loop.close()
         self._thread.shutdown(wait=False)
 
-    def compile(self) -> int:
-        """Compile all programs ahead, with a progress bar; returns how many there are."""
-        return self._programs.compile()
+    def compile(self, background: bool = False) -> None:
+        """Compile all programs ahead, with a progress bar.
+
+        Args:
+            background: do it in a thread, without waiting; it ends with the engine.
+        """
+        if background:
+            main = threading.main_thread()  # which may end before the engine is closed
+            stop = (lambda: self._closed or not main.is_alive(),)
+            threading.Thread(target=self._programs.compile, args=stop).start()
+        else:
+            self._programs.compile()
 
     # In the engine's own thread.
 

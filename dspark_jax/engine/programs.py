@@ -30,7 +30,6 @@ def num_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(mesh.shape["data"])
 
 
-@functools.lru_cache(maxsize=1024)
 def round_program(
     cfg: RoundConfig, form: StateConfig, num_rows: int, rows_per_chunk: int, mesh: Mesh | None
 ) -> Callable[..., tuple[DecodeState, RoundReport]]:
@@ -44,7 +43,6 @@ def round_program(
     return jax.jit(step, donate_argnums=1)
 
 
-@functools.lru_cache(maxsize=256)
 def draft_program(
     cfg: RoundConfig, form: StateConfig, mesh: Mesh | None
 ) -> Callable[..., tuple[Any, jax.Array]]:
@@ -57,13 +55,11 @@ def draft_program(
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
 
 
-@functools.lru_cache(maxsize=256)
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
     """``admit(state, slot, values)``."""
     return jax.jit(functools.partial(_pinned, admit, form, mesh), donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=256)
 def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
     """``move(state, origin_B)`` to a state of this form; slots keep to their shard, by their
     numbers within it."""

@@ -24,7 +24,6 @@ import jax
 from scipy.stats import binom
 from tqdm import tqdm
 
-from dspark_jax.engine.compiled import forget_programs
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
@@ -167,8 +166,6 @@ def _engines(
             engines[name] = stack.enter_context(Engine(decoder, own, profile))
             engines[name].compile()
         yield engines
-    engines.clear()
-    forget_programs()  # those of the next number of clients are others
 
 
 def _measure(
