@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt, Request, key_of, seed_of
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stream import Event
+from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
 from dspark_jax.scheduler.profile import read_profile, write_profile
 from pallas_kernels import random
@@ -57,8 +58,9 @@ class Model:
         *,
         n: int = 1,
         seed: int | None = None,
-        policy: str = "",
-        acceptance: Literal["rejection", "coupled"] = "rejection",
+        policy: str | Rule = "",
+        acceptance: AcceptanceRule = "rejection",
+        draft_law: Rule | None = None,
         trace: bool = False,
         **limits: Any,
     ) -> list[Generation]:
@@ -69,8 +71,8 @@ class Model:
                 several of either.
             n: samples of each prompt; above temperature 0 they differ.
             seed: of all randomness; None takes a fresh one. Each result says which it was.
-            policy: which drafts are verified, as in ``EngineConfig``.
-            acceptance: the lossless rule, ``"rejection"`` or ``"coupled"``.
+            policy, acceptance, draft_law: which drafts are verified and how they are accepted and
+                drawn, as in ``EngineConfig``.
             trace: whether the results have every round, as ``RoundTrace``.
             **limits: of ``Request``: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``,
                 ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``.
@@ -84,7 +86,9 @@ class Model:
         requests, seed = self.requests(prompts, n=n, seed=seed, trace=trace, **limits)
         if not requests:
             return []
-        with self.engine_for(requests, policy=policy, acceptance=acceptance) as engine:
+        with self.engine_for(
+            requests, policy=policy, acceptance=acceptance, draft_law=draft_law
+        ) as engine:
             results = list(serve(engine, requests))
         return [dataclasses.replace(result, seed=seed) for result in results]
 
@@ -93,15 +97,17 @@ class Model:
         prompt: Prompt,
         *,
         seed: int | None = None,
-        policy: str = "",
-        acceptance: Literal["rejection", "coupled"] = "rejection",
+        policy: str | Rule = "",
+        acceptance: AcceptanceRule = "rejection",
+        draft_law: Rule | None = None,
         **limits: Any,
     ) -> Iterator[Event]:
         """Continue one prompt and give its text out as it is verified; arguments as for
         :meth:`generate`. Whoever stops reading ends the request.
         """
         requests, _ = self.requests([prompt], seed=seed, **limits)
-        return self._events(requests, policy, acceptance)
+        rules = {"policy": policy, "acceptance": acceptance, "draft_law": draft_law}
+        return self._events(requests, rules)
 
     def requests(
         self,
@@ -142,8 +148,9 @@ class Model:
         self,
         requests: Sequence[Request],
         *,
-        policy: str = "",
-        acceptance: Literal["rejection", "coupled"] = "rejection",
+        policy: str | Rule = "",
+        acceptance: AcceptanceRule = "rejection",
+        draft_law: Rule | None = None,
         slots: int = MOST_SLOTS,
     ) -> Iterator[Engine]:
         """An engine that holds these requests, and no more slots than they need.
@@ -152,7 +159,7 @@ class Model:
 
         Args:
             requests: of :meth:`requests`.
-            policy, acceptance: as for :meth:`generate`.
+            policy, acceptance, draft_law: as for :meth:`generate`.
             slots: most requests that are decoded at once.
         """
         config = config_for(
@@ -160,6 +167,7 @@ class Model:
             requests,
             policy=policy,
             acceptance=acceptance,
+            draft_law=draft_law,
             kernels=self.kernels,
             slots=slots,
         )
@@ -179,10 +187,8 @@ class Model:
                     if learnt is not None:
                         write_profile(path, learnt)
 
-    def _events(
-        self, requests: Sequence[Request], policy: str, acceptance: Literal["rejection", "coupled"]
-    ) -> Iterator[Event]:
-        with self.engine_for(requests, policy=policy, acceptance=acceptance) as engine:
+    def _events(self, requests: Sequence[Request], rules: dict[str, Any]) -> Iterator[Event]:
+        with self.engine_for(requests, **rules) as engine:
             yield from engine.submit(requests[0])
 
 

@@ -27,12 +27,13 @@ TOP_LEVEL = {
 IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the repository
 
 # Each layer of the tree, lowest first, and what of the project it may import besides itself.
-FOUNDATION = {"dspark_jax.axes", "dspark_jax.config"}
+FOUNDATION = {"dspark_jax.axes", "dspark_jax.config", "dspark_jax.rules"}
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
 LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.config": {"dspark_jax.axes"},
+    "dspark_jax.rules": set(),
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.models": NUMERICS,
@@ -48,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
         for name in ("checkpoint", "checkpoints", "engine", "models", "scheduler", "training")
     },
     "dspark_jax.model": {"pallas_kernels"}
-    | {f"dspark_jax.{name}" for name in ("checkpoints", "engine", "scheduler")},
+    | {f"dspark_jax.{name}" for name in ("checkpoints", "engine", "rules", "scheduler")},
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.cli.arguments": {"dspark_jax.scheduler.policy"},
     "dspark_jax": {"dspark_jax"},  # the package's __init__: names, imported when they are used

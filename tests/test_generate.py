@@ -23,7 +23,9 @@ from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import Vocab, unembed
+from dspark_jax.rules import Rule
 from pallas_kernels import random
+from pallas_kernels.accept_block.api import Acceptance
 
 TARGET = LlamaConfig(
     vocab_size=61,
@@ -170,19 +172,9 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
     assert texts(alone) == texts(plain)[2:3]
 
 
-@pytest.mark.parametrize(
-    ("kind", "acceptance"),
-    [
-        ("rnn", "rejection"),
-        pytest.param("reduced", "coupled", marks=pytest.mark.full),
-        pytest.param("rnn", "coupled", marks=pytest.mark.full),
-        pytest.param("reduced", "rejection", marks=pytest.mark.full),
-        pytest.param("plain", "rejection", marks=pytest.mark.full),
-        pytest.param("plain", "coupled", marks=pytest.mark.full),
-    ],
-)
-def test_distribution_of_the_text(kind, acceptance):
-    """All programs together, over several rounds: the joint law of three tokens, enumerated."""
+def fit_of_the_text(kind, **rules):
+    """All programs together, over several rounds: the p-value of the joint law of three tokens,
+    enumerated; and the results."""
     size, length = 5, 3
     cfg = dataclasses.replace(TARGET, vocab_size=size)
     target = target_of(cfg, seed=4, scale=30.0)
@@ -211,20 +203,71 @@ def test_distribution_of_the_text(kind, acceptance):
     count = 4000
     keys = np.asarray(random.fold_in(random.seed_key(9), jnp.arange(count)))
     batch = [Request([1, 1], length, key=key, **sampled) for key in keys]
-    results = generate(decoder, batch, acceptance=acceptance)
+    results = generate(decoder, batch, slots=500, **rules)
     place = np.array([np.ravel_multi_index(r.token_ids, (size,) * length) for r in results])
     seen = np.bincount(place, minlength=len(words))
-    assert not seen[exact == 0].any()
+    if seen[exact == 0].any():
+        return 0.0, results
     often = exact * count >= 5
     observed = [*seen[often], seen[~often].sum()]
     expected = [*(exact[often] * count), exact[~often].sum() * count]
     if expected[-1] < 1:
         observed, expected = observed[:-1], expected[:-1]
     expected = np.array(expected) * (sum(observed) / sum(expected))
-    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    return stats.chisquare(observed, expected).pvalue, results
+
+
+# A drafter that is less sure of itself, and a target that believes it.
+FLATTER = Rule(lambda logits_BU, _: 0.5 * logits_BU, lossless=True)
+
+
+def believe(logits_TV, floor_T, plan, drafts, requests):
+    """Every draft stands, and the best token follows."""
+    best_T = jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
+    next_B = jnp.take_along_axis(best_T[plan.row_BC], plan.length_B[:, None], axis=1)[:, 0]
+    chance_BG = jnp.ones(drafts.index_BG.shape)
+    return Acceptance(plan.length_B, next_B, chance_BG, jnp.ones(len(next_B), bool))
+
+
+BELIEVE = Rule(believe, lossless=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        ("rnn", {"acceptance": "rejection"}),
+        ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
+        pytest.param("reduced", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("rnn", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("reduced", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("plain", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("plain", {"acceptance": "coupled"}, marks=pytest.mark.full),
+    ],
+)
+def test_distribution_of_the_text(kind, rules):
+    pvalue, results = fit_of_the_text(kind, **rules)
+    assert pvalue > 1e-4
+    assert all(result.lossless for result in results)
     if kind != "plain":
         rounds = sum(result.rounds for result in results)
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
+
+
+def test_a_rule_that_loses_the_law_is_seen_to_do_so():
+    pvalue, results = fit_of_the_text("rnn", acceptance=BELIEVE)
+    assert pvalue < 1e-12
+    assert not any(result.lossless for result in results)
+
+
+def test_a_policy_may_be_a_function(target):
+    """All drafts or none, as the first confidence says: a gate, said otherwise."""
+    decoder = make_decoder(target, drafter_of(target))
+    own = Rule(lambda c_BG: jnp.where(c_BG[:, 0] >= 0.5, 4, 0), lossless=True)
+    found, gated = (generate(decoder, requests(), policy=policy) for policy in (own, "gate:0.5"))
+    assert texts(found) == texts(gated)
+    assert {n for result in found for n in result.verified_lengths} == {0, 4}
+    with pytest.raises(ValueError, match="there is no drafter"):
+        generate(make_decoder(target), requests(), policy=own)
 
 
 @pytest.mark.parametrize(

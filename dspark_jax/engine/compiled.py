@@ -151,6 +151,8 @@ class Programs:
             threshold=policy.threshold if num_draft else 0.0,
             gate=policy.gate if num_draft else 0.0,
             acceptance=self.config.acceptance,
+            lengths=policy.lengths if num_draft else None,
+            draft_law=self.config.draft_law if num_draft else None,
             kernels=self.config.kernels,
         )
 

@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from dspark_jax.engine.request import Request
+from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.policy import Policy
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
@@ -27,8 +27,14 @@ class EngineConfig:
         positions: longest request, its prompt and new tokens together.
         queue: most requests that wait; further ones are refused.
         policy: which drafts are verified, see ``policy.py``. Empty is delayed, for a drafter with
-            a confidence head.
-        acceptance: rejection sampling, or coupled by a common noise field.
+            a confidence head. Or a rule, ``(confidence_BG) -> length_B``: float32 confidences after
+            calibration (1 without a confidence head), int32 numbers of drafts. Lossless under
+            rejection where whether a draft is verified does not depend on its token.
+        acceptance: rejection sampling, or coupled by a common noise field. Or a rule, ``(logits_TV,
+            floor_T, plan, drafts, requests) -> Acceptance`` with the arguments of
+            ``pallas_kernels.accept_block.api.accept_block``, at temperature 0 too.
+        draft_law: a rule ``(logits_BU, slot) -> logits_BU`` for the law that drafts are drawn from
+            and verified against; None is the drafter's own. All of them are lossless.
         chunk_rows: positions of a prompt that are read in one piece.
         chunk_buckets: how many pieces a round may read, over all requests of a data shard.
         slot_buckets: numbers of slots of a data shard that programs are compiled for; the last is
@@ -49,8 +55,9 @@ class EngineConfig:
     slots: int = 8
     positions: int = 1024
     queue: int = 256
-    policy: str = ""
-    acceptance: Literal["rejection", "coupled"] = "rejection"
+    policy: str | Rule = ""
+    acceptance: AcceptanceRule = "rejection"
+    draft_law: Rule | None = None
     chunk_rows: int = 32
     chunk_buckets: tuple[int, ...] = (1, 4)
     slot_buckets: tuple[int, ...] = ()
@@ -73,12 +80,21 @@ class EngineConfig:
                 raise ValueError(f"{field} is {sizes}: give positive sizes that increase")
         if not self.chunk_buckets:
             raise ValueError("chunk_buckets is empty: prompts must be read somehow, give (1,)")
-        if self.acceptance not in ("rejection", "coupled"):
+        if not isinstance(self.acceptance, Rule) and self.acceptance not in (
+            "rejection",
+            "coupled",
+        ):
             raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
         dispatch.check_name(self.kernels)
         for field in ("memory_bytes", "min_tokens_per_s_user"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether texts keep the target's distribution."""
+        rules = self.policy, self.acceptance, self.draft_law
+        return all(rule.lossless for rule in rules if isinstance(rule, Rule))
 
     def check(self, request: Request, context: int) -> None:
         """Refuse a request that an engine of these sizes has no room for.

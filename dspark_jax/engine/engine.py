@@ -31,6 +31,7 @@ from dspark_jax.engine.seats import Tenant
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stats import Stats
 from dspark_jax.engine.stream import Mailbox, Stream
+from dspark_jax.rules import known_acceptance
 from dspark_jax.scheduler.calibration import confidence_temperatures
 from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile, learnt_profile
@@ -119,8 +120,9 @@ class Engine:
         self.config.check(request, self._limits[0])
         room = self._limits[0] - len(request.prompt_ids)
         reader = Reader(request, min(request.max_new_tokens, room), self._tokenizer)
+        reader.result.lossless = self.config.lossless
         mailbox = Mailbox(reader)
-        sampled = self.config.acceptance, request.temperature
+        sampled = known_acceptance(self.config.acceptance), request.temperature
         temperature_G = confidence_temperatures(self._calibration, *sampled, self._block_size)
         kind = request.temperature == 0, tuple(temperature_G.tolist())
         stream = Stream(mailbox, self.step, self._step_async, self._lock)

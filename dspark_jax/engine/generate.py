@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
+from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.profile import Profile
 from pallas_kernels.dispatch import Implementation
 
@@ -21,8 +21,9 @@ def generate(
     decoder: Decoder,
     requests: Sequence[Request],
     *,
-    policy: str = "",
-    acceptance: Literal["rejection", "coupled"] = "rejection",
+    policy: str | Rule = "",
+    acceptance: AcceptanceRule = "rejection",
+    draft_law: Rule | None = None,
     kernels: Implementation = "xla",
     slots: int = MOST_SLOTS,
     profile: Profile | None = None,
@@ -33,7 +34,7 @@ def generate(
     Args:
         decoder: weights; without a drafter every round commits one token.
         requests: in ids.
-        policy, acceptance, kernels: of ``EngineConfig``.
+        policy, acceptance, draft_law, kernels: of ``EngineConfig``.
         slots: most requests that are decoded at once.
         profile: of ``Engine``.
         on_text: called with (request, new text) as text is verified.
@@ -47,7 +48,13 @@ def generate(
     if not requests:
         return []
     config = config_for(
-        decoder, requests, policy=policy, acceptance=acceptance, kernels=kernels, slots=slots
+        decoder,
+        requests,
+        policy=policy,
+        acceptance=acceptance,
+        draft_law=draft_law,
+        kernels=kernels,
+        slots=slots,
     )
     with Engine(decoder, config, profile) as engine:
         return list(serve(engine, requests, on_text))
@@ -57,8 +64,9 @@ def config_for(
     decoder: Decoder,
     requests: Sequence[Request],
     *,
-    policy: str = "",
-    acceptance: Literal["rejection", "coupled"] = "rejection",
+    policy: str | Rule = "",
+    acceptance: AcceptanceRule = "rejection",
+    draft_law: Rule | None = None,
     kernels: Implementation = "xla",
     slots: int = MOST_SLOTS,
 ) -> EngineConfig:
@@ -77,6 +85,7 @@ def config_for(
         queue=len(requests),
         policy=policy,
         acceptance=acceptance,
+        draft_law=draft_law,
         chunk_buckets=tuple(sorted({1, 4, max(4, slots // (4 * shards))})),
         slot_buckets=(slots // shards,),
         position_buckets=(room,),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import struct
@@ -13,6 +13,7 @@ from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
+from dspark_jax.rules import AcceptanceRule, Rule
 from pallas_kernels.dispatch import Implementation
 
 
@@ -28,7 +29,8 @@ class RoundConfig:
         threshold: verify slots up to the first whose confidence lies below; 0 sets no threshold.
         gate: verify nothing of a block whose first confidence lies below; 0 sets no gate. Where
             further drafts cost nothing, as in a program of fixed size, it is the better of the two.
-        acceptance: rejection sampling, or coupled by a common noise field.
+        acceptance: rejection sampling, or coupled by a common noise field, or a rule.
+        lengths, draft_law: rules of ``EngineConfig``; None is the product's own.
         kernels: the implementation of the operations of ``pallas_kernels``.
     """
 
@@ -37,7 +39,9 @@ class RoundConfig:
     num_draft: int
     threshold: float = 0.0
     gate: float = 0.0
-    acceptance: Literal["rejection", "coupled"] = "rejection"
+    acceptance: AcceptanceRule = "rejection"
+    lengths: Rule | None = None
+    draft_law: Rule | None = None
     kernels: Implementation = "xla"
 
 

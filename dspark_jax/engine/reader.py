@@ -58,6 +58,7 @@ class Generation:
             ``"error"``; empty while it runs.
         error: what went wrong, after ``"error"``.
         seed: with which the same request gives the same text again.
+        lossless: whether its text keeps the target's distribution, by all rules that made it.
         seconds: since the request got a slot, until its last round was read.
         trace: every round, where the request asks for it.
     """
@@ -74,6 +75,7 @@ class Generation:
     finish_reason: str = ""
     error: Exception | None = None
     seed: int | None = None
+    lossless: bool = True
     seconds: float = 0.0
     trace: list[RoundTrace] = field(default_factory=list)
 

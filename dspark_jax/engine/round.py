@@ -19,14 +19,15 @@ from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.drafters.dspark import slot_hidden
 from dspark_jax.models.drafters.heads import DraftBlock, sample_block
+from dspark_jax.rules import Rule
 from dspark_jax.scheduler import schedule
 from dspark_jax.scheduler.temperatures import calibrated_confidence
 from pallas_kernels import random
+from pallas_kernels.accept_block import api as accept_api
 from pallas_kernels.accept_block.api import (
     Acceptance,
     Drafts,
     Requests,
-    Rule,
     VerifyPlan,
     accept_block,
 )
@@ -201,7 +202,8 @@ def draft(
         cfg.drafter,
         kernels=cfg.kernels,
     )
-    return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter)
+    law = None if cfg.draft_law is None else cfg.draft_law.function
+    return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter, law)
 
 
 def _unless_greedy(state: DecodeState, greedy: Any, sampled: Any, *args: Any) -> Any:
@@ -226,7 +228,7 @@ def rank(
     """
     num_slots, block_size = block.token_BG.shape
     length_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
-    survival_BG = jnp.ones((num_slots, cfg.num_draft), jnp.float32)
+    confidence_BG = survival_BG = jnp.ones((num_slots, cfg.num_draft), jnp.float32)
     if block.confidence_logit_BG is not None:
         if temperature_BG is None:
             temperature_BG = jnp.ones((num_slots, block_size), jnp.float32)
@@ -235,6 +237,8 @@ def rank(
         length_B = schedule.threshold_length(confidence_BG, cfg.threshold)
         length_B = schedule.gated_length(length_B, confidence_BG, cfg.gate)
         survival_BG = schedule.prefix_survival(confidence_BG)
+    if cfg.lengths is not None:
+        length_B = cfg.lengths.function(confidence_BG)
     wanted_BG = (jnp.arange(cfg.num_draft) < length_B[:, None]) & drafted_B[:, None]
     # Above 0, so that no draft that is wanted is left out while there are rows for it.
     return jnp.where(wanted_BG, jnp.maximum(survival_BG, jnp.finfo(jnp.float32).tiny), 0)
@@ -277,8 +281,9 @@ def accept(
         drafts = Drafts(index_BG, logits_BGU[:, : cfg.num_draft], weights.vocab.d2t_U)
     limits = state.sampling
     requests = Requests(limits.temperature_B, state.key_B2, position_B)
+    own = cfg.acceptance if isinstance(cfg.acceptance, Rule) else None
 
-    def by(rule: Rule, floor_T: jax.Array) -> Acceptance:
+    def by(rule: accept_api.Rule, floor_T: jax.Array) -> Acceptance:
         return _accept_on_mesh(logits_TV, floor_T, plan, drafts, requests, rule, cfg)
 
     def greedy() -> Acceptance:
@@ -288,8 +293,13 @@ def accept(
         slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
         limits_B = limits.temperature_B, limits.top_k_B, limits.top_p_B, limits.min_p_B
         floor_T = sampling.kept_floor(logits_TV, *(value_B[slot_T] for value_B in limits_B))
-        return by(cfg.acceptance, floor_T)
+        if own is not None:
+            accepted: Acceptance = own.function(logits_TV, floor_T, plan, drafts, requests)
+            return accepted
+        return by(cfg.acceptance, floor_T)  # type: ignore[arg-type]
 
+    if own is not None:
+        return sampled()
     return _unless_greedy(state, greedy, sampled)
 
 
@@ -299,7 +309,7 @@ def _accept_on_mesh(
     plan: VerifyPlan,
     drafts: Drafts,
     requests: Requests,
-    rule: Rule,
+    rule: accept_api.Rule,
     cfg: RoundConfig,
 ) -> Acceptance:
     """``accept_block``, on a mesh by the shards of the vocabulary where it divides over them."""

@@ -157,7 +157,7 @@ def _sample(
         tqdm(desc="sample", total=len(short), unit="request", disable=None) as bar,
     ):
         results = list(served(engine, short, bar))
-    return [recorded_request("built-in", config.acceptance, 0.0, result) for result in results]
+    return [recorded_request("built-in", "rejection", 0.0, result) for result in results]
 
 
 def predict_speedups(

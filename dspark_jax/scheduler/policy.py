@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspark_jax.config import DrafterConfig
+from dspark_jax.rules import Rule
 
 NUMBER = r"-?\d*\.?\d+(e-?\d+)?"
 FORMS = re.compile(rf"none|block|fixed:\d+|(threshold|gate):{NUMBER}|causal|delayed", re.ASCII)
@@ -30,12 +31,14 @@ class Policy:
         num_draft: most drafts of a request in a round; 0 for plain decoding.
         threshold: of every confidence; 0 is none.
         gate: of the first confidence of a block; 0 is none.
+        lengths: a rule that says how many drafts are verified; None for the product's own ways.
     """
 
-    kind: Literal["none", "fixed", "threshold", "gate", "causal", "delayed"]
+    kind: Literal["none", "fixed", "threshold", "gate", "causal", "delayed", "rule"]
     num_draft: int
     threshold: float = 0.0
     gate: float = 0.0
+    lengths: Rule | None = None
 
     @property
     def needs_seconds(self) -> bool:
@@ -43,8 +46,8 @@ class Policy:
         return self.kind in ("causal", "delayed")
 
 
-def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
-    """The policy of a name.
+def make_policy(name: str | Rule, drafter: DrafterConfig | None) -> Policy:
+    """The policy of a name, or of a rule for the lengths of verified prefixes.
 
     Args:
         name: as above. Empty is ``"delayed"``, or ``"block"`` for a drafter without a confidence
@@ -54,6 +57,10 @@ def make_policy(name: str, drafter: DrafterConfig | None) -> Policy:
     Raises:
         ValueError: there is no such policy, or the drafter cannot serve it.
     """
+    if isinstance(name, Rule):
+        if drafter is None:
+            raise ValueError("policy is a rule, but there is no drafter: load one")
+        return Policy("rule", drafter.block_size, lengths=name)
     if not name:
         confident = drafter is not None and drafter.confidence
         name = "delayed" if confident else "none" if drafter is None else "block"
