@@ -46,12 +46,11 @@ def cache_write(args: argparse.Namespace) -> int:
 
 def cache_check(args: argparse.Namespace) -> int:
     """Read all of a cache."""
-    from tqdm import tqdm
-
+    from dspark_jax.progress import progress
     from dspark_jax.training.cache import CacheReader, check_values
 
     reader = CacheReader(args.directory)
-    for _ in tqdm(check_values(reader), total=len(reader), unit="sample", desc="check"):
+    for _ in progress(check_values(reader), total=len(reader), unit="sample", desc="check"):
         pass
     layers = ",".join(map(str, reader.spec.layer_ids))
     print(

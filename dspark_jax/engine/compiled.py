@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from dspark_jax.axes import abstract_buffers
 from dspark_jax.engine.config import EngineConfig, Ladder
@@ -36,6 +35,7 @@ from dspark_jax.engine.state import (
     make_state,
     slot_values,
 )
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import Policy
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -75,7 +75,7 @@ class Programs:
             for old, new in itertools.permutations(sizes, 2)
             if old.slots == new.slots or old.positions == new.positions
         ]
-        for program, args in tqdm(todo, desc="compile", unit="program", disable=None):
+        for program, args in progress(todo, desc="compile", unit="program"):
             if stop():
                 break
             program(*args)

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
@@ -27,6 +26,7 @@ from dspark_jax.engine.plan import Chunk, HostPlan
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.state import DecodeState
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile, make_profile
 from dspark_jax.scheduler.shape import Shape, Sizes
@@ -79,7 +79,7 @@ def measure_profiles(
 
 def _measure(engines: Sequence[tuple[Programs, Weights]], replays: int) -> list[Profile]:
     medians: list[dict[Sizes, list[float]]] = [{} for _ in engines]
-    for sizes in tqdm(engines[0][0].sizes(), desc="profile", unit="size", disable=None):
+    for sizes in progress(engines[0][0].sizes(), desc="profile", unit="size"):
         lanes = [_passes(programs, weights, sizes) for programs, weights in engines]
         turns = [[next(lane) for lane in lanes] for _ in range(WARM_REPLAYS + replays)]
         for found, passes in zip(medians, zip(*turns[WARM_REPLAYS:], strict=True), strict=True):

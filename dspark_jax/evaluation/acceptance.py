@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-from tqdm import tqdm
 
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
@@ -27,6 +26,7 @@ from dspark_jax.evaluation.results import (
     mean_accepted_length,
     served,
 )
+from dspark_jax.progress import progress
 from pallas_kernels.dispatch import Implementation
 
 # What reports must share to be compared.
@@ -80,7 +80,7 @@ def bench_acceptance(
     rows = []
     with (
         Engine(decoder, config) as engine,
-        tqdm(total=len(everybody), unit="prompt", disable=None) as bar,
+        progress(total=len(everybody), unit="prompt") as bar,
     ):
         for (name, temperature), group in requests.items():
             bar.set_description(f"{name}, temperature {temperature:g}")

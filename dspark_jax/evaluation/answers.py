@@ -10,8 +10,6 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.checkpoints.load import Target
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
@@ -20,6 +18,7 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.prepare import Dialogue, answer_all, begin, line_of, make_asker
 from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.progress import progress
 
 TEMPERATURES = (0.0, 0.6, 1.0)
 
@@ -96,7 +95,7 @@ def answer_until(
     )
     with (
         Engine(replace(decoder, tokenizer=None), config) as engine,
-        tqdm(total=len(dialogues), unit="answer", mininterval=10) as bar,
+        progress(total=len(dialogues), unit="answer") as bar,
     ):
         for dialogue in answer_all(engine, target.tokenizer, ask, dialogues, bar, end):
             yield line_of(dialogue)

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
@@ -33,6 +32,7 @@ from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.replay import replay_record, survivals
 from dspark_jax.evaluation.results import served
 from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
 from dspark_jax.scheduler.calibration import Calibration
 from dspark_jax.scheduler.choice import DELAY
@@ -154,7 +154,7 @@ def _sample(
     short = [dataclasses.replace(request, max_new_tokens=max_new_tokens) for request in requests]
     with (
         Engine(decoder, dataclasses.replace(config, policy="block")) as engine,
-        tqdm(desc="sample", total=len(short), unit="request", disable=None) as bar,
+        progress(desc="sample", total=len(short), unit="request") as bar,
     ):
         results = list(served(engine, short, bar))
     return [recorded_request("built-in", "rejection", 0.0, result) for result in results]

@@ -34,6 +34,7 @@ from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profile
 from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.results import sound
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile
 from pallas_kernels.dispatch import Implementation
@@ -108,7 +109,7 @@ def bench_load(
         stop_ids=max(1, len(limits.stop_ids)),
     )
     rows, to_none, to_best = [], [], []
-    with tqdm(total=len(concurrency) * len(names) * (1 + repeats), disable=None) as bar:
+    with progress(total=len(concurrency) * len(names) * (1 + repeats)) as bar:
         for clients in concurrency:
             bar.set_description(f"{clients} clients")
             count = clients * requests_per_client

@@ -40,6 +40,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
+from dspark_jax.progress import progress
 from pallas_kernels import random
 
 logger = logging.getLogger(__name__)
@@ -132,9 +133,7 @@ def prepare(
         dialogues = [begin(number, conversations[number]) for number in todo]
         ask = make_asker(decoder, lambda _: limits, seed, engine.config.positions)
         before = len(mine) - len(todo)
-        with tqdm(
-            total=len(mine), initial=before, unit="line", desc="prepare", dynamic_ncols=True
-        ) as bar:
+        with progress(total=len(mine), initial=before, unit="line", desc="prepare") as bar:
             for dialogue in answer_all(engine, decoder.tokenizer, ask, dialogues, bar):
                 lines[dialogue.number] = line_of(dialogue)
                 file.write(lines[dialogue.number])

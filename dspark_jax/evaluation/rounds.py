@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dspark_jax.checkpoints.conversations import json_lines
 from dspark_jax.engine.decoder import Decoder
@@ -27,6 +26,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
 from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.results import served
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.calibration import ACCEPTANCES
 from dspark_jax.scheduler.history import decided_drafts
 
@@ -113,7 +113,7 @@ def record_rounds(
         label = f"{acceptance}, temperature {temperature:g}"
         with (
             Engine(decoder, config) as engine,
-            tqdm(desc=label, total=len(todo), unit="request", disable=None) as bar,
+            progress(desc=label, total=len(todo), unit="request") as bar,
         ):
             results = served(engine, list(todo.values()), bar)
             for number, result in zip(todo, results, strict=True):

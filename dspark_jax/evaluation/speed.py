@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from tqdm import tqdm
 
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
@@ -32,6 +31,7 @@ from dspark_jax.evaluation.results import (
     mean_accepted_length,
     sound,
 )
+from dspark_jax.progress import progress
 from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels.dispatch import Implementation
 
@@ -144,7 +144,7 @@ def _measure(
     pairs: dict[str, list[Pair]] = {name: [] for name in requests}
     for engine in ways.values():
         engine.compile()
-    with tqdm(total=WARM_UP + len(flat) * repeats, unit="prompt", disable=None) as bar:
+    with progress(total=WARM_UP + len(flat) * repeats, unit="prompt") as bar:
         bar.set_description("warm up")
         for number in range(WARM_UP):
             for engine in ways.values():

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from dspark_jax.axes import gather, place
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
+from dspark_jax.progress import progress
 from dspark_jax.training import data
 from dspark_jax.training.cache import (
     BFLOAT16,
@@ -141,7 +141,7 @@ def store(
         recipe: sizes of the batches.
         read: the target.
     """
-    bar = tqdm(
+    bar = progress(
         total=len(sample_of), initial=len(writer.stored), unit="seq", desc="cache", leave=None
     )
     with bar:

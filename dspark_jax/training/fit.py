@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints, write_atomically
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.config import TrainConfig
+from dspark_jax.progress import progress
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
@@ -178,7 +178,7 @@ def fit(recipe: TrainConfig) -> Path:
         Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
         MetricsLog(out, saved.latest or 0) if writes else nullcontext() as log,
-        tqdm(total=total, unit="step", desc="train", dynamic_ncols=True, disable=not writes) as bar,
+        progress(total=total, unit="step", desc="train", disable=not writes) as bar,
     ):
         start = saved.latest or 0
         if start:
