@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from dspark_jax.config import DrafterConfig, TrainConfig
     from dspark_jax.engine.config import EngineConfig
     from dspark_jax.engine.engine import Engine
-    from dspark_jax.engine.reader import Generation
+    from dspark_jax.engine.reader import Generation, RoundTrace
     from dspark_jax.engine.request import Request
     from dspark_jax.engine.round import decode_round
+    from dspark_jax.engine.stats import Stats
     from dspark_jax.engine.stream import Event
+    from dspark_jax.evaluation.confidence import calibrate
     from dspark_jax.model import Model, load
+    from dspark_jax.rules import Rule
     from dspark_jax.training.fit import fit
 
 __version__ = "0.1.0"
@@ -33,7 +36,11 @@ __all__ = [
     "Generation",
     "Model",
     "Request",
+    "RoundTrace",
+    "Rule",
+    "Stats",
     "TrainConfig",
+    "calibrate",
     "decode_round",
     "fit",
     "load",
@@ -45,11 +52,14 @@ _HOMES = {
     "config": ("DrafterConfig", "TrainConfig"),
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
-    "engine.reader": ("Generation",),
+    "engine.reader": ("Generation", "RoundTrace"),
     "engine.request": ("Request",),
     "engine.round": ("decode_round",),
+    "engine.stats": ("Stats",),
     "engine.stream": ("Event",),
+    "evaluation.confidence": ("calibrate",),
     "model": ("Model", "load"),
+    "rules": ("Rule",),
     "training.fit": ("fit",),
 }
 

@@ -47,7 +47,15 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.evaluation": NUMERICS
     | {
         f"dspark_jax.{name}"
-        for name in ("checkpoint", "checkpoints", "engine", "models", "scheduler", "training")
+        for name in (
+            "checkpoint",
+            "checkpoints",
+            "engine",
+            "model",
+            "models",
+            "scheduler",
+            "training",
+        )  # fmt: skip
     },
     "dspark_jax.model": {"pallas_kernels"}
     | {f"dspark_jax.{name}" for name in ("checkpoints", "engine", "rules", "scheduler")},

@@ -15,10 +15,59 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.checkpoints.default import default_drafter_path
-from dspark_jax.evaluation.rounds import RecordedRequest
-from dspark_jax.scheduler.calibration import FILE_NAME, Calibration, CalibrationTable
+from dspark_jax.engine.request import Request
+from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.rounds import RecordedRequest, record_rounds
+from dspark_jax.model import Model
+from dspark_jax.scheduler.calibration import (
+    FILE_NAME,
+    Calibration,
+    CalibrationTable,
+    write_calibration,
+)
 from dspark_jax.scheduler.reliability import confidence_report
 from dspark_jax.scheduler.temperatures import fit_temperatures, predicted_survival
+
+
+def calibrate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    acceptances: Sequence[str] = ("rejection",),
+    temperatures: Sequence[float] = (0.0, 1.0),
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    slots: int = 16,
+    out: str | Path | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Fit the drafter's confidences to what is accepted of the drafts for some prompts.
+
+    Args:
+        model: of ``dspark_jax.load``, with a drafter that has a confidence head.
+        prompts: messages of the user, at least two: half of them judge what the others fit.
+        acceptances, temperatures: a table is fitted for each pair.
+        max_new_tokens: of each text.
+        seed: of the sampling.
+        slots: requests decoded together.
+        out: a file for the tables; beside a drafter, as ``calibration.json``, ``load`` finds it.
+
+    Returns:
+        The model with these tables, and the report of :func:`fit_calibration`.
+
+    Raises:
+        ValueError: there is no confidence head, or a prompt cannot be used.
+        FloatingPointError: the target's logits are not finite.
+    """
+    listed = [Prompt(text, f"prompt {number}") for number, text in enumerate(prompts)]
+    limits = Request((0,), max_new_tokens=max_new_tokens)
+    recorded = record_rounds(
+        model.decoder, {"": listed}, limits, acceptances, temperatures, seed=seed, slots=slots
+    )
+    tables, report = fit_calibration([request for _, request in recorded])
+    if out is not None:
+        write_calibration(Path(out), tables)
+    decoder = dataclasses.replace(model.decoder, calibration=tables)
+    return dataclasses.replace(model, decoder=decoder), report
 
 
 def fit_calibration(
