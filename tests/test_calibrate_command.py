@@ -30,8 +30,8 @@ from dspark_jax.scheduler.calibration import (
 from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     # Compilation takes nearly all of the time: as few programs as will do.
     few = {"slot_buckets": (6,), "row_buckets": (4,), "chunk_buckets": (1,), "chunk_rows": 16}
     monkeypatch.setattr(rounds, "EngineConfig", functools.partial(EngineConfig, **few))

@@ -39,10 +39,7 @@ FIELDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch):
-    """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,10 @@ def models(tmp_path_factory):
     return ["--target", str(target), "--drafter", str(drafter)]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_bench_load_reports_every_policy_at_every_concurrency(
     models, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     # Compilation takes all of the time: as few programs as will do.
     few = functools.partial(EngineConfig, chunk_buckets=(1,), chunk_rows=16, row_buckets=(4,))
     monkeypatch.setattr(load, "EngineConfig", few)

@@ -11,6 +11,8 @@ import dspark_jax
 from dspark_jax.engine.generate import generate
 from tests.tiny_model import write_drafter, write_target
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PROMPTS = ["one", [{"role": "user", "content": "and two"}]]
 
 

@@ -303,6 +303,7 @@ def test_rounds_that_were_not_alone_do_not_count(caplog):
     assert caplog.records == []
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
     asked = []
 
@@ -311,7 +312,6 @@ def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
         return dataclasses.replace(example(), setting={**names, "device": "abacus"})
 
     monkeypatch.setattr(timing, "measure_profile", measure)
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     models = ["--target", str(write_target(tmp_path / "target"))]
     path = tmp_path / "profile.json"
     sizes = ["--slots", "3", "--positions", "50", "--replays", "4"]

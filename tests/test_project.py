@@ -68,9 +68,9 @@ def test_pseudocode_in_readme_calls_functions_that_exist():
     assert called <= defined, f"unknown to the code: {sorted(called - defined)}"
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
     """Every block as it stands, with a tiny model in the default one's place."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
     monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
     blocks = code_blocks("python")

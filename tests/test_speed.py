@@ -44,8 +44,8 @@ def models(tmp_path_factory):
     return ["--target", str(target), "--drafter", str(drafter)]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_bench_speed_reports_everything(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     files = []
     for name, prompts in (("a", ("hello", "one", "left out")), ("b", ("two",))):
         files += ["--prompts", str(tmp_path / f"{name}.jsonl")]
