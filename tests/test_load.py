@@ -136,9 +136,12 @@ def test_clients_send_their_next_request_when_the_last_is_over(monkeypatch):
 
 def test_logits_that_are_not_finite_are_no_measurement(monkeypatch):
     engine = Clockwork(monkeypatch)
-    monkeypatch.setattr(
-        FakeStream, "step", lambda self: setattr(self.result, "finish_reason", "error")
-    )
+
+    def fail(stream):
+        stream.result.finish_reason = "error"
+        stream.result.error = FloatingPointError("the target's logits are not finite")
+
+    monkeypatch.setattr(FakeStream, "step", fail)
     with pytest.raises(FloatingPointError, match="not finite"):
         load.serve(engine, iter([Request((1,))] * 4), clients=2, count=1)
 
