@@ -14,7 +14,7 @@ from dspark_jax.cli import command as cli
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.generate import config_for, generate
+from dspark_jax.engine.generate import generate
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import confidence, pictures, rounds
@@ -27,17 +27,20 @@ from dspark_jax.scheduler.calibration import (
     CalibrationTable,
     read_calibration,
 )
-from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
+from tests.tiny_model import (
+    BLOCK,
+    DRAFTER,
+    TARGET,
+    few_sizes,
+    random_params,
+    write_drafter,
+    write_target,
+)
 
 
 @pytest.mark.usefixtures("own_cache")
 def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatch):
-    # Compilation takes nearly all of the time: as few programs as will do.
-    def few(*arguments, **options):
-        config = config_for(*arguments, **options)
-        return dataclasses.replace(config, chunk_buckets=(1,), chunk_rows=16, row_buckets=(4,))
-
-    monkeypatch.setattr(rounds, "config_for", few)
+    monkeypatch.setattr(rounds, "config_for", few_sizes)
     target, drafter = write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter")
     models = ["--target", str(target), "--drafter", str(drafter)]
     prompts, record = tmp_path / "prompts.jsonl", tmp_path / "rounds.jsonl"

@@ -27,7 +27,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.scheduler.policy import check_name
 from dspark_jax.training import fit
 from pallas_kernels import random
-from tests.tiny_model import CONTEXT, DRAFTER, write_drafter, write_target
+from tests.tiny_model import CONTEXT, DRAFTER, few_sizes, write_drafter, write_target
 
 FIELDS = [
     "text",
@@ -41,7 +41,12 @@ FIELDS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "_few_programs")
+
+
+@pytest.fixture
+def _few_programs(monkeypatch):
+    monkeypatch.setattr(model, "config_for", few_sizes)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +94,12 @@ def answers(out):
 def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
     shown = []
     monkeypatch.setattr(cli, "_show", lambda _, text: shown.append(text))
-    code, out, err = dspark("generate", "hello", "--max-new-tokens", 24)
+    words = ("generate", "hello", "--max-new-tokens", 24, "--policy", "block")
+    code, out, err = dspark(*words)
     assert (code, out, len(err)) == (0, "\n", 1)
     numbers = r"24 tokens, [\d.]+ tokens/s, accepted length \d\.\d\d, \d+ rounds"
     assert re.fullmatch(numbers, err[0])
-    code, out, err = dspark("generate", "hello", "--max-new-tokens", 24, "--json")
+    code, out, err = dspark(*words, "--json")
     (row,) = answers(out)
     assert (code, err, list(row)) == (0, [], FIELDS)
     assert "".join(shown) == row["text"]
@@ -106,8 +112,9 @@ def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
 
 def test_greedy_text_does_not_depend_on_drafts(dspark):
     rows = []
-    for words in (("--drafter", "none"), ("--policy", "none"), ("--policy", "fixed:1"), ()):
-        code, out, _ = dspark("generate", "hello", "--json", "--max-new-tokens", 24, *words)
+    for words in ("--drafter none", "--policy none", "--policy fixed:1", "--policy block", ""):
+        words = ("--json", "--max-new-tokens", 24, *words.split())
+        code, out, _ = dspark("generate", "hello", *words)
         assert code == 0
         rows += answers(out)
     assert len({row["text"] for row in rows}) == 1

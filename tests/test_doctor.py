@@ -14,7 +14,6 @@ from dspark_jax.evaluation.rounds import RecordedRequest
 from dspark_jax.scheduler.budget import WINDOW, RoundCosts
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
-
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 

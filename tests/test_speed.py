@@ -1,20 +1,18 @@
 """The speed benchmark: what it reports and how it counts; never how fast anything is."""
 
-import dataclasses
 import json
 
 import pytest
 
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.decoder import make_decoder
-from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import speed
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.results import accept_rates
 from dspark_jax.evaluation.speed import Pair, Timed, summarise
-from tests.tiny_model import BLOCK, write_drafter, write_target
+from tests.tiny_model import BLOCK, few_sizes, write_drafter, write_target
 
 RESULTS = {
     "autoregressive",
@@ -47,12 +45,9 @@ def models(tmp_path_factory):
 
 @pytest.mark.usefixtures("own_cache")
 def test_bench_speed_reports_everything(models, tmp_path, capsys, monkeypatch):
-    # Compilation takes all of the time: as few programs as will do.
-    def few(*arguments, **options):
-        config = config_for(*arguments, **options)
-        return dataclasses.replace(config, chunk_buckets=(1,), chunk_rows=16, row_buckets=(4,))
-
-    monkeypatch.setattr(speed, "config_for", few)
+    # One slot, as the bench times rounds of one.
+    monkeypatch.setattr("tests.tiny_model.SLOTS", 1)
+    monkeypatch.setattr(speed, "config_for", few_sizes)
     files = []
     for name, prompts in (("a", ("hello", "one", "left out")), ("b", ("two",))):
         files += ["--prompts", str(tmp_path / f"{name}.jsonl")]
