@@ -75,7 +75,7 @@ def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
     monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
     blocks = code_blocks("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
         assert len(capsys.readouterr().out) > 20
