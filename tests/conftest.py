@@ -38,6 +38,16 @@ def few_mappings():
         jax.clear_caches()
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """A directory in the place of the user's cache. Compiled programs are not kept at all: that
+    setting of jax would outlive the test."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("dspark_jax.model.cache_directory", lambda: directory)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def emulated_devices():
     """The devices that sharding tests build their meshes from."""

@@ -6,12 +6,10 @@ import pytest
 
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
-from dspark_jax.engine.generate import Generation
-from dspark_jax.engine.request import Request
-from dspark_jax.evaluation import acceptance
+from dspark_jax.engine.reader import Generation
+from dspark_jax.evaluation import acceptance, results
 from dspark_jax.evaluation.acceptance import compare, summarise
 from dspark_jax.evaluation.prompts import read_prompt_sets
-from dspark_jax.evaluation.speed import fill_up
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 ROW = {
@@ -25,10 +23,7 @@ ROW = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch):
-    """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +90,19 @@ def test_every_set_is_measured_at_every_temperature(models, files, capsys):
 def test_every_option_reaches_the_engine(models, files, capsys, monkeypatch):
     calls = []
 
-    def generate(decoder, requests, **options):
-        calls.append((requests, options))
+    def served(engine, requests, _):
+        calls.append((engine.config, requests))
         return [Generation(len(request.prompt_ids)) for request in requests]
 
-    monkeypatch.setattr(acceptance, "generate", generate)
+    monkeypatch.setattr(acceptance, "served", served)
     words = "--temperature 0.5 --temperature 0.5 --limit 2 --seed 7 --max-new-tokens 9 "
-    words += "--acceptance coupled --batch 8"
+    words += "--acceptance coupled --batch 2"
     assert bench(*models, *files, *words.split()) == 0
-    assert [options for _, options in calls] == [{"acceptance": "coupled", "kernels": "xla"}] * 2
-    assert [len(requests) for requests, _ in calls] == [2, 1]
-    assert {(request.temperature, request.max_new_tokens) for request in calls[0][0]} == {(0.5, 9)}
+    assert [len(requests) for _, requests in calls] == [2, 1]
+    for config, requests in calls:
+        assert (config.policy, config.acceptance, config.slots) == ("block", "coupled", 2)
+        assert {(request.temperature, request.max_new_tokens) for request in requests} == {(0.5, 9)}
     assert "mean of sets" in capsys.readouterr().out
-
-
-def test_a_batch_is_filled_up_to_its_size():
-    requests = [Request([1, 2], 40), Request([3], 40)]
-    whole = fill_up(requests, 4)
-    assert whole[:2] == requests
-    assert [request.max_new_tokens for request in whole] == [40, 40, 1, 1]
-    assert fill_up(requests, 2) == requests
 
 
 def test_rounds_weigh_the_same_whatever_text_they_are_of():
@@ -156,11 +144,8 @@ def test_wrong_input_is_refused_before_anything_is_loaded(
 
 
 def test_logits_that_are_not_finite_are_no_measurement(models, files, capsys, monkeypatch):
-    monkeypatch.setattr(
-        acceptance,
-        "generate",
-        lambda _, requests, **__: [Generation(3, finish_reason="error") for _ in requests],
-    )
+    spoilt = Generation(3, error=FloatingPointError("the target's logits are not finite"))
+    monkeypatch.setattr(results, "serve", lambda _, requests: [spoilt] * len(requests))
     assert bench(*models, *files) == 1
     assert "not finite" in capsys.readouterr().err
 

@@ -1,7 +1,6 @@
 """dspark calibrate: from prompts to tables beside the drafter, and their use in the engine."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -9,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dspark_jax
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.cli import command as cli
-from dspark_jax.engine import generate as offline
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import generate
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import confidence, pictures, rounds
@@ -27,14 +27,20 @@ from dspark_jax.scheduler.calibration import (
     CalibrationTable,
     read_calibration,
 )
-from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
+from tests.tiny_model import (
+    BLOCK,
+    DRAFTER,
+    TARGET,
+    few_sizes,
+    random_params,
+    write_drafter,
+    write_target,
+)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
-    # Compilation takes nearly all of the time: as few programs as will do.
-    few = {"slot_buckets": (6,), "row_buckets": (4,), "chunk_buckets": (1,), "chunk_rows": 16}
-    monkeypatch.setattr(rounds, "EngineConfig", functools.partial(EngineConfig, **few))
+    monkeypatch.setattr(rounds, "config_for", few_sizes)
     target, drafter = write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter")
     models = ["--target", str(target), "--drafter", str(drafter)]
     prompts, record = tmp_path / "prompts.jsonl", tmp_path / "rounds.jsonl"
@@ -77,10 +83,7 @@ def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().out.count("mean") == 2
     assert read_calibration(out, BLOCK) == found
 
-    calls = []
-    monkeypatch.setattr(offline, "generate", lambda decoder, _, **__: calls.append(decoder) or [])
-    assert cli.main(["generate", *models, "hello"]) == 0
-    assert calls[0].calibration == found
+    assert dspark_jax.load(target, drafter).decoder.calibration == found
     (drafter / FILE_NAME).write_text("{}")
     assert cli.main(["generate", *models, "hello"]) == 2
     assert "no calibration of format 1" in capsys.readouterr().err
@@ -188,8 +191,8 @@ def test_every_request_has_the_temperatures_of_its_way_of_sampling():
     with Engine(decoder, config) as engine:
         streams = [engine.submit(request) for request in requests]
         served = [stream.wait() for stream in streams]
-    drafted = offline.generate(decoder, requests, policy="threshold:0.9", acceptance="coupled")
-    for unsure, sure in (served, drafted):
-        assert set(unsure.verified_lengths) == {0}
-        assert sum(sure.verified_lengths) > 0
-    assert [a.token_ids for a in served] == [b.token_ids for b in drafted]
+    unsure, sure = served
+    assert set(unsure.verified_lengths) == {0}
+    assert sum(sure.verified_lengths) > 0
+    plain = generate(decoder, requests, policy="none", acceptance="coupled")
+    assert [a.token_ids for a in served] == [b.token_ids for b in plain]

@@ -3,6 +3,7 @@
 Compilation takes nearly all of the time here: prompts and lengths are such that few programs do.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax import model
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
-from dspark_jax.cli.arguments import DEFAULT_POLICY, LOAD_POLICIES
+from dspark_jax.cli.arguments import LOAD_POLICIES
 from dspark_jax.config import TrainConfig
-from dspark_jax.engine import generate as engine
+from dspark_jax.engine import generate
+from dspark_jax.engine.reader import Generation
 from dspark_jax.scheduler.policy import check_name
 from dspark_jax.training import fit
 from pallas_kernels import random
-from tests.tiny_model import CONTEXT, DRAFTER, write_drafter, write_target
+from tests.tiny_model import CONTEXT, DRAFTER, few_sizes, write_drafter, write_target
 
 FIELDS = [
     "text",
@@ -39,10 +41,12 @@ FIELDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch):
-    """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache", "_few_programs")
+
+
+@pytest.fixture
+def _few_programs(monkeypatch):
+    monkeypatch.setattr(model, "config_for", few_sizes)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +94,12 @@ def answers(out):
 def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
     shown = []
     monkeypatch.setattr(cli, "_show", lambda _, text: shown.append(text))
-    code, out, err = dspark("generate", "hello", "--max-new-tokens", 24)
+    words = ("generate", "hello", "--max-new-tokens", 24, "--policy", "block")
+    code, out, err = dspark(*words)
     assert (code, out, len(err)) == (0, "\n", 1)
     numbers = r"24 tokens, [\d.]+ tokens/s, accepted length \d\.\d\d, \d+ rounds"
     assert re.fullmatch(numbers, err[0])
-    code, out, err = dspark("generate", "hello", "--max-new-tokens", 24, "--json")
+    code, out, err = dspark(*words, "--json")
     (row,) = answers(out)
     assert (code, err, list(row)) == (0, [], FIELDS)
     assert "".join(shown) == row["text"]
@@ -107,8 +112,9 @@ def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
 
 def test_greedy_text_does_not_depend_on_drafts(dspark):
     rows = []
-    for words in (("--drafter", "none"), ("--policy", "none"), ("--policy", "fixed:1"), ()):
-        code, out, _ = dspark("generate", "hello", "--json", "--max-new-tokens", 24, *words)
+    for words in ("--drafter none", "--policy none", "--policy fixed:1", "--policy block", ""):
+        words = ("--json", "--max-new-tokens", 24, *words.split())
+        code, out, _ = dspark("generate", "hello", *words)
         assert code == 0
         rows += answers(out)
     assert len({row["text"] for row in rows}) == 1
@@ -135,24 +141,33 @@ def test_line_i_of_a_file_has_its_own_randomness_whatever_stands_around_it(dspar
 def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     calls = []
 
-    def generate(decoder, requests, on_text=None, **options):
-        calls.append((decoder, requests, options))
-        return [engine.Generation(len(request.prompt_ids)) for request in requests]
+    @contextlib.contextmanager
+    def engine_for(model, requests, **options):
+        calls.append((model, requests, options))
+        yield None
 
-    monkeypatch.setattr(engine, "generate", generate)
+    def serve(engine, requests, on_text):
+        return [Generation(len(request.prompt_ids)) for request in requests]
+
+    monkeypatch.setattr(model.Model, "engine_for", engine_for)
+    monkeypatch.setattr(generate, "serve", serve)
     file = write("prompts.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')
     words = "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --max-new-tokens 9 "
     words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled "
-    words += "--kernels mosaic_gpu"
+    words += "--kernels mosaic_gpu --batch 2"
     assert dspark("generate", "--prompts", file, *words.split(), "--json")[0] == 0
-    decoder, (request,), options = calls[-1]
-    assert options == {"policy": "threshold:0.25", "acceptance": "coupled", "kernels": "mosaic_gpu"}
-    assert decoder.weights.target.norm_D.dtype == decoder.weights.drafter.norm_D.dtype == "bfloat16"
+    ((found, (_, request), options),) = calls
+    assert options == {"policy": "threshold:0.25", "acceptance": "coupled", "slots": 2}
+    assert (found.target, found.drafter, found.kernels) == ("target", "drafter", "mosaic_gpu")
+    weights = found.decoder.weights
+    assert weights.target.norm_D.dtype == weights.drafter.norm_D.dtype == "bfloat16"
     np.testing.assert_array_equal(request.key, random.fold_in(random.seed_key(7), 1))
     limits = request.max_new_tokens, request.temperature, request.top_k, request.top_p
     assert (*limits, request.min_p) == (9, 0.5, 4, 0.9, 0.1)
-    assert request.stop_ids == (decoder.tokenizer.eos_token_id,)
     assert request.stop_strings == ("a", "bc")
+    assert found.decoder.stop_ids == (found.decoder.tokenizer.eos_token_id,)  # of every request
+    assert dspark("generate", "hello")[0] == 0
+    assert calls[1][2] == {"policy": "", "acceptance": "rejection", "slots": 1}
 
 
 def test_texts_of_a_file_are_set_apart(dspark, write):
@@ -294,15 +309,14 @@ def test_a_policy_that_the_drafter_cannot_follow_is_refused(dspark, tmp_path):
         dspark("generate", "hello", "--policy", "threshold:2"), "policy is 'threshold:2'"
     )
     assert_refused(dspark("generate", "hello", "--policy", "gate:-1"), "policy is 'gate:-1'")
-    assert_refused(dspark("generate", "hello", "--policy", "delayed"), "use an Engine")
     blind = write_drafter(tmp_path / "blind", dataclasses.replace(DRAFTER, confidence=False))
-    for kind in ("threshold", "gate"):
-        result = dspark("generate", "hello", "--policy", f"{kind}:0.5", "--drafter", blind)
-        assert_refused(result, f"policy is '{kind}:0.5', but the drafter has no confidence head")
+    for policy in ("threshold:0.5", "gate:0.5", "causal", "delayed"):
+        result = dspark("generate", "hello", "--policy", policy, "--drafter", blind)
+        assert_refused(result, f"policy is '{policy}', but the drafter has no confidence head")
 
 
 def test_the_policies_that_commands_choose_exist():
-    for name in (DEFAULT_POLICY, *LOAD_POLICIES.split(",")):
+    for name in LOAD_POLICIES.split(","):
         assert check_name(name) == name
 
 

@@ -1,5 +1,6 @@
 """Greedy speculative decoding against recorded runs of the reference, round by round."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from dspark_jax.axes import empty_buffers
 from dspark_jax.checkpoints import deepspec, hf
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
-from dspark_jax.engine.generate import generate
+from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
@@ -55,12 +57,29 @@ def drafter(request, target):
     return request.param, cfg, params, deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
 
 
-@pytest.mark.parametrize("drafter", some("dspark"), indirect=True)
-def test_runs(target, drafter):
+@pytest.mark.parametrize(
+    ("drafter", "every"),
+    [("dspark", False), *(pytest.param(name, True, marks=pytest.mark.full) for name in DRAFTERS)],
+    indirect=["drafter"],
+)
+def test_runs(target, drafter, every):
+    """By default whole blocks and one threshold: every threshold is a program of its own."""
     name, *parts = drafter
-    decoder = make_decoder(target, tuple(parts))
+    decoder, engines = make_decoder(target, tuple(parts)), {}
+    # Rows for whole blocks: with fewer an engine may verify less than its threshold admits.
+    config = EngineConfig(
+        slots=1,
+        positions=128,
+        chunk_buckets=(1,),
+        row_buckets=(decoder.drafter.block_size + 1,),
+        position_buckets=(192,),
+    )
     runs = json.loads((FOLDER / name / "runs.json").read_text())["runs"]
     assert len(runs) >= 6
+    thresholds = sorted({run["confidence_threshold"] for run in runs})
+    if not every:
+        runs = [run for run in runs if run["confidence_threshold"] in (0, thresholds[3])]
+        assert len(runs) == 9
     for run in runs:
         prompt = run["output_ids"][: run["num_input_tokens"]]
         stops = tuple(run["stop_token_ids"] or ())
@@ -68,7 +87,9 @@ def test_runs(target, drafter):
         request = Request(prompt, MAX_NEW_TOKENS + 1, stop_ids=stops)
         threshold = run["confidence_threshold"]
         policy = f"threshold:{threshold}" if threshold else "block"
-        (got,) = generate(decoder, [request], policy=policy)
+        if policy not in engines:
+            engines[policy] = Engine(decoder, dataclasses.replace(config, policy=policy))
+        got = engines[policy].submit(request).wait()
         want = [token for token in run["output_ids"][len(prompt) :] if token not in stops]
         note = f"{name}, prompt {run['prompt_index']}: {run['note']}"
         assert got.token_ids[:MAX_NEW_TOKENS] == want, note

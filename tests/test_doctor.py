@@ -14,6 +14,8 @@ from dspark_jax.evaluation.rounds import RecordedRequest
 from dspark_jax.scheduler.budget import WINDOW, RoundCosts
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 def sample(accepted_N, confidence):
     logit_NG = np.full((len(accepted_N), BLOCK), np.log(confidence / (1 - confidence)))
@@ -146,11 +148,6 @@ def models(tmp_path_factory):
         "--drafter",
         str(write_drafter(folder / "drafter")),
     ]
-
-
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
 
 
 def test_the_report_is_a_table_or_json(models, monkeypatch, capsys):

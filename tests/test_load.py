@@ -35,10 +35,10 @@ def models(tmp_path_factory):
     return ["--target", str(target), "--drafter", str(drafter)]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_bench_load_reports_every_policy_at_every_concurrency(
     models, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     # Compilation takes all of the time: as few programs as will do.
     few = functools.partial(EngineConfig, chunk_buckets=(1,), chunk_rows=16, row_buckets=(4,))
     monkeypatch.setattr(load, "EngineConfig", few)
@@ -136,9 +136,12 @@ def test_clients_send_their_next_request_when_the_last_is_over(monkeypatch):
 
 def test_logits_that_are_not_finite_are_no_measurement(monkeypatch):
     engine = Clockwork(monkeypatch)
-    monkeypatch.setattr(
-        FakeStream, "step", lambda self: setattr(self.result, "finish_reason", "error")
-    )
+
+    def fail(stream):
+        stream.result.finish_reason = "error"
+        stream.result.error = FloatingPointError("the target's logits are not finite")
+
+    monkeypatch.setattr(FakeStream, "step", fail)
     with pytest.raises(FloatingPointError, match="not finite"):
         load.serve(engine, iter([Request((1,))] * 4), clients=2, count=1)
 

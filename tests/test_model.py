@@ -1,5 +1,6 @@
 """The front door: text in, text out."""
 
+import json
 import subprocess
 import sys
 
@@ -8,10 +9,21 @@ import numpy as np
 import pytest
 
 import dspark_jax
+from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import generate
-from tests.tiny_model import write_drafter, write_target
+from dspark_jax.scheduler.profile import read_profile
+from dspark_jax.scheduler.seconds import Seconds
+from tests.tiny_model import few_sizes, write_drafter, write_target
+
+pytestmark = pytest.mark.usefixtures("own_cache", "_few_programs")
 
 PROMPTS = ["one", [{"role": "user", "content": "and two"}]]
+
+
+@pytest.fixture
+def _few_programs(monkeypatch):
+    monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
+    monkeypatch.setattr("dspark_jax.engine.generate.config_for", few_sizes)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +82,61 @@ def test_a_stream_that_nobody_reads_on_ends(model):
 
 def test_a_model_serves_an_engine(model):
     requests, _ = model.requests(PROMPTS, max_new_tokens=6)
-    config = dspark_jax.EngineConfig(slots=2, positions=64)
-    with dspark_jax.Engine(model.decoder, config) as engine:
+    config = dspark_jax.EngineConfig(slots=2, positions=60, chunk_buckets=(1,))
+    with dspark_jax.Engine(model, config) as engine:
         streams = [engine.submit(request) for request in requests]
         texts = [stream.wait().text for stream in streams]
     assert texts == [result.text for result in model.generate(PROMPTS, max_new_tokens=6)]
+
+
+@pytest.fixture
+def profiles(monkeypatch):
+    """What engines are told of their costs from now on; rounds take a second by an abacus."""
+    told, start, read = [], Engine.__init__, Seconds.read
+
+    def note(self, decoder, config, profile=None):
+        told.append(profile)
+        start(self, decoder, config, profile)
+
+    monkeypatch.setattr(Engine, "__init__", note)
+    monkeypatch.setattr(
+        Seconds,
+        "read",
+        lambda self, number, shape, steady, now_s: read(
+            self, number, shape, True, self._last_s + 1.0
+        ),
+    )
+    return told
+
+
+def test_what_rounds_cost_is_kept_for_later(model, own_cache, profiles):
+    texts = [model.generate(PROMPTS, max_new_tokens=12)[0].text for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert profiles[0] is None
+    assert set(profiles[1].round_s.values()) == {1.0}
+    (path,) = own_cache.rglob("*.json")
+    assert read_profile(path).round_s.keys() >= profiles[1].round_s.keys()
+    list(model.stream("one", max_new_tokens=12))
+    assert profiles[2] is not None
+    model.generate(PROMPTS, max_new_tokens=12, policy="block")  # which asks for no costs
+    assert read_profile(path)
+
+
+@pytest.mark.parametrize("damage", ["nothing", "half", "foreign", "directory"])
+def test_kept_costs_that_are_of_no_use_are_ignored(model, own_cache, profiles, damage):
+    expected = model.generate("one", max_new_tokens=12)[0].text
+    (path,) = own_cache.rglob("*.json")
+    text = path.read_text()
+    if damage == "directory":  # nothing can be written either
+        path.unlink()
+        path.mkdir()
+    else:
+        foreign = json.dumps(json.loads(text) | {"setting": {"device": "other"}})
+        path.write_text({"nothing": "", "half": text[: len(text) // 2], "foreign": foreign}[damage])
+    assert model.generate("one", max_new_tokens=12)[0].text == expected
+    assert profiles == [None, None]
+    if damage != "directory":
+        assert path.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_model import BLOCK, write_drafter, write_target
+from tests.tiny_model import BLOCK, few_sizes, write_drafter, write_target
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 RECORDED = NOTEBOOKS / "results" / "heads.json"
@@ -70,8 +70,9 @@ def test_notebooks_hold_no_output_and_use_the_public_api_alone(path):
                 assert not node.attr.startswith("_")
 
 
-@pytest.mark.usefixtures("pyplot")
-def test_quickstart(tmp_path, capsys):
+@pytest.mark.usefixtures("pyplot", "own_cache")
+def test_quickstart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
     names = run(
         "quickstart.ipynb",
         {
@@ -142,7 +143,7 @@ def test_scheduler(capsys):
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("pyplot")
+@pytest.mark.usefixtures("pyplot", "own_cache")
 def test_comparison_of_drafters_trained_on_the_spot(tmp_path, capsys):
     rows = [
         {

@@ -1,9 +1,12 @@
-"""Answers by the target: turn by turn, resumed, split. Most decode by a function of the request."""
+"""Answers by the target: turn by turn, resumed, split. Most by an engine that decodes nothing."""
 
 import contextlib
 import dataclasses
 import fcntl
+import heapq
+import itertools
 import json
+import math
 import random
 import re
 import signal
@@ -60,25 +63,48 @@ def source(tmp_path):
     return path
 
 
+class FakeEngine:
+    """Answers by a function of the request; a step is four tokens for each that has a slot."""
+
+    def __init__(self, decoder, slots, stop_after):
+        self.config = SimpleNamespace(slots=slots, positions=CONTEXT)
+        self.decoder, self.stop_after, self.answers = decoder, stop_after, 0
+        self.requests, self.waiting, self.running = [], [], []
+        self.taken = []  # of every step: slots, and who waits for one
+        self.arrivals = itertools.count()
+
+    def submit(self, request, priority=0):
+        self.requests.append(request)
+        result = reply(self.decoder, request)
+        stream = SimpleNamespace(result=result, finished=False, left=len(result.token_ids))
+        heapq.heappush(self.waiting, (-priority, next(self.arrivals), stream))
+        return stream
+
+    def step(self):
+        if self.answers >= self.stop_after:
+            raise KeyboardInterrupt
+        while self.waiting and len(self.running) < self.config.slots:
+            self.running.append(heapq.heappop(self.waiting)[-1])
+        self.taken.append((len(self.running), len(self.waiting)))
+        for stream in self.running:
+            stream.left -= 4
+            stream.finished = stream.left <= 0
+        self.answers += sum(stream.finished for stream in self.running)
+        self.running = [stream for stream in self.running if not stream.finished]
+
+
 @pytest.fixture
 def run(decoder, source, tmp_path):
-    """Answers ``source`` into ``out.jsonl``; returns the requests of every batch."""
+    """Answers ``source`` into ``out.jsonl``; returns the engine that did."""
 
-    def run_it(stop_after=None, conversations=None, recipe=None, **options):
-        calls = []
-
-        def decode(requests):
-            if len(calls) == stop_after:
-                raise KeyboardInterrupt
-            calls.append(requests)
-            return [reply(decoder, request) for request in requests]
-
+    def run_it(stop_after=math.inf, slots=2, conversations=None, recipe=None, **options):
+        engine = FakeEngine(decoder, slots, stop_after)
         conversations = conversations or read_questions(source)
         limits = Request((0,), max_new_tokens=20, temperature=0.5, stop_ids=(7,))
         arguments = (conversations, limits, tmp_path / "out.jsonl", recipe or {"target": "t"})
         with contextlib.suppress(KeyboardInterrupt):
-            prepare(decode, decoder, *arguments, seed=3, **options)
-        return calls
+            prepare(engine, decoder, *arguments, seed=3, **options)
+        return engine
 
     return run_it
 
@@ -96,20 +122,18 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def answered_once(calls):
-    """The keys of all requests, without those that only fill up a batch."""
-    return [tuple(r.key.tolist()) for call in calls for r in call if r.max_new_tokens > 1]
+def keys_of(engine):
+    return [tuple(request.key.tolist()) for request in engine.requests]
 
 
 # What is asked, and what is written.
 
 
 def test_every_turn_is_answered_after_the_answers_before_it(run, decoder, tmp_path):
-    calls = run(batch=3)
+    engine = run(slots=3)
     rows = rows_of(tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == list(range(len(ROWS)))
-    assert all(len(call) == 3 for call in calls)  # batches have one shape
-    asked = {tuple(r.key.tolist()): r for call in calls for r in call if r.max_new_tokens > 1}
+    asked = dict(zip(keys_of(engine), engine.requests, strict=True))
     root, seen = keys.seed_key(3), 0
     for row in rows:
         system = row["conversations"][0]["role"] == "system"
@@ -125,9 +149,20 @@ def test_every_turn_is_answered_after_the_answers_before_it(run, decoder, tmp_pa
             seen += 1
         assert (row["response_ids"], row["finish"]) == (expected.token_ids, expected.finish_reason)
         assert row["temperature"] == 0.5
-    assert seen == len(asked) == len(answered_once(calls))
+    assert seen == len(asked) == len(engine.requests)
     assert [len(row["conversations"]) for row in rows[:4]] == [2, 6, 3, 4]
     assert rows[3]["conversations"][1]["content"] != "somebody else's answer"
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_all_slots_stay_taken(run, slots):
+    """Whoever is over makes room at once, for the next question of the same conversation too."""
+    taken = run(slots=slots).taken
+    filled = [number for number, waiting in taken if waiting]
+    assert len(filled) > len(taken) / 2
+    assert set(filled) == {slots}
+    rest = [number for number, _ in taken[len(filled) :]]  # nobody is left to begin
+    assert rest == sorted(rest, reverse=True)
 
 
 def test_an_answer_that_was_cut_ends_its_conversation(run, decoder, tmp_path, monkeypatch):
@@ -136,14 +171,14 @@ def test_an_answer_that_was_cut_ends_its_conversation(run, decoder, tmp_path, mo
         "reply",
         lambda *_: Generation(3, [1, 2], "!", finish_reason="length"),
     )
-    run(batch=4)
+    run(slots=4)
     rows = rows_of(tmp_path / "out.jsonl")
     assert [len(row["conversations"]) for row in rows[:4]] == [2, 2, 3, 2]
     assert all(row["finish"] == "length" for row in rows)
 
 
 def test_training_reads_what_was_written(run, decoder, tmp_path):
-    run(batch=4)
+    run(slots=4)
     conversations = read_answered(tmp_path / "out.jsonl")
     recipe = TrainConfig(max_length=CONTEXT, tokens_per_batch=CONTEXT)
     end = decoder.tokenizer.eos_token_id
@@ -160,7 +195,7 @@ def test_a_prompt_that_fills_the_context_is_left_out(run, decoder, source, tmp_p
     long = "x" * CONTEXT
     rows = ({"prompt": long}, {"turns": ["a", long]}, {"prompt": long})
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(batch=2)
+    run()
     (row,) = rows_of(tmp_path / "out.jsonl")
     assert (row["id"], len(row["conversations"])) == (1, 2)
     assert f"2 left out; the first: {source}:1: the prompt has " in caplog.text
@@ -171,7 +206,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out(run, decoder, tmp_
     refusal = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
     try:
         decoder.tokenizer.chat_template = refusal + before
-        run(batch=2)
+        run()
     finally:
         decoder.tokenizer.chat_template = before
     assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == [0, 1, *range(3, len(ROWS))]
@@ -186,12 +221,13 @@ def test_logits_that_are_not_finite_end_the_run_and_keep_the_rest(
     def spoil(decoder, request):
         result = whole(decoder, request)
         last = tuple(request.key.tolist()) == tuple(np.asarray(key).tolist())
-        return dataclasses.replace(result, finish_reason="error") if last else result
+        error = FloatingPointError("the target's logits are not finite")
+        return dataclasses.replace(result, finish_reason="error", error=error) if last else result
 
     key = keys.fold_in(keys.seed_key(3), len(ROWS) - 1)
     monkeypatch.setattr(sys.modules[__name__], "reply", spoil)
     with pytest.raises(FloatingPointError, match=rf"{source}:{2 * len(ROWS) - 1}: .*not finite"):
-        run()
+        run(slots=1)
     assert len(rows_of(tmp_path / "out.jsonl")) == len(ROWS) - 1
 
 
@@ -201,7 +237,7 @@ def test_logits_that_are_not_finite_end_the_run_and_keep_the_rest(
 @pytest.fixture
 def whole(run, tmp_path):
     """The output of an undisturbed run, which is then gone."""
-    run(batch=2)
+    run()
     text = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
     (tmp_path / "out.jsonl.recipe.json").unlink()
@@ -210,42 +246,43 @@ def whole(run, tmp_path):
 
 def test_a_run_killed_at_any_byte_loses_and_repeats_nothing(run, whole, tmp_path):
     path, lines = tmp_path / "out.jsonl", whole.splitlines(keepends=True)
-    run(batch=2)
+    run()
     draw = random.Random(0)
     for size in (0, 1, len(lines[0]) - 1, len(lines[0]), *draw.sample(range(len(whole)), 8)):
         path.write_bytes(whole[:size])
-        calls = run(batch=2)
+        asked = keys_of(run())
         assert path.read_bytes() == whole
         kept = whole[:size].count(b"\n")
         turns = sum(line.count(b'"assistant"') for line in lines[kept:])
-        assert len(answered_once(calls)) == len(set(answered_once(calls))) == turns
-    assert run(batch=2) == []
+        assert len(asked) == len(set(asked)) == turns
+    assert keys_of(run()) == []
 
 
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_interrupted_again_and_again_it_ends_the_same(run, whole, tmp_path, batch):
-    path, calls = tmp_path / "out.jsonl", True
-    while calls:
-        calls = run(stop_after=3, batch=batch)
-    assert path.read_bytes() == whole
+@pytest.mark.parametrize("slots", [1, 3, 100])
+def test_interrupted_again_and_again_it_ends_the_same(run, whole, tmp_path, slots):
+    times = 0
+    while run(stop_after=4, slots=slots).requests:
+        times += 1
+    assert times > 1
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_however_it_is_split_the_result_is_the_same(run, whole, tmp_path):
-    run(batch=2, share=Share(0, 3))
-    run(stop_after=3, batch=1, share=Share(1, 3))  # killed; the third has never begun
+    run(share=Share(0, 3))
+    run(stop_after=3, slots=1, share=Share(1, 3))  # killed; the third has never begun
     names = ["out.jsonl.part-0-of-3", "out.jsonl.part-1-of-3"]
     parts = [tmp_path / name for name in names]
     assert [[row["id"] % 3 for row in rows_of(part)] for part in parts] == [[0] * 4, [1]]
     parts[0].write_bytes(parts[0].read_bytes() + b'{"id": 1, "conv')
-    calls = run(batch=4)
+    engine = run(slots=4)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert len(answered_once(calls)) == sum(
+    assert len(engine.requests) == sum(
         line.count(b'"assistant"')
         for number, line in enumerate(whole.splitlines())
         if number % 3 and number != 1
     )
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.recipe.json"]
-    assert run(share=Share(2, 5)) == []  # nothing is left for anybody
+    assert run(share=Share(2, 5)).requests == []  # nothing is left for anybody
 
 
 def test_a_larger_limit_goes_on(run, source, whole, tmp_path):
@@ -310,9 +347,7 @@ def test_there_must_be_something_to_answer(tmp_path):
 
 
 @pytest.fixture
-def dspark(target, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
-
+def dspark(target, capsys, own_cache):
     def call(*words, models=("--target", target, "--drafter", "none")):
         try:
             code = cli.main([str(word) for word in (*words, *models)])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,13 @@ from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.timing import measure_profile
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import declare as declare_target
-from dspark_jax.scheduler.drift import WINDOW, Drift
-from dspark_jax.scheduler.profile import Profile, make_profile, read_profile, write_profile
+from dspark_jax.scheduler.profile import (
+    Profile,
+    learnt_profile,
+    make_profile,
+    read_profile,
+    write_profile,
+)
 from dspark_jax.scheduler.shape import Shape, Sizes
 from tests.tiny_model import BLOCK, DRAFTER, TARGET, random_params, write_drafter, write_target
 
@@ -191,29 +195,30 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_profile_of_something_else_is_refused():
-    setting = setting_of(decoder(), CONFIG.chunk_rows)
-    seen = dict.fromkeys(("device", "mesh", "dtype", "jax", "dspark_jax", "chunk_rows"))
+    setting = setting_of(decoder(), CONFIG)
+    seen = dict.fromkeys(("device", "mesh", "dtype", "jax", "dspark_jax", "chunk_rows", "kernels"))
     seen |= dict.fromkeys(("target.num_layers", "drafter.markov_rank"))
     assert seen.keys() <= setting.keys()
     profile = Profile(setting | {"target": "somebody"}, measured().round_s, measured().draft_s)
-    assert profile.part(setting, profile.round_s) == profile
+    assert profile.of(setting) == profile.round_s
     for field in seen:
         other = Profile(setting | {field: "other"}, profile.round_s, profile.draft_s)
         with pytest.raises(ValueError, match=rf"its {field} is 'other'.*dspark profile"):
             Engine(decoder(), CONFIG, other)
     with pytest.raises(ValueError, match="its target is 'somebody' and not 'me'"):
-        profile.part({"target": "me"}, ())
-    with pytest.raises(ValueError, match="no rounds of 2 slots x 128 positions"):
-        Engine(decoder(), dataclasses.replace(CONFIG, position_buckets=(128,)), profile)
+        profile.of({"target": "me"})
 
 
-def test_an_engine_gets_the_sizes_that_it_has():
-    """With others among them, the choice of a round would name rows that are not compiled."""
-    mine = [shape for shape in shapes() if shape.sizes == SMALL and shape.num_rows != 6]
-    part = example().part({}, mine)
-    assert list(part.round_s) == mine
-    assert part.costs(SMALL).buckets == (4, 8)
-    assert set(part.draft_s) == {SMALL}
+def test_what_an_engine_learnt_is_a_profile_of_its_whole_rounds(tmp_path):
+    known_s = {shape: steady(shape) for shape in shapes() if shape != Shape(LARGE, 0, 2, 0)}
+    learnt = learnt_profile({"device": "abacus"}, known_s)
+    assert {shape.sizes for shape in learnt.round_s} == {SMALL}  # nobody saw plain rounds of LARGE
+    assert learnt.round_s == {shape: known_s[shape] for shape in known_s if shape.sizes == SMALL}
+    assert learnt.draft_s == {SMALL: 0.0}
+    write_profile(tmp_path / "learnt.json", learnt)
+    assert read_profile(tmp_path / "learnt.json") == learnt
+    assert learnt_profile({}, {}) is None
+    assert learnt_profile({}, {Shape(SMALL, BLOCK, 4, 0): 1.0}) is None
 
 
 UNDRAFTED = {Shape(SMALL, 0, 2, chunks) for chunks in (0, 1)}
@@ -223,7 +228,7 @@ DRAFTED = {Shape(SMALL, BLOCK, 8, chunks) for chunks in (0, 1)}
 def test_every_round_of_the_engine_is_measured():
     assert set(measured().round_s) == UNDRAFTED | DRAFTED
     assert measured().costs(SMALL).buckets == (8,)
-    assert measured().setting == setting_of(decoder(), CONFIG.chunk_rows)
+    assert measured().setting == setting_of(decoder(), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -238,13 +243,22 @@ def test_other_policies_are_measured_by_their_own_programs(policy, drafted):
 
 def test_an_engine_works_with_a_profile_and_without():
     requests = [Request([1, 2, 3 + n], max_new_tokens=20) for n in range(3)]
-    texts = []
-    for profile in (None, measured()):
-        engine = Engine(decoder(), CONFIG, profile)
-        streams = [engine.submit(request) for request in requests]
-        engine.run()
-        texts.append([stream.result.token_ids for stream in streams])
-    assert texts[0] == texts[1]
+
+    def serve(profile):
+        with Engine(decoder(), CONFIG, profile) as engine:
+            streams = [engine.submit(request) for request in requests]
+            engine.run()
+            return [stream.result.token_ids for stream in streams], engine.profile()
+
+    texts, learnt = serve(measured())
+    assert learnt.round_s.keys() == measured().round_s.keys()
+    assert serve(None)[0] == serve(learnt)[0] == texts
+
+
+def test_a_policy_that_does_not_ask_for_seconds_takes_no_profile():
+    foreign = Profile({"device": "other"}, measured().round_s, measured().draft_s)
+    with Engine(decoder(), dataclasses.replace(CONFIG, policy="block"), foreign) as engine:
+        assert engine.profile() is None
 
 
 @pytest.mark.full
@@ -264,45 +278,7 @@ def test_a_mesh_has_a_profile_of_its_own(policy, emulated_devices):
         Engine(one, CONFIG, found)
 
 
-def lap(drift, shape, seconds, rounds=WINDOW, now_s=0.0):
-    for number in range(1, rounds + 1):
-        drift.read(shape, True, now_s + number * seconds)
-    return now_s + rounds * seconds
-
-
-def test_rounds_that_take_as_long_as_predicted_are_logged(caplog):
-    caplog.set_level(logging.INFO, "dspark_jax")
-    shape = Shape(SMALL, BLOCK, 4, 0)
-    drift = Drift(example())
-    lap(drift, shape, 1.1 * steady(shape), rounds=3 * WINDOW)
-    assert drift.actual_s() == {shape: pytest.approx(1.1 * steady(shape))}
-    messages = [record.getMessage() for record in caplog.records]
-    expected = "rounds of 2 slots x 64 positions, 4 rows drafted, 0 chunks: 5250.00 ms predicted"
-    assert len(messages) == 2  # after 64 and 128 rounds
-    assert all(message.startswith(expected) for message in messages)
-
-
-@pytest.mark.parametrize("factor", [0.7, 1.3])
-def test_a_drift_warns_once(factor, caplog):
-    drift = Drift(example())
-    now_s = 0.0
-    for shape in list(shapes())[:3]:
-        now_s = lap(drift, shape, factor * steady(shape), now_s=now_s)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "dspark profile" in caplog.text
-
-
-def test_rounds_that_were_not_alone_do_not_count(caplog):
-    shape = Shape(SMALL, 0, 2, 0)
-    drift = Drift(example())
-    for number in range(4 * WINDOW):
-        drift.read(shape, False, number)
-    assert drift.actual_s() == {}
-    lap(drift, shape, steady(shape), now_s=float(4 * WINDOW - 1))
-    assert drift.actual_s() == {shape: pytest.approx(steady(shape))}
-    assert caplog.records == []
-
-
+@pytest.mark.usefixtures("own_cache")
 def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
     asked = []
 
@@ -311,7 +287,6 @@ def test_the_command_shows_and_writes_a_profile(tmp_path, monkeypatch, capsys):
         return dataclasses.replace(example(), setting={**names, "device": "abacus"})
 
     monkeypatch.setattr(timing, "measure_profile", measure)
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     models = ["--target", str(write_target(tmp_path / "target"))]
     path = tmp_path / "profile.json"
     sizes = ["--slots", "3", "--positions", "50", "--replays", "4"]

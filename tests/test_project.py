@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dspark_jax
-from tests.tiny_model import write_drafter, write_target
+from tests.tiny_model import few_sizes, write_drafter, write_target
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -68,13 +68,14 @@ def test_pseudocode_in_readme_calls_functions_that_exist():
     assert called <= defined, f"unknown to the code: {sorted(called - defined)}"
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
     """Every block as it stands, with a tiny model in the default one's place."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
     monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
+    monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
     blocks = code_blocks("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
         assert len(capsys.readouterr().out) > 20

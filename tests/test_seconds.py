@@ -20,8 +20,8 @@ def drafted(rows, sizes=SMALL):
 class Clock:
     """Rounds one after the other, as the engine reads them."""
 
-    def __init__(self):
-        self.seconds, self.number, self.now_s = Seconds(), 0, 0.0
+    def __init__(self, before_s=None):
+        self.seconds, self.number, self.now_s = Seconds(before_s or {}), 0, 0.0
 
     def run(self, shape, took_s, rounds=ENOUGH, steady=True):
         for _ in range(rounds):
@@ -64,6 +64,21 @@ def test_the_median_of_recent_rounds_counts():
     assert clock.costs().undrafted_s == 1.0
     clock.run(plain(SMALL), 2.0, WINDOW)  # it is slower now
     assert clock.costs().undrafted_s == 2.0
+
+
+def test_what_was_known_before_counts_until_it_is_seen_again():
+    before_s = {plain(SMALL): 1.0, drafted(4): 1.5, drafted(8): 3.0}
+    clock = Clock(before_s)
+    assert clock.costs().undrafted_s == 1.0
+    assert clock.costs().verify_s_K == (1.5, 3.0)
+    clock.run(drafted(8), 2.0, ENOUGH - 1)
+    assert clock.costs().verify_s_K == (1.5, 3.0)
+    clock.run(drafted(8), 2.0, 1)
+    clock.run(plain(LARGE), 1.25)
+    assert clock.costs().verify_s_K == (1.5, 2.0)
+    seen_s = {drafted(8): 2.0, plain(LARGE): 1.25}
+    assert clock.seconds.known_s() == before_s | seen_s  # for later engines
+    assert before_s[drafted(8)] == 3.0
 
 
 def test_rounds_that_were_not_alone_do_not_count():

@@ -1,5 +1,6 @@
 """A target and a drafter on disk, as small as can be, that read and write ASCII."""
 
+import dataclasses
 import json
 import string
 from pathlib import Path
@@ -14,6 +15,8 @@ from dspark_jax.axes import map_params
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.config import DrafterConfig
+from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.generate import config_for
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
@@ -46,6 +49,18 @@ DRAFTER = DrafterConfig(
     confidence=True,
     owns_vocab=False,
 )
+
+
+SLOTS = 6
+
+
+def few_sizes(*arguments, **options) -> EngineConfig:
+    """In the place of ``config_for``: all engines of a few requests have the same few programs,
+    whose compilation takes nearly all of the time."""
+    config = config_for(*arguments, **options)
+    slots = max(config.slots, SLOTS)
+    sizes = {"slots": slots, "slot_buckets": (slots,), "row_buckets": (BLOCK + 1,)}
+    return dataclasses.replace(config, **sizes, chunk_buckets=(1,), chunk_rows=16)
 
 
 def random_params(seed, declared):

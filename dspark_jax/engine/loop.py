@@ -186,7 +186,7 @@ class Loop:
     ) -> None:
         tenant.length = int(report.length_B[slot])
         if tenant.reader.request.trace:
-            tenant.reader.note(report, slot, *about)
+            tenant.reader.note(report, slot, first, *about)
         tenant.mailbox.report(tenant.reader.read(report, slot, first))
 
     def _next_round_is_needed(self) -> bool:

@@ -18,7 +18,7 @@ class RoundTrace:
     """One round of one request, for research.
 
     Attributes:
-        draft_G: int32 drafted tokens; None where the round did not draft.
+        draft_G: int32 drafted tokens; None where the request did not draft, as in its first round.
         confidence_G: float32 confidence logits of the draft, before calibration; None without.
         verified: drafts that were verified, a prefix.
         accepted: those of them that were accepted.
@@ -131,10 +131,13 @@ class Reader:
                 break
         return self._finish() if result.finish_reason else self._show()
 
-    def note(self, report: RoundReport, slot: int, num_rows: int, seconds: float) -> None:
-        """Keep a round for the trace."""
-        drafted = report.draft_BG is not None
-        logit_BG, count = report.confidence_logit_BG, int(report.count_B[slot])
+    def note(
+        self, report: RoundReport, slot: int, first: bool, num_rows: int, seconds: float
+    ) -> None:
+        """Keep a round for the trace. In its first one nobody has drafted, whatever others did."""
+        drafted = report.draft_BG is not None and not first
+        logit_BG = None if first else report.confidence_logit_BG
+        count = int(report.count_B[slot])
         self.result.trace.append(
             RoundTrace(
                 np.array(report.draft_BG[slot]) if drafted else None,
