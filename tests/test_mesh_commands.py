@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from dspark_jax.cli import command as cli
 from tests.tiny_model import write_drafter, write_target
 
-PROMPTS = ("hello", "one", "two more")
+PROMPTS = ("hello", "two more")
 CODE = "import sys; from dspark_jax.cli.command import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -76,20 +77,20 @@ def texts(out):
     return [json.loads(line)["text"] for line in out.splitlines()]
 
 
-# Greedy, and sampled by the common noise field.
-WAYS = (("--policy", "block"), ("--temperature", "0.8", "--acceptance", "coupled", "--seed", "3"))
-LENGTH = ("--max-new-tokens", "12", "--batch", "3", "--json")
+# Under coupled acceptance greedy and sampled texts come from the same programs.
+WORDS = ("--acceptance", "coupled", "--policy", "block", "--max-new-tokens", "12", "--json")
+SAMPLED = ("--temperature", "0.8", "--seed", "3")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_mesh_gives_the_text_of_one_device(dspark, prompts, way, emulated_devices):
-    command = ("generate", "--prompts", prompts, *LENGTH, *way)
-    code, one, _ = dspark(*command)
-    assert code == 0
-    code, many, err = dspark(*command, "--mesh", "data=2,tensor=2")
-    assert (code, err) == (0, "")
-    assert texts(many) == texts(one)
-    assert len(set(texts(one))) == len(PROMPTS)
+def test_a_mesh_gives_the_text_of_one_device(dspark, prompts, emulated_devices):
+    command, together = ("generate", "--prompts", prompts, *WORDS), ("--batch", len(PROMPTS))
+    for way in ((), SAMPLED):
+        code, one, _ = dspark(*command, *way)
+        assert code == 0
+        code, many, err = dspark(*command, *way, *together, "--mesh", "data=2,tensor=2")
+        assert (code, err.strip()) == (0, "")
+        assert texts(many) == texts(one)
+        assert len(set(texts(one))) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,74 @@ def test_the_work_of_one_process_is_not_shared_out(dspark, prompts, command, mon
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "this is process 1 of 2, and" in err
     assert "with --mesh for the devices of a machine" in err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", [(), SAMPLED])
+def test_eight_devices_give_the_text_of_one(dspark, models, prompts, way):
+    """The command itself, in a process of its own."""
+    command = ("generate", "--prompts", prompts, *WORDS, *way)
+    many, _ = ended(start(*command, "--batch", 5, "--mesh", "data=4,tensor=2", *models))
+    assert texts(many) == texts(dspark(*command)[1])
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"turns": [f"number {i}", "and then"]} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ANSWERS = ("--max-new-tokens", "12", "--temperature", "0.8", "--acceptance", "coupled")
+
+
+@pytest.mark.full
+def test_prepare_on_a_mesh_and_in_several_processes(dspark, models, questions, tmp_path):
+    """Two processes of four devices each answer their shares; who comes after them joins these."""
+    one, mesh, shared = (tmp_path / f"{name}.jsonl" for name in ("one", "mesh", "shared"))
+    assert dspark("prepare", questions, "--out", one, *ANSWERS)[0] == 0
+    words = ("prepare", questions, *ANSWERS, *models)
+    out, _ = ended(start(*words, "--out", mesh, "--batch", 6, "--mesh", "data=4,tensor=2"))
+    assert out == f"{mesh}\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2")
+    words = (*words, "--out", shared, "--distributed", "--mesh", "data=2,tensor=2")
+    started = [start(*words, *places, "--process", i, devices=4) for i in range(2)]
+    for i, process in enumerate(started):
+        assert ended(process)[0] == f"{shared}.part-{i}-of-2\n"
+    assert not shared.exists()
+    assert dspark("prepare", questions, "--out", shared, *ANSWERS)[0] == 0
+    assert mesh.read_bytes() == shared.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.full
+def test_too_many_devices_for_one_of_several_processes(models, questions, tmp_path):
+    """A mesh is of the devices of one process; work that is not shared is refused by all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2")
+    words = ("prepare", questions, "--out", tmp_path / "out.jsonl", "--mesh", "data=8", *models)
+    started = [start(*words, *places, "--process", i, devices=4) for i in range(2)]
+    for process in started:
+        assert "needs 8 devices, but 4 are here" in ended(process, code=2)[1]
+    started = [start("doctor", *places, "--process", i, devices=4) for i in range(2)]
+    for i, process in enumerate(started):
+        assert f"this is process {i} of 2, and doctor is the work of one" in ended(process, 2)[1]
+
+
+@pytest.mark.full
+def test_measurements_over_a_mesh(dspark, prompts, emulated_devices):
+    """Slots are filled up to a multiple of the data shards."""
+    mesh, short = ("--mesh", "data=2", "--json"), ("--max-new-tokens", 8)
+    code, out, _ = dspark("profile", "--slots", 3, "--positions", 64, "--replays", 1, *mesh)
+    assert (code, json.loads(out)["setting"]["mesh"]) == (0, "{'data': 2, 'fsdp': 1, 'tensor': 1}")
+    code, out, _ = dspark("doctor", "--concurrency", "1,2", *short, *mesh)
+    assert (code, [row["concurrency"] for row in json.loads(out)["rows"]]) == (0, [2])
+    given = ("--prompts", prompts, *short, *mesh)
+    words = ("--concurrency", "3", "--policies", "none,block", "--repeats", 1, "--requests", 1)
+    code, out, _ = dspark("bench", "load", *words, *given)
+    assert (code, [row["concurrency"] for row in json.loads(out)["rows"]]) == (0, [3, 3])
+    for measurement in (("speed", "--repeats", 1), ("acceptance", "--batch", 3)):
+        assert dspark("bench", *measurement, *given)[0] == 0

@@ -63,9 +63,9 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
 
 def _policy(text: str) -> str:
-    """The name of a policy."""
+    """The name of a policy; empty, as argparse passes the default too, leaves it to the engine."""
     try:
-        return check_name(text)
+        return check_name(text) if text else text
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
