@@ -216,7 +216,7 @@ def load(
         drafter: a directory or hub id, ``"default"`` or ``"none"``; None is the packaged drafter
             for the default target and none for another.
         dtype: of the weights.
-        mesh: of ``make_mesh``; None for one device.
+        mesh: of ``make_mesh``, onto which the weights are read; None for one device.
         kernels: the implementation of the operations of ``pallas_kernels``.
 
     Raises:
@@ -229,7 +229,7 @@ def load(
         drafter = "default" if str(target) == "default" else "none"
     name, bound, calibration = "none", None, None
     if str(drafter) != "none":
-        loaded = load_drafter_for(found, drafter)
+        loaded = load_drafter_for(found, drafter, mesh=mesh)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)

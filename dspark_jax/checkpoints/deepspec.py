@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.axes import declare
 from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
@@ -128,13 +129,14 @@ def _declare(cfg: DrafterConfig) -> tuple[DrafterParams, Vocab | None]:
 
 
 def load_drafter(
-    source: str | Path, dtype: Any = None
+    source: str | Path, dtype: Any = None, mesh: Mesh | None = None
 ) -> tuple[DrafterConfig, DrafterParams, Vocab | None]:
     """A drafter out of a directory or hub id.
 
     Args:
         source: the directory, or ``owner/name`` on the hub.
         dtype: dtype of the parameters; None keeps that of the file.
+        mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
 
     Returns:
         Its configuration, its parameters, and what it holds of the vocabulary: embedding and
@@ -146,10 +148,10 @@ def load_drafter(
     """
     cfg, tensors = read_checkpoint(source, drafter_config)
     if cfg.draft_vocab_size is None:
-        params, vocab = read_params(_declare(cfg), tensors, dtype)
+        params, vocab = read_params(_declare(cfg), tensors, dtype, mesh)
         return cfg, params, vocab
     d2t_U = _read_d2t(cfg, tensors)
-    params, vocab = read_params(_declare(cfg), tensors.without(D2T), dtype)
+    params, vocab = read_params(_declare(cfg), tensors.without(D2T), dtype, mesh)
     return cfg, params, replace(vocab or Vocab(None), d2t_U=d2t_U)
 
 
@@ -160,7 +162,7 @@ def _read_d2t(cfg: DrafterConfig, tensors: Tensors) -> jax.Array:
             f"{tensors.origin}: tensor {D2T} has shape {tensors.shapes.get(D2T)}, but "
             f"draft_vocab_size is {cfg.draft_vocab_size}"
         )
-    return jnp.asarray(_checked_d2t(tensors.read(D2T), cfg, tensors.origin))
+    return jnp.array(_checked_d2t(tensors.read(D2T), cfg, tensors.origin))
 
 
 def _checked_d2t(d2t_U: np.ndarray, cfg: DrafterConfig, origin: str) -> np.ndarray:

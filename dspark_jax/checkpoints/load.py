@@ -129,7 +129,12 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
 
 
 def load_drafter_for(
-    target: Target, source: str | Path, *, use_target_vocab: bool = False, dtype: Any = None
+    target: Target,
+    source: str | Path,
+    *,
+    use_target_vocab: bool = False,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> Drafter:
     """A drafter for a loaded target.
 
@@ -138,12 +143,13 @@ def load_drafter_for(
         source: ``"default"``, a directory or a hub id, in any of the known layouts.
         use_target_vocab: whether to ignore an embedding and head of the drafter's own.
         dtype: of the parameters; None for the target's.
+        mesh: that the target was read onto; None for the default device.
 
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
     dtype = target.params.norm_D.dtype if dtype is None else dtype
-    cfg, params, own, directory = read_drafter(target.cfg, source)
+    cfg, params, own, directory = read_drafter(target.cfg, source, mesh)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     name = (directory if str(source) == "default" else Path(source)).resolve().name
@@ -151,13 +157,14 @@ def load_drafter_for(
 
 
 def read_drafter(
-    target_cfg: TargetConfig, source: str | Path
+    target_cfg: TargetConfig, source: str | Path, mesh: Mesh | None = None
 ) -> tuple[DrafterConfig, DrafterParams, Vocab | None, Path]:
     """A drafter as its checkpoint holds it, dtype included, in whichever of the known layouts.
 
     Args:
         target_cfg: of the target that it is for.
         source: ``"default"``, a directory or a hub id.
+        mesh: as in :func:`load_target`.
 
     Returns:
         Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and the
@@ -173,5 +180,5 @@ def read_drafter(
         source = found
     directory = model_directory(source)
     if KIND in read_json(directory / CONFIG_FILE):
-        return *load_speculators(directory, target_cfg.num_layers), directory
-    return *load_drafter(directory), directory
+        return *load_speculators(directory, target_cfg.num_layers, mesh), directory
+    return *load_drafter(directory, mesh=mesh), directory

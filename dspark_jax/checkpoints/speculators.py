@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.axes import declare
 from dspark_jax.checkpoints.deepspec import (
@@ -134,13 +135,14 @@ def speculators_config_dict(
 
 
 def load_speculators(
-    source: str | Path, num_target_layers: int
+    source: str | Path, num_target_layers: int, mesh: Mesh | None = None
 ) -> tuple[DrafterConfig, DrafterParams, Vocab]:
     """A drafter out of a directory or hub id.
 
     Args:
         source: the directory, or ``owner/name`` on the hub.
         num_target_layers: layers of the target, for files that do not say.
+        mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
 
     Returns:
         Its configuration, its parameters in the dtype of the file, and what it holds of the
@@ -161,7 +163,7 @@ def load_speculators(
         declare("VD", cfg.sizes, EMBEDDING) if EMBEDDING in tensors.shapes else None,
         declare("UD", cfg.sizes, HEAD) if HEAD in tensors.shapes else None,
     )
-    params, vocab = read_params((declare_drafter(cfg), held), tensors)
+    params, vocab = read_params((declare_drafter(cfg), held), tensors, mesh=mesh)
     return cfg, params, replace(vocab, d2t_U=d2t_U)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from dspark_jax.axes import Param, Tree, is_param, map_params, partition, place
+from dspark_jax.axes import Param, Tree, is_param, map_params, partition
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ class Tensors:
     Attributes:
         origin: where they lie, for messages.
         shapes: name -> shape in the file.
-        read: name -> array of that shape.
+        read: name -> array of that shape, a view of the file where that is possible.
     """
 
     origin: str
@@ -97,8 +97,9 @@ def read_params(
 ) -> Tree:
     """The parameters of a declaration tree out of a checkpoint.
 
-    They are read one after the other: the host never holds more than the largest of them, all of
-    its layers stacked.
+    They are read one after the other, each straight into the shards that this process's devices
+    hold, layers stacked there: no device ever holds more than its own, and the host no more than
+    the shards of one parameter.
 
     Args:
         declared: pytree of Param.
@@ -113,24 +114,51 @@ def read_params(
     _check_tensors(params, tensors)
 
     def load(param: Param) -> jax.Array:
-        names = list(file_names(param))
-        first = from_file(param, tensors.read(names[0]))
-        if not jnp.issubdtype(first.dtype, jnp.floating):
-            raise LoadError(
-                f"{tensors.origin}: {names[0]} has dtype {first.dtype}: weights must be floats"
-            )
-        value = np.empty(param.shape, first.dtype if dtype is None else dtype)
-        if param.stacked:
-            value[0] = first
-            for layer, name in enumerate(names[1:], 1):
-                value[layer] = from_file(param, tensors.read(name))
-        else:
-            value[...] = first
         if mesh is None:
+            (value,) = _read_parts(param, tensors, dtype, [(slice(None),) * len(param.shape)])
             return jnp.asarray(value)
-        return place(value, NamedSharding(mesh, partition(param.axes, param.shape, mesh)))
+        sharding = NamedSharding(mesh, partition(param.axes, param.shape, mesh))
+        index_of = sharding.addressable_devices_indices_map(param.shape)
+        # Devices that differ in the data axis alone hold the same.
+        distinct = {str(index): index for index in index_of.values()}
+        values = _read_parts(param, tensors, dtype, list(distinct.values()))
+        part_of = dict(zip(distinct, values, strict=True))
+        parts = [jax.device_put(part_of[str(index)], to) for to, index in index_of.items()]
+        whole = jax.make_array_from_single_device_arrays(param.shape, sharding, parts)
+        return whole.block_until_ready()  # only then the host's memory is free for the next
 
     return map_params(load, declared)
+
+
+def _read_parts(
+    param: Param, tensors: Tensors, dtype: Any, indices: Sequence[Any]
+) -> list[np.ndarray]:
+    """Parts of a parameter, each cut out of every tensor as it comes.
+
+    Args:
+        param: whose tensors are read, each once.
+        tensors: the checkpoint.
+        dtype: of the parts; None keeps that of the file.
+        indices: of each part, a slice for every axis; L is whole.
+
+    Raises:
+        LoadError: the tensors do not hold floats.
+    """
+    parts: list[np.ndarray] = []
+    for layer, name in enumerate(file_names(param)):
+        tensor = from_file(param, tensors.read(name))
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise LoadError(
+                f"{tensors.origin}: {name} has dtype {tensor.dtype}: weights must be floats"
+            )
+        shares = [tensor[index[1:] if param.stacked else index] for index in indices]
+        if not layer:
+            layers = param.shape[:1] if param.stacked else ()
+            kind = tensor.dtype if dtype is None else dtype
+            parts = [np.empty(layers + share.shape, kind) for share in shares]
+        for part, share in zip(parts, shares, strict=True):
+            part[layer if param.stacked else ...] = share
+    return parts
 
 
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:
@@ -217,33 +245,38 @@ def read_tensors(directory: str | Path) -> Tensors:
             f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there (pickled *.bin "
             f"weights are not read: convert them to safetensors)"
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    handles: dict[str, Any] = {}
+    views: dict[str, np.ndarray] = {}
     for file in files:
         if Path(file).name != file:
             raise LoadError(f"{directory / INDEX_FILE}: {file!r} is not a plain file name")
-        handle, found = _open_safetensors(directory / file)
-        shapes |= found
-        handles |= dict.fromkeys(found, handle)
-    return Tensors(str(directory), shapes, lambda name: handles[name].get_tensor(name))
+        views |= _map_safetensors(directory / file)
+    shapes = {name: view.shape for name, view in views.items()}
+    return Tensors(str(directory), shapes, views.__getitem__)
 
 
-def _open_safetensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A lazily read safetensors file and the shapes of its tensors."""
+def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as views of its mapping: nothing is read yet."""
     if not path.is_file():
         raise LoadError(f"{path}: no such file; the download is incomplete")
     try:
-        handle = safe_open(path, framework="numpy")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        safe_open(path, framework="numpy")  # which checks the header against the file
     except (SafetensorError, OSError) as error:
         raise LoadError(f"{path}: broken or truncated safetensors file ({error})") from None
-    for name, part in slices.items():
-        if part.get_dtype() not in DTYPES:
+    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:start].tobytes())
+    header.pop("__metadata__", None)
+    views = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
             raise LoadError(
-                f"{path}: {name} has dtype {part.get_dtype()}; supported are "
+                f"{path}: {name} has dtype {entry['dtype']}; supported are "
                 f"{', '.join(DTYPES.values())}: use a checkpoint that is not quantised"
             )
-    return handle, {name: tuple(part.get_shape()) for name, part in slices.items()}
+        first, end = (start + offset for offset in entry["data_offsets"])
+        view = mapped[first:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
+        views[name] = view.reshape(entry["shape"])
+    return views
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

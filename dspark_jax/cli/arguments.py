@@ -19,7 +19,7 @@ examples:
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark doctor --concurrency 1,8,32
   dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
-  dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7
+  dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7 --mesh data=8 --batch 256
   dspark cache estimate configs/smollm2_135m_dspark.py
   dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
   dspark export --format speculators --out exported
@@ -80,6 +80,19 @@ def _count(text: str) -> int:
 def _counts(text: str) -> list[int]:
     """Several of them, with commas between."""
     return [_count(part) for part in text.split(",")]
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Sizes of a mesh by its axes."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in ("data", "tensor") or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no mesh: give data=N, tensor=N or data=N,tensor=N, each 1 or more"
+            )
+        sizes[axis] = int(size)
+    return sizes
 
 
 def _names(text: str) -> list[str]:
@@ -236,8 +249,6 @@ def _add_prepare(commands: Any, summary: str) -> None:
     add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
     add("--limit", type=_count, metavar="N", help="use the first N lines")
     add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
-    add("--processes", type=_count, default=1, metavar="N", help="into which the work is split")
-    add("--process", type=int, default=0, metavar="I", help="the share of this one, from 0")
     _add_models(command)
     _add_decoding(command)
     _add_filters(command)
@@ -250,14 +261,7 @@ def _add_train(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    add(
-        "--distributed",
-        action="store_true",
-        help="one of several processes, as Slurm or Kubernetes starts them",
-    )
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
-    add("--processes", type=_count, metavar="N", help="how many there are, with --coordinator")
-    add("--process", type=int, metavar="I", help="which one this is, from 0, with --coordinator")
+    _add_processes(command)
 
 
 def _add_cache(commands: Any) -> None:
@@ -273,8 +277,7 @@ def _add_cache(commands: Any) -> None:
         add("config", metavar="CONFIG.py", help="as for train")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
     add("--out", required=True, metavar="DIR", help="where the cache goes")
-    add("--processes", type=_count, default=1, metavar="N", help="that write at once, each a part")
-    add("--process", type=int, default=0, metavar="I", help="which of them this one is, from 0")
+    _add_processes(command)
     check = _add_command(verbs, "check", "read all of a cache and say what it holds")
     check.set_defaults(command="cache check")
     check.add_argument("directory", metavar="DIR")
@@ -320,6 +323,18 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as Slurm or Kubernetes starts them",
+    )
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
+    add("--processes", type=_count, metavar="N", help="how many there are, where nothing says so")
+    add("--process", type=int, metavar="I", help="which one this is, from 0")
+
+
 def _add_target(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
@@ -328,6 +343,14 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    add(
+        "--mesh",
+        type=_mesh,
+        default={},
+        metavar="data=N,tensor=N",
+        help="devices that share the requests, and the weights (default: one device)",
+    )
+    _add_processes(command)
 
 
 def _add_decoding(command: argparse.ArgumentParser) -> None:

@@ -18,12 +18,12 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dspark_jax
 from dspark_jax.cli import training
 from dspark_jax.cli.arguments import make_parser
-from dspark_jax.cli.given import drafter_of, limits_of, load_model, names_of, prompts_of
+from dspark_jax.cli.given import drafter_of, limits_of, load_model, mesh_of, names_of, prompts_of
 
 if TYPE_CHECKING:
     from dspark_jax.engine.reader import Generation
@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from dspark_jax.model import use_compilation_cache
 
                 use_compilation_cache()
+            if hasattr(args, "distributed") and args.command != "train":
+                from dspark_jax.cli.processes import find_share
+
+                find_share(args)
             code = run(args)
             sys.stdout.flush()
         except BrokenPipeError:
@@ -190,7 +194,8 @@ def profile(args: argparse.Namespace) -> int:
     from dspark_jax.engine import config, timing
     from dspark_jax.scheduler import profile as costs
 
-    sizes = config.EngineConfig(slots=args.slots, positions=args.positions)
+    slots = config.round_up(args.slots, args.mesh.get("data", 1))
+    sizes = config.EngineConfig(slots=slots, positions=args.positions)
     found = timing.measure_profile(model.decoder, sizes, args.replays, names_of(model))
     if args.out is not None:
         costs.write_profile(Path(args.out), found)
@@ -318,5 +323,6 @@ def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **option
     """Write a drafter's checkpoint and say where it lies."""
     from dspark_jax.evaluation.export import write_drafter
 
-    print(write_drafter(args.target, drafter, layout, args.out, dtype=args.dtype, **options))
+    given: dict[str, Any] = {"dtype": args.dtype, "mesh": mesh_of(args), **options}
+    print(write_drafter(args.target, drafter, layout, args.out, **given))
     return 0

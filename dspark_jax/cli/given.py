@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dspark_jax.engine.request import Request
     from dspark_jax.evaluation.prompts import Prompt
     from dspark_jax.model import Model
@@ -54,7 +56,18 @@ def load_model(args: argparse.Namespace) -> Model:
     from dspark_jax.model import load
 
     given = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
-    return load(args.target, drafter_of(args), dtype=args.dtype, **given)
+    return load(args.target, drafter_of(args), dtype=args.dtype, mesh=mesh_of(args), **given)
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that is asked for, over this process's devices; None for one device.
+
+    Raises:
+        ValueError: there are fewer devices.
+    """
+    from dspark_jax.axes import make_mesh
+
+    return make_mesh(**args.mesh) if args.mesh else None
 
 
 def names_of(model: Model) -> dict[str, str]:

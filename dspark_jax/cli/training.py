@@ -12,7 +12,7 @@ from dspark_jax.config import TrainConfig, override
 def train(args: argparse.Namespace) -> int:
     """Train a drafter from a configuration file."""
     recipe = override(_recipe(args.config), args.set)
-    from dspark_jax.training.processes import join_processes
+    from dspark_jax.cli.processes import join_processes
 
     join_processes(args.coordinator, args.processes, args.process, args.distributed)
     from dspark_jax.training.fit import fit

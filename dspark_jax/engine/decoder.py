@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import declared_shardings
+from dspark_jax.axes import declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
@@ -54,7 +54,7 @@ def make_decoder(
     mesh: Mesh | None = None,
     calibration: Calibration | None = None,
 ) -> Decoder:
-    """Place the weights on the device or the mesh.
+    """Place the weights on the device or the mesh; what lies right already is not copied.
 
     Args:
         target: sizes and weights, layers stacked.
@@ -67,12 +67,13 @@ def make_decoder(
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
     if mesh is not None:
         declared = family_of(target_cfg).declare(target_cfg)
+        given = target_params.vocab
         target_params = jax.device_put(target_params, declared_shardings(declared, mesh))
-        if drafter_cfg is not None:
+        if drafter_cfg is not None and vocab is not None:
             drafter_params = jax.device_put(
                 drafter_params, declared_shardings(declare_drafter(drafter_cfg), mesh)
             )
-            vocab = _share_embedding(vocab, target_params, mesh)
+            vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
     elif jax.default_backend() == "cpu":
         rows, columns = target_params.vocab, by_columns(target_params.vocab)
         target_params = _unstacked(target_params).replace(vocab=columns)
@@ -95,11 +96,22 @@ def _unstacked(params: Any) -> Any:
     return params.replace(layers=unstack_layers(params.layers))
 
 
-def _share_embedding(vocab: Any, target: TargetParams, mesh: Mesh) -> Vocab:
-    """The drafter's vocabulary on the mesh; the embedding is the target's array, not a copy."""
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = jax.device_put(vocab, replicated)
-    return placed.replace(embed_VD=target.vocab.embed_VD)
+def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh) -> Vocab:
+    """The drafter's vocabulary on the mesh: the target's arrays, and rows of a head by its shards.
+
+    Args:
+        vocab: of the drafter.
+        given, placed: of the target, before and after it was placed.
+        mesh: that everything goes to.
+    """
+    head, d2t_U = vocab.unembed_VD, vocab.d2t_U
+    if head is given.unembed_VD:
+        head = placed.unembed_VD
+    elif head is not None:
+        head = jax.device_put(head, NamedSharding(mesh, partition("UD", head.shape, mesh)))
+    if d2t_U is not None:
+        d2t_U = jax.device_put(d2t_U, NamedSharding(mesh, PartitionSpec()))
+    return Vocab(placed.embed_VD, head, d2t_U)
 
 
 def state_config(

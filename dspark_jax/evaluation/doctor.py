@@ -24,6 +24,7 @@ import numpy as np
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.stream import Stream
@@ -76,7 +77,7 @@ def diagnose(
 
     Args:
         decoder: models with a drafter that has a confidence head.
-        concurrencies: requests at once.
+        concurrencies: requests at once; on a mesh rounded up to a multiple of its data shards.
         max_new_tokens: that are decoded of each text, in the sample and in the check.
 
     Returns:
@@ -89,7 +90,8 @@ def diagnose(
         raise ValueError("doctor compares decoding with and without drafts: give --drafter")
     if max_new_tokens < LEAST:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least {LEAST}")
-    concurrencies = sorted(set(concurrencies))
+    shards = num_shards(decoder.mesh)
+    concurrencies = sorted({round_up(count, shards) for count in concurrencies})
     prompts = [Prompt(text, f"built-in prompt {i}") for i, text in enumerate(PROMPTS, 1)]
     # Longer than what is decoded, so that nobody ends early.
     limits = Request((0,), max_new_tokens=3 * max_new_tokens)
@@ -102,9 +104,9 @@ def diagnose(
     with Engine(decoder, config, profile) as drafting, Engine(decoder, plain_config) as undrafted:
         # From the most on: what the scheduler remembers then is of many texts.
         for concurrency in reversed(concurrencies):
-            sizes = Sizes(concurrency, config.position_buckets[-1])
-            plain_s = plain.round_s[Shape(sizes, 0, concurrency, 0)]
-            weighed = profile.costs(sizes), plain_s, decoder.calibration
+            sizes = Sizes(concurrency // shards, config.position_buckets[-1])
+            plain_s = plain.round_s[Shape(sizes, 0, sizes.slots, 0)]
+            weighed = profile.costs(sizes, num_shards=shards), plain_s, decoder.calibration
             predicted = predict_speedups(sample, concurrency, *weighed)
             groups = [
                 _decode_in_turns(
@@ -142,7 +144,7 @@ def _engine_config(
         positions=longest,
         policy="delayed",
         chunk_buckets=(4,),
-        slot_buckets=tuple(concurrencies),
+        slot_buckets=tuple(count // num_shards(decoder.mesh) for count in concurrencies),
         position_buckets=(round_up(longest + decoder.drafter.block_size + 1, POSITION_STEP),),
     )
 

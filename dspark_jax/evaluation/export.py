@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.export import save_layout
@@ -65,6 +66,7 @@ def write_drafter(
     *,
     dtype: Any = "float32",
     full_vocabulary: bool = False,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Write a drafter's checkpoint in a layout, in the dtype of its own file.
 
@@ -76,6 +78,7 @@ def write_drafter(
         out: the directory to write, which must not exist yet.
         dtype: of the target and of the check.
         full_vocabulary: make a drafter over a reduced vocabulary one over the whole of it.
+        mesh: for the check, as in ``load_target``.
 
     Returns:
         ``out``.
@@ -88,9 +91,9 @@ def write_drafter(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: remove it, or write to another directory")
-    loaded = load_target(target, jnp.dtype(dtype))
+    loaded = load_target(target, jnp.dtype(dtype), mesh)
     batch = check_batch(loaded)
-    cfg, params, own, _ = read_drafter(loaded.cfg, drafter)
+    cfg, params, own, _ = read_drafter(loaded.cfg, drafter, mesh)
     vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
     before_G = acceptance(loaded, cfg, params, vocab, batch)
     if full_vocabulary and vocab.d2t_U is not None:
@@ -100,7 +103,7 @@ def write_drafter(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         written = Path(folder) / out.name
         save_layout(written, layout, (cfg, params, vocab), (target, loaded.cfg))
-        cfg, params, own, _ = read_drafter(loaded.cfg, written)
+        cfg, params, own, _ = read_drafter(loaded.cfg, written, mesh)
         vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
         check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
         written.rename(out)

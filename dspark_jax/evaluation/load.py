@@ -24,7 +24,7 @@ import jax
 from scipy.stats import binom
 from tqdm import tqdm
 
-from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.config import EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.programs import num_shards
@@ -155,8 +155,11 @@ def _engines(
 
     Policies that weigh seconds share one profile, so that they differ in nothing else.
     """
-    slots = (clients // num_shards(decoder.mesh),)
-    config = dataclasses.replace(config, slots=clients, slot_buckets=slots, queue=clients)
+    shards = num_shards(decoder.mesh)
+    slots = round_up(clients, shards)
+    config = dataclasses.replace(
+        config, slots=slots, slot_buckets=(slots // shards,), queue=clients
+    )
     profile: Profile | None = None
     with contextlib.ExitStack() as stack:
         engines = {}

@@ -202,7 +202,7 @@ def engine_for(decoder: Decoder, limits: Request, slots: int, **options: Any) ->
     Args:
         decoder: models.
         limits: of the requests.
-        slots: conversations decoded together.
+        slots: conversations decoded together, rounded up to a multiple of the data shards.
         **options: of ``EngineConfig``.
     """
     config = config_for(decoder, [limits] * slots, slots=slots, **options)
@@ -212,7 +212,7 @@ def engine_for(decoder: Decoder, limits: Request, slots: int, **options: Any) ->
         config,
         positions=positions,
         position_buckets=(*buckets[:-1], round_up(positions + POSITION_STEP, POSITION_STEP)),
-        queue=2 * slots,
+        queue=2 * config.slots,
     )
     return Engine(dataclasses.replace(decoder, tokenizer=None), config)
 

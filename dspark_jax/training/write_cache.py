@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dspark_jax.checkpoints.load import ReadWeights, Target, open_target
 from dspark_jax.config import DrafterConfig, TrainConfig
@@ -14,7 +15,7 @@ from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete
 from dspark_jax.training.features import cache_spec, store, target_reader
 from dspark_jax.training.records import sha256
-from dspark_jax.training.run import drafter_config, load_sequences, open_source
+from dspark_jax.training.run import drafter_config, load_sequences, mesh_of, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,10 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     elif not is_complete(out, process, processes):
         first, end = (len(sequences) * i // processes for i in (process, process + 1))
         plans = data.bucket_batches(sequences, range(first, end), recipe)
-        params = read_weights(jnp.dtype(recipe.dtype), None)
-        read = target_reader(params, target.cfg, cfg)
+        mesh = mesh_of(recipe)
+        params = read_weights(jnp.dtype(recipe.dtype), mesh)
+        split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        read = target_reader(params, target.cfg, cfg, split)
         with CacheWriter(out, spec, process, processes) as writer:
             store(writer, sequences, plans, {i: i for i in range(first, end)}, recipe, read)
     return finish(out, spec, processes)
