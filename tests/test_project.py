@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import importlib.metadata
 import re
 import tomllib
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import dspark_jax
-from tests.tiny_model import few_sizes, write_drafter, write_target
+from dspark_jax.engine.config import EngineConfig
+from tests.tiny_model import BLOCK, few_sizes, write_drafter, write_target
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -74,6 +76,9 @@ def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
     tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
     monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
     monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
+    few = {"slot_buckets": (2,), "row_buckets": (BLOCK + 1,), "chunk_buckets": (1,)}
+    few_programs = functools.partial(EngineConfig, position_buckets=(576,), **few)
+    monkeypatch.setattr("dspark_jax.engine.config.EngineConfig", few_programs)
     blocks = code_blocks("python")
     assert len(blocks) == 3
     for block in blocks:
