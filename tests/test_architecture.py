@@ -55,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
             "models",
             "scheduler",
             "training",
-        )  # fmt: skip
+        )
     },
     "dspark_jax.model": {"pallas_kernels"}
     | {f"dspark_jax.{name}" for name in ("checkpoints", "engine", "rules", "scheduler")},
