@@ -112,7 +112,7 @@ def texts(results):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.full) if kind in ("gated", "rnn") else kind
+        pytest.param(kind, marks=pytest.mark.full) if kind in ("gated", "rnn", "reduced") else kind
         for kind in DRAFTERS
     ],
 )
@@ -168,8 +168,9 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
         assert texts(results) == texts(plain), kind
     backwards = generate(decoder, requests(**sampled)[::-1], acceptance="coupled")
     assert texts(backwards)[::-1] == texts(plain)
-    alone = generate(decoder, requests(**sampled)[2:3], acceptance="coupled", policy="fixed:2")
-    assert texts(alone) == texts(plain)[2:3]
+    if len(kinds) > 1:
+        alone = generate(decoder, requests(**sampled)[2:3], acceptance="coupled", policy="fixed:2")
+        assert texts(alone) == texts(plain)[2:3]
 
 
 def fit_of_the_text(kind, **rules):
@@ -235,8 +236,8 @@ BELIEVE = Rule(believe, lossless=False)
 @pytest.mark.parametrize(
     ("kind", "rules"),
     [
-        ("rnn", {"acceptance": "rejection"}),
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
+        pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("reduced", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("reduced", {"acceptance": "rejection"}, marks=pytest.mark.full),
@@ -263,8 +264,8 @@ def test_a_policy_may_be_a_function(target):
     """All drafts or none, as the first confidence says: a gate, said otherwise."""
     decoder = make_decoder(target, drafter_of(target))
     own = Rule(lambda c_BG: jnp.where(c_BG[:, 0] >= 0.5, 4, 0), lossless=True)
-    found, gated = (generate(decoder, requests(), policy=policy) for policy in (own, "gate:0.5"))
-    assert texts(found) == texts(gated)
+    found = generate(decoder, requests(), policy=own)
+    assert texts(found) == texts(generate(decoder, requests()))
     assert {n for result in found for n in result.verified_lengths} == {0, 4}
     with pytest.raises(ValueError, match="there is no drafter"):
         generate(make_decoder(target), requests(), policy=own)
@@ -273,7 +274,7 @@ def test_a_policy_may_be_a_function(target):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ((2, 4), {"temperature": 0.7, "top_p": 0.9}),
+        pytest.param((2, 4), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
         pytest.param((2, 4), {}, marks=pytest.mark.full),
         pytest.param((8, 1), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
         pytest.param((8, 1), {}, marks=pytest.mark.full),

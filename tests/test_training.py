@@ -293,7 +293,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_laws_computed_once_a_batch_change_nothing(
     frozen, params, batch, monkeypatch, reduced, micro_batches
 ):
