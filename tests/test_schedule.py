@@ -290,6 +290,14 @@ def test_good_drafts_are_always_drafted():
     assert (run_switch(lambda _: GOOD, 300) > 0).all()
 
 
+def test_a_text_that_does_not_pay_is_plain_after_a_few_rounds():
+    """Reports are two rounds late: `EARLY` drafts, and those that were under way."""
+    chosen = run_switch(lambda _: BAD, 60, np.arange(B) < 1)
+    assert (chosen > 0).sum() <= budget.EARLY + 3
+    assert (chosen[budget.EARLY + 3 : budget.SHORTEST_PAUSE] == 0).all()
+    assert (chosen[:2] <= 1).all()  # nothing is known yet: few drafts, as if half of them stood
+
+
 @pytest.mark.parametrize("num_active", [1, B])
 def test_probing_bad_drafts_costs_a_share_of_the_time_and_no_more(num_active):
     chosen = run_switch(lambda _: BAD, 10_000, np.arange(B) < num_active)[100:]

@@ -55,6 +55,7 @@ class Programs:
     policy: Policy
     ladder: Ladder
     _known: dict[Any, Program] = field(default_factory=dict)
+    _placed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Let go of the weights themselves."""
@@ -173,11 +174,18 @@ class Programs:
         return jax.device_put(values, None if mesh is None else NamedSharding(mesh, spec))
 
     def round_input(self, plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:
-        """A plan on the devices; ``temperature_BG`` as in :class:`RoundInput`."""
-        given = round_input(plan, temperature_BG)
-        return RoundInput(
-            **{name: self.put(value, getattr(GIVEN, name)) for name, value in vars(given).items()}
-        )
+        """A plan on the devices; ``temperature_BG`` as in :class:`RoundInput`.
+
+        What is as it was in the round before is there already.
+        """
+        placed = {}
+        for name, value in vars(round_input(plan, temperature_BG)).items():
+            before, there = self._placed.get(name, (None, None))
+            if not isinstance(value, np.ndarray) or not np.array_equal(before, value):
+                there = self.put(value, getattr(GIVEN, name))
+                self._placed[name] = value, there
+            placed[name] = there
+        return RoundInput(**placed)
 
     def idle_input(self, shape: Shape) -> RoundInput:
         """What a round is told where no slot is taken; drafts, if they are given, are zeros."""

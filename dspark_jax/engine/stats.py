@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
-
-import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.scheduler.history import decided_drafts
@@ -24,14 +22,14 @@ class Stats:
         accepted_length: committed tokens of a request and round since the engine began, the first
             round of each request aside; 0 before there is one.
         accept_rate_by_position: of the drafts of each position that were decided about, the share
-            that was accepted; None where there were none.
+            that was accepted; as far as there were any.
     """
 
     running: int
     waiting: int
     tokens_per_s: float
     accepted_length: float
-    accept_rate_by_position: tuple[float | None, ...]
+    accept_rate_by_position: tuple[float, ...]
 
 
 class Tally:
@@ -45,7 +43,7 @@ class Tally:
         self.tokens = 0
         self._recent: deque[tuple[float, int]] = deque()
         self._committed = self._rounds = 0
-        self._decided_G = self._accepted_G = np.zeros(0, int)
+        self._decided, self._accepted = Counter[int](), Counter[int]()
 
     def read(self, report: RoundReport, slot: int, first: bool, now_s: float) -> None:
         """One request of one round, on a monotonic clock."""
@@ -57,18 +55,17 @@ class Tally:
         if first:
             return
         self._committed, self._rounds = self._committed + count, self._rounds + 1
-        place_G = np.arange(max(len(self._decided_G), verified))
         decided = min(accepted + 1, decided_drafts(count, accepted, verified))
-        self._decided_G = _grown(self._decided_G, len(place_G)) + (place_G < decided)
-        self._accepted_G = _grown(self._accepted_G, len(place_G)) + (place_G < accepted)
+        self._decided.update(range(decided))
+        self._accepted.update(range(accepted))
 
     def stats(self, running: int, waiting: int, now_s: float) -> Stats:
         """All of it."""
         self._forget(now_s)
         seconds = max(now_s - self._recent[0][0], 1e-3) if self._recent else 1.0
         rates = (
-            round(float(hits / tries), 4) if tries else None
-            for hits, tries in zip(self._accepted_G, self._decided_G, strict=True)
+            round(self._accepted[place] / self._decided[place], 4)
+            for place in sorted(self._decided)
         )
         return Stats(
             running,
@@ -81,7 +78,3 @@ class Tally:
     def _forget(self, now_s: float) -> None:
         while self._recent and self._recent[0][0] < now_s - WINDOW_S:
             self._recent.popleft()
-
-
-def _grown(count_G: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(count_G, (0, size - len(count_G)))

@@ -31,6 +31,8 @@ import numpy as np
 
 MARGIN = 0.03  # drafting that starts anew must promise this much more tokens a second
 EVIDENCE = 16  # request-rounds behind a verdict on drafting
+EARLY = 4  # behind one that hardly any evidence could change
+PRIOR = 0.5  # chance of each draft before any was seen; it weighs as much as `EARLY` of them
 CARRY = 0.5  # of what sets a request apart from the others, that is left after two rounds
 WINDOW = 128  # request-rounds that the verdict remembers
 PROBE_SHARE = 0.005  # of the time, that probes may cost while drafting does not pay
@@ -186,8 +188,7 @@ def choose_bucket(
         switch: as returned for the round before; ``DraftSwitch()`` at first.
         survival_BG: float, that of the round two back.
         known_B: bool, rows of it that were drafted for the request now in the slot. They are
-            taken `CARRY` of the way from the mean of what was seen, and others are that mean; 1
-            where nothing was seen.
+            taken `CARRY` of the way from the mean of what was seen, and others are that mean.
         active_B: bool, requests that the round decodes.
         costs: seconds of every choice.
         min_tokens_per_s_user: as for `best_bucket`.
@@ -197,8 +198,9 @@ def choose_bucket(
     """
     new = tuple(map(tuple, survival_BG[known_B & active_B].tolist()))
     switch = dataclasses.replace(switch, seen=(*switch.seen, *new)[-WINDOW:])
-    seen_NG = np.array(switch.seen) if switch.seen else np.ones((1, survival_BG.shape[1]))
-    mean_G = seen_NG.mean(axis=0)
+    prior_G = PRIOR ** np.arange(1, survival_BG.shape[1] + 1)
+    seen_NG = np.array(switch.seen).reshape(-1, len(prior_G))
+    mean_G = (EARLY * prior_G + seen_NG.sum(axis=0)) / (EARLY + len(seen_NG))
     carried_BG = np.where(known_B[:, None], CARRY * (survival_BG - mean_G), 0)
     likely_BG = (mean_G + carried_BG)[active_B]
     scores_K1 = _scores(likely_BG[None], costs, min_tokens_per_s_user)
@@ -206,10 +208,25 @@ def choose_bucket(
     if scores_K1[best] <= 0:
         return switch, 0
     num_active = len(likely_BG)
-    if len(switch.seen) >= EVIDENCE:
+    if (
+        len(switch.seen) >= EVIDENCE
+        or not switch.drafting
+        or _is_hopeless(seen_NG, num_active, costs)
+    ):
         expected_K1 = _scores(_batches(seen_NG, num_active), costs, min_tokens_per_s_user)
         switch = _next_switch(switch, expected_K1, num_active, costs)
     return switch, best if switch.drafts else 0
+
+
+def _is_hopeless(seen_NG: np.ndarray, num_requests: int, costs: RoundCosts) -> bool:
+    """Whether drafts would not pay even if the little that was seen were too low by its standard
+    error: a text must not be slow until there is enough evidence that it is."""
+    if len(seen_NG) < EARLY:
+        return False
+    hoped_G = seen_NG.mean(axis=0) + seen_NG.std(axis=0, ddof=1) / math.sqrt(len(seen_NG))
+    hoped_BG = np.minimum.accumulate(np.tile(hoped_G, (num_requests, 1)), axis=1)
+    undrafted, *drafted = _scores(hoped_BG[None], costs, 0.0)
+    return max(drafted) < undrafted
 
 
 def _batches(seen_NG: np.ndarray, num_requests: int) -> np.ndarray:
