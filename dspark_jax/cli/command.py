@@ -1,7 +1,7 @@
 """The ``dspark`` command: one function a subcommand, jax and the models loaded when needed.
 
-Exit codes: 0 success; 1 numbers that are not finite; 2 wrong input, said in one line on stderr;
-130 interrupted; 141 nobody reads the output any more.
+Exit codes: 0 success; 1 numbers that are not finite, or a device that fails; 2 wrong input, said in
+one line on stderr; 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         except KeyboardInterrupt as stop:
             return _fail(130, str(stop) or "interrupted")
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError) as error:  # of numbers, of a device
             return _fail(1, str(error))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

@@ -13,7 +13,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence, Set
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -65,6 +64,7 @@ class Loop:
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
+        self._plan: HostPlan | None = None
         self._switch = DraftSwitch()
         self._history = History(self._config.recalibrate)
         self._numbers, self._generations = itertools.count(), itertools.count()
@@ -83,7 +83,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self._in_flight or self._queue or self._tenants)
+        return bool(self._in_flight or self._queue or self._tenants or self._plan)
 
     def add(self, tenant: Tenant, priority: int) -> None:
         """Queue a request: higher priorities first, then by arrival."""
@@ -91,12 +91,19 @@ class Loop:
 
     def step(self) -> None:
         """Plan and launch a round, after reading the round before the last."""
-        self.suspects = []
-        while len(self._in_flight) >= IN_FLIGHT:
-            self._read_oldest()
-        if self._in_flight and not self._next_round_is_needed():
-            self.settle()
-        plan = self._make_plan()
+        plan, self._plan = self._plan, None
+        if plan is None:
+            self.suspects = []
+            while len(self._in_flight) >= IN_FLIGHT:
+                self._read_oldest()
+            if self._in_flight and not self._next_round_is_needed():
+                self.settle()
+            plan = self._make_plan()
+            if plan is not None and self._in_flight and not self._programs.ready(plan.shape):
+                joined, self.suspects = self.suspects, []
+                self.settle()  # nobody waits for a compiler to hear what was decided before
+                self._plan, self.suspects = plan, joined
+                return
         if plan is not None:
             self._launch(plan)
 
@@ -109,7 +116,7 @@ class Loop:
         """Cancel everything and let go of the state."""
         for tenant in self._everybody():
             tenant.mailbox.cancel()
-        self._queue, self._tenants, self._state = [], [], None
+        self._queue, self._tenants, self._state, self._plan = [], [], None, None
         self._in_flight.clear()
 
     def start_over(self) -> None:
@@ -119,7 +126,7 @@ class Loop:
         what they would have been; under rejection they keep their distribution.
         """
         self._in_flight.clear()
-        self._state, self._waited = None, False
+        self._state, self._plan, self._waited = None, None, False
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         for tenant in self._tenants:
             tenant.leave()
@@ -310,8 +317,6 @@ class Loop:
         if self._policy.kind == "causal" and shape.num_draft:
             shape, given = self._draft_ahead(plan.number, state, given, shape)
         ready = programs.ready(shape)
-        if not ready:  # the rounds in flight will be over long before they are read
-            self._in_flight = deque(replace(done, steady=False) for done in self._in_flight)
         self._state, report = programs.round(shape)(self.weights, state, given)
         columns, members = shape.num_draft + 1, []
         for tenant in self._tenants:

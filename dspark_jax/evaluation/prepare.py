@@ -40,6 +40,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
+from dspark_jax.evaluation.results import sound
 from dspark_jax.progress import progress
 from pallas_kernels import random
 
@@ -276,13 +277,11 @@ def _request(dialogue: Dialogue) -> Request:
 
 
 def close_answer(dialogue: Dialogue, result: Generation, tokenizer: Any) -> None:
-    """The answer to the open question.
-
-    Raises:
-        FloatingPointError: the target's logits were not finite.
-    """
-    if result.finish_reason == "error":
-        raise FloatingPointError(f"{dialogue.origin}: {result.error}")
+    """The answer to the open question; raises what :func:`sound` does, with the origin."""
+    try:
+        sound(result)
+    except (FloatingPointError, RuntimeError) as error:
+        raise type(error)(f"{dialogue.origin}: {error}") from error
     text = TextStream(tokenizer)
     content = text.push(result.token_ids) + text.finish()
     dialogue.answer = result

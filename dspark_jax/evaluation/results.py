@@ -30,11 +30,14 @@ def sound(result: Generation) -> Generation:
     """A result that did not end in an error.
 
     Raises:
-        Exception: the error, if it did: a FloatingPointError where the target's logits are not
-            finite.
+        FloatingPointError: it did, because the target's logits are not finite.
+        RuntimeError: it did, for another reason.
     """
-    if result.error is not None:
-        raise result.error
+    error = result.error
+    if isinstance(error, FloatingPointError):
+        raise error
+    if error is not None:
+        raise RuntimeError(f"a request failed: {type(error).__name__}: {error}") from error
     return result
 
 
