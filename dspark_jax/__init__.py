@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dspark_jax.engine.engine import Engine
     from dspark_jax.engine.reader import Generation, RoundTrace
     from dspark_jax.engine.request import Request
-    from dspark_jax.engine.round import decode_round
+    from dspark_jax.engine.round import accept, decode_round, draft, plan_lengths, rank
     from dspark_jax.engine.stats import Stats
     from dspark_jax.engine.stream import Event
     from dspark_jax.evaluation.confidence import calibrate
@@ -40,11 +40,15 @@ __all__ = [
     "Rule",
     "Stats",
     "TrainConfig",
+    "accept",
     "calibrate",
     "decode_round",
+    "draft",
     "fit",
     "load",
     "make_mesh",
+    "plan_lengths",
+    "rank",
 ]
 
 _HOMES = {
@@ -54,7 +58,7 @@ _HOMES = {
     "engine.engine": ("Engine",),
     "engine.reader": ("Generation", "RoundTrace"),
     "engine.request": ("Request",),
-    "engine.round": ("decode_round",),
+    "engine.round": ("accept", "decode_round", "draft", "plan_lengths", "rank"),
     "engine.stats": ("Stats",),
     "engine.stream": ("Event",),
     "evaluation.confidence": ("calibrate",),

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import doctest
 import functools
 import importlib.metadata
 import re
@@ -70,8 +71,19 @@ def test_pseudocode_in_readme_calls_functions_that_exist():
     assert called <= defined, f"unknown to the code: {sorted(called - defined)}"
 
 
+def docstring_examples():
+    """(path, source) of the examples in each docstring of the packages."""
+    for package in ("dspark_jax", "pallas_kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    found = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+                    if found:
+                        yield str(path), "".join(example.source for example in found)
+
+
 @pytest.mark.usefixtures("own_cache")
-def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
+def test_python_in_readme_and_docstrings_runs(monkeypatch, tmp_path, capsys):
     """Every block as it stands, with a tiny model in the default one's place."""
     tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
     monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
@@ -84,3 +96,7 @@ def test_python_in_readme_runs(monkeypatch, tmp_path, capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
         assert len(capsys.readouterr().out) > 20
+    examples = list(docstring_examples())
+    assert examples
+    for path, source in examples:
+        exec(compile(source, path, "exec"), {"dspark_jax": dspark_jax})
