@@ -62,9 +62,8 @@ class Programs:
         shapes = jax.tree.map(_abstract, self.decoder.weights)
         object.__setattr__(self, "decoder", replace(self.decoder, weights=shapes))
 
-    def compile(self, stop: Callable[[], bool] = lambda: False) -> int:
-        """Compile everything, with a progress bar, until ``stop()``; returns how many programs
-        there are."""
+    def compile(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Compile everything, with a progress bar, until ``stop()``."""
         sizes = self.sizes()
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
         todo += [(self.round, (shape,)) for size in sizes for shape in self.shapes(size)]
@@ -80,7 +79,6 @@ class Programs:
             if stop():
                 break
             program(*args)
-        return len(todo)
 
     def sizes(self) -> list[Sizes]:
         """Of all states."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.rules import AcceptanceRule, Rule
@@ -75,7 +76,7 @@ def config_for(
     context = decoder.target.max_positions
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
     positions = min(round_up(longest, POSITIONS), context)
-    shards = 1 if decoder.mesh is None else int(decoder.mesh.shape["data"])
+    shards = num_shards(decoder.mesh)
     slots = round_up(min(slots, len(requests)), shards)
     room = round_up(positions + POSITION_STEP, POSITION_STEP)
     stop_ids = max(len(request.stop_ids) for request in requests) + len(decoder.stop_ids)

@@ -180,7 +180,7 @@ class Loop:
                 tenant.mailbox.fail(error)
             if tenant.reader.result.finish_reason:
                 tenant.reader.result.seconds = now_s - tenant.since_s
-                self.drop(tenant)
+                self._tenants.remove(tenant)
         self._history = record(self._history, done.number, drafted)
 
     def _read_one(
