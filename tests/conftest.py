@@ -48,6 +48,16 @@ def own_cache(tmp_path_factory, monkeypatch):
     return directory
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny target and its drafter on disk, as arguments of a command."""
+    from tests.tiny_model import write_drafter, write_target
+
+    folder = tmp_path_factory.mktemp("models")
+    target, drafter = write_target(folder / "target"), write_drafter(folder / "drafter")
+    return ["--target", str(target), "--drafter", str(drafter)]
+
+
 @pytest.fixture(scope="session")
 def emulated_devices():
     """The devices that sharding tests build their meshes from."""

@@ -10,7 +10,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.evaluation import acceptance, results
 from dspark_jax.evaluation.acceptance import compare, summarise
 from dspark_jax.evaluation.prompts import read_prompt_sets
-from tests.tiny_model import BLOCK, write_drafter, write_target
+from tests.tiny_model import BLOCK
 
 ROW = {
     "set",
@@ -24,13 +24,6 @@ ROW = {
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    target, drafter = write_target(folder / "target"), write_drafter(folder / "drafter")
-    return ["--target", str(target), "--drafter", str(drafter)]
 
 
 @pytest.fixture

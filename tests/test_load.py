@@ -12,7 +12,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import load, pictures
 from dspark_jax.evaluation.load import Run
-from tests.tiny_model import BLOCK, write_drafter, write_target
+from tests.tiny_model import BLOCK
 
 ROW = {
     "concurrency",
@@ -26,13 +26,6 @@ ROW = {
     "undrafted_share",
 }
 RATIO = {"concurrency", "policy", "over", "ratio", "ratio_low", "ratio_high"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    target, drafter = write_target(folder / "target"), write_drafter(folder / "drafter")
-    return ["--target", str(target), "--drafter", str(drafter)]
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -10,23 +10,12 @@ import sys
 import pytest
 
 from dspark_jax.cli import command as cli
-from tests.tiny_model import write_drafter, write_target
 
 PROMPTS = ("hello", "two more")
 CODE = "import sys; from dspark_jax.cli.command import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch):
-    """A cache of this process's programs would outlive the test."""
-    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    target, drafter = write_target(folder / "target"), write_drafter(folder / "drafter")
-    return ["--target", str(target), "--drafter", str(drafter)]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
