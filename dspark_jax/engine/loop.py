@@ -28,7 +28,7 @@ from dspark_jax.engine.state import DecodeState, slot_values
 from dspark_jax.engine.stats import Tally
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
 from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
-from dspark_jax.scheduler.history import Drafted, History, Kind, advance, record
+from dspark_jax.scheduler.history import Drafted, History, Kind, Promise, advance, record
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -286,6 +286,7 @@ class Loop:
                 temperatures[tenant.kind],
                 history.logits.get(tenant.generation),
                 tenant.generation in history.fresh,
+                history.promises.get(tenant.kind, Promise()).kept,
             )
             for tenant in self._tenants
             if tenant.decoding

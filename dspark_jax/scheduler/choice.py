@@ -29,6 +29,7 @@ class Seat:
         logit_G: float32 confidence logits, the newest that are at least two rounds old; None where
             there are none.
         fresh: whether they are those of two rounds ago.
+        kept: accepted drafts as a share of those that such confidences promised.
     """
 
     shard: int
@@ -36,6 +37,7 @@ class Seat:
     temperature_G: np.ndarray
     logit_G: np.ndarray | None
     fresh: bool
+    kept: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _delayed(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[Dra
     survival_BG = np.ones((len(known_B), policy.num_draft))
     for row, seat in enumerate(outlook.seats):
         if seat.fresh and seat.logit_G is not None:
-            survival_BG[row] = _survival(seat.logit_G, seat.temperature_G)
+            promised_G = _survival(seat.logit_G, seat.temperature_G)
+            survival_BG[row] = np.minimum(seat.kept * promised_G, 1)
     active_B = np.ones(len(known_B), bool)
     switch, choice = choose_bucket(
         switch, survival_BG, known_B, active_B, outlook.costs, outlook.floor

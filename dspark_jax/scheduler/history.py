@@ -7,13 +7,21 @@ their number, when they are `DELAY` old, and not when their reports arrive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dspark_jax.scheduler.choice import DELAY
-from dspark_jax.scheduler.temperatures import OnlineCalibration, observe, start_online
+from dspark_jax.scheduler.temperatures import (
+    OnlineCalibration,
+    observe,
+    predicted_survival,
+    start_online,
+)
+
+DOUBT = 8.0  # accepted drafts, as many as predicted, that a request kind is credited with at first
+WINDOW = 512.0  # predicted accepted drafts that are remembered
 
 # Whose outcomes say something about each other's confidences: requests that are greedy or not, and
 # that start from the same temperatures.
@@ -37,6 +45,25 @@ class Drafted:
     decided: int
 
 
+@dataclass(frozen=True)
+class Promise:
+    """How far confidences have kept what they promised. Texts that a drafter was not made for are
+    promised too much for, and whether drafts pay at all hangs on a few hundredths.
+
+    Attributes:
+        predicted: drafts that the confidences said would be accepted, of those decided about.
+        accepted: how many were; both fade.
+    """
+
+    predicted: float = 0.0
+    accepted: float = 0.0
+
+    @property
+    def kept(self) -> float:
+        """The factor between the two, near 1 while little is known."""
+        return (DOUBT + self.accepted) / (DOUBT + self.predicted)
+
+
 @dataclass(frozen=True, eq=False)
 class History:
     """Past rounds. Requests go by their generation, which no other request ever has.
@@ -46,6 +73,7 @@ class History:
         waiting: numbers and drafts of rounds that are too new to be used.
         logits: the newest confidences of each request that may be used.
         fresh: requests whose confidences are those of `DELAY` rounds ago.
+        promises: how far the confidences of each kind can be believed.
         online: what is known about the temperatures of each kind.
     """
 
@@ -53,6 +81,7 @@ class History:
     waiting: tuple[tuple[int, Mapping[int, Drafted]], ...] = ()
     logits: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
     fresh: frozenset[int] = frozenset()
+    promises: Mapping[Kind, Promise] = dataclasses.field(default_factory=dict)
     online: Mapping[Kind, OnlineCalibration] = dataclasses.field(default_factory=dict)
 
     def temperature_G(self, kind: Kind) -> np.ndarray:
@@ -86,12 +115,15 @@ def advance(history: History, number: int, present: Collection[int]) -> History:
         present: requests that the engine serves; the confidences of others are forgotten.
     """
     usable = [entry for entry in history.waiting if entry[0] <= number - DELAY]
-    logits, online = dict(history.logits), dict(history.online)
+    logits, online, promises = dict(history.logits), dict(history.online), dict(history.promises)
     fresh: frozenset[int] = frozenset()
     for seen, drafted in usable:
         logits |= {request: draft.logit_G for request, draft in drafted.items()}
         if seen == number - DELAY:
             fresh = frozenset(drafted)
+        for draft in drafted.values():
+            before = promises.get(draft.kind, Promise())
+            promises[draft.kind] = _observed_promise(before, draft, history.temperature_G)
         if history.recalibrates:
             online |= _observed(online, list(drafted.values()))
     return dataclasses.replace(
@@ -99,8 +131,21 @@ def advance(history: History, number: int, present: Collection[int]) -> History:
         waiting=history.waiting[len(usable) :],
         logits={request: logits[request] for request in present if request in logits},
         fresh=fresh,
+        promises=promises,
         online=online,
     )
+
+
+def _observed_promise(
+    promise: Promise, draft: Drafted, temperature_G: Callable[[Kind], np.ndarray]
+) -> Promise:
+    """What one draft adds."""
+    survival_G = predicted_survival(draft.logit_G[None], temperature_G(draft.kind))[0]
+    predicted = float(survival_G[: draft.decided].sum())
+    if not np.isfinite(predicted):
+        return promise
+    left = 1 - predicted / WINDOW
+    return Promise(promise.predicted * left + predicted, promise.accepted * left + draft.accepted)
 
 
 def _observed(
