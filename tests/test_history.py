@@ -7,7 +7,14 @@ import pytest
 
 from dspark_jax.engine.reader import drafted_by
 from dspark_jax.scheduler import temperatures
-from dspark_jax.scheduler.history import Drafted, History, advance, record
+from dspark_jax.scheduler.history import (
+    Drafted,
+    History,
+    Promise,
+    advance,
+    keep_promise,
+    record,
+)
 
 GREEDY, SAMPLED = (True, (1.0, 1.0)), (False, (2.0, 0.5))
 
@@ -107,3 +114,24 @@ def test_an_accepted_stop_token_is_the_last_that_was_decided_about():
     )
     decided = [drafted_by(GREEDY, report, slot).decided for slot in range(3)]
     assert decided == [1, 2, 2]
+
+
+def test_confidences_are_believed_as_far_as_they_kept_what_they_promised():
+    promise, survival = Promise(), np.array([[0.9, 0.8], [np.nan, 0.1]])
+    assert promise.kept == 1
+    for _ in range(200):
+        promise = keep_promise(promise, survival, np.array([2, 1]), np.array([1, 1]))
+    assert 0 < promise.kept - 1 / 1.7 < 0.02  # the credit is left; the second request says nothing
+    unread = keep_promise(promise, survival, np.array([0, 0]), np.array([0, 0]))
+    assert unread == promise
+    for _ in range(2000):
+        promise = keep_promise(promise, survival, np.array([1, 0]), np.array([1, 0]))
+    assert promise.kept > 1.05  # what is long past is forgotten
+
+
+def test_greedy_and_sampled_requests_have_promises_of_their_own():
+    history = record(History(), 0, {7: drafted(2.0, GREEDY, 0), 8: drafted(2.0, SAMPLED, 2)})
+    early = advance(history, 1, [7, 8])
+    assert not early.promises  # of a round that is too new
+    found = advance(early, 2, [7, 8]).promises
+    assert found[GREEDY].kept < 1 < found[SAMPLED].kept

@@ -34,6 +34,7 @@ from dspark_jax.scheduler.budget import (
     steps_per_s,
 )
 from dspark_jax.scheduler.calibration import Calibration, confidence_temperatures
+from dspark_jax.scheduler.history import Promise, keep_promise
 from dspark_jax.scheduler.temperatures import predicted_survival
 
 LOSSY = ("oracle", "argmax", "delayed:0")  # the draft of a slot has a say in whether it is verified
@@ -273,14 +274,23 @@ def _delayed(delay: int, switch: DraftSwitch) -> Callable[[Batch, RoundCosts], D
     def decide(batch: Batch, costs: RoundCosts) -> Decisions:
         num_rounds, num_requests = batch.accepted_RB.shape
         everybody_B = np.ones(num_requests, bool)
-        now, drafted = switch, np.zeros(num_rounds, bool)
-        rows_R = np.zeros(num_rounds, int)
+        now, promise, drafted = switch, Promise(), np.zeros(num_rounds, bool)
+        rows_R, length_RB = np.zeros(num_rounds, int), np.zeros_like(batch.accepted_RB)
         for t in range(num_rounds):
             drafted[t] = now.drafts and delay == 0
             past = t - delay  # before the first round, the last one, which has not drafted yet
             known_B = drafted[past] & (batch.request_RB[past] == batch.request_RB[t])
-            now, choice = choose_bucket(now, batch.survival_RBG[past], known_B, everybody_B, costs)
+            seen = t - max(delay, 1)  # outcomes are never known before the round
+            if seen >= 0:
+                accepted_B = np.minimum(batch.accepted_RB[seen], length_RB[seen])
+                survival_BG = batch.survival_RBG[seen]
+                promise = keep_promise(promise, survival_BG, length_RB[seen], accepted_B)
+            believed_BG = np.minimum(promise.kept * batch.survival_RBG[past], 1)
+            now, choice = choose_bucket(now, believed_BG, known_B, everybody_B, costs)
             rows_R[t] = costs.buckets[choice - 1] if choice else 0
+            if choice:
+                budget_R = rows_R[t : t + 1] - num_requests
+                length_RB[t] = _selected(batch.survival_RBG[t : t + 1], budget_R)[0]
             drafted[t] |= choice > 0
         return _drafted(batch, costs, rows_R, drafted)
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MARGIN = 0.03  # drafting that starts anew must promise this much more tokens a second
-EVIDENCE = 16  # request-rounds behind a verdict on drafting
-EARLY = 4  # behind one that hardly any evidence could change
+EVIDENCE = 8  # request-rounds behind a verdict on drafting
+EARLY = 2  # behind one that hardly any evidence could change
 PRIOR = 0.5  # chance of each draft before any was seen; it weighs as much as `EARLY` of them
 CARRY = 0.5  # of what sets a request apart from the others, that is left after two rounds
 WINDOW = 128  # request-rounds that the verdict remembers

@@ -7,7 +7,7 @@ their number, when they are `DELAY` old, and not when their reports arrive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from dspark_jax.scheduler.temperatures import (
     start_online,
 )
 
-DOUBT = 8.0  # accepted drafts, as many as predicted, that a request kind is credited with at first
+CREDIT = 8.0  # drafts predicted and accepted that every kind of request is credited with at first
 WINDOW = 512.0  # predicted accepted drafts that are remembered
 
 # Whose outcomes say something about each other's confidences: requests that are greedy or not, and
@@ -61,7 +61,7 @@ class Promise:
     @property
     def kept(self) -> float:
         """The factor between the two, near 1 while little is known."""
-        return (DOUBT + self.accepted) / (DOUBT + self.predicted)
+        return (CREDIT + self.accepted) / (CREDIT + self.predicted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,13 @@ def advance(history: History, number: int, present: Collection[int]) -> History:
         if seen == number - DELAY:
             fresh = frozenset(drafted)
         for draft in drafted.values():
-            before = promises.get(draft.kind, Promise())
-            promises[draft.kind] = _observed_promise(before, draft, history.temperature_G)
+            kind, logit_BG = draft.kind, draft.logit_G[None]
+            promises[kind] = keep_promise(
+                promises.get(kind, Promise()),
+                predicted_survival(logit_BG, history.temperature_G(kind)),
+                np.array([draft.decided]),
+                np.array([draft.accepted]),
+            )
         if history.recalibrates:
             online |= _observed(online, list(drafted.values()))
     return dataclasses.replace(
@@ -136,16 +141,26 @@ def advance(history: History, number: int, present: Collection[int]) -> History:
     )
 
 
-def _observed_promise(
-    promise: Promise, draft: Drafted, temperature_G: Callable[[Kind], np.ndarray]
+def keep_promise(
+    promise: Promise, survival_BG: np.ndarray, decided_B: np.ndarray, accepted_B: np.ndarray
 ) -> Promise:
-    """What one draft adds."""
-    survival_G = predicted_survival(draft.logit_G[None], temperature_G(draft.kind))[0]
-    predicted = float(survival_G[: draft.decided].sum())
-    if not np.isfinite(predicted):
-        return promise
-    left = 1 - predicted / WINDOW
-    return Promise(promise.predicted * left + predicted, promise.accepted * left + draft.accepted)
+    """What a round adds to what is known about its confidences.
+
+    Args:
+        promise: before.
+        survival_BG: float, by the confidences; requests with one that is not finite are left out.
+        decided_B: drafts that the target was asked about.
+        accepted_B: drafts accepted.
+    """
+    decided_BG = np.arange(survival_BG.shape[1]) < decided_B[:, None]
+    predicted_B = np.where(decided_BG, survival_BG, 0).sum(axis=1)
+    finite_B = np.isfinite(predicted_B)
+    predicted = float(predicted_B[finite_B].sum())
+    left = max(1 - predicted / WINDOW, 0)
+    return Promise(
+        promise.predicted * left + predicted,
+        promise.accepted * left + float(accepted_B[finite_B].sum()),
+    )
 
 
 def _observed(
