@@ -15,7 +15,7 @@ from scipy import stats
 
 from dspark_jax.axes import make_mesh
 from dspark_jax.checkpoints.deepspec import bind_vocab
-from dspark_jax.engine import executables
+from dspark_jax.engine import executables, loop
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
@@ -29,6 +29,7 @@ from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import unembed
 from dspark_jax.scheduler import temperatures
+from dspark_jax.scheduler.budget import DraftSwitch
 from dspark_jax.scheduler.profile import make_profile
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape, Sizes
@@ -186,6 +187,23 @@ def test_an_engine_learns_whether_drafts_pay(monkeypatch, drafted_s, drafts):
     served.run()
     verified = np.array([n for stream in streams for n in stream.result.verified_lengths])
     assert (np.mean(verified > 0) > 0.5) == drafts
+
+
+def test_what_one_text_taught_about_drafts_decides_nothing_about_the_next(monkeypatch):
+    switches, choose = [], loop.choose_rows
+    monkeypatch.setattr(
+        loop,
+        "choose_rows",
+        lambda policy, *about: switches.append(about[0]) or choose(policy, *about),
+    )
+    served = engine(smooth=100, policy="delayed")
+    for count in (3, 5):
+        switches.clear()
+        streams = [served.submit(request) for request in requests(count)]
+        served.run()
+        assert all(stream.result.finish_reason for stream in streams)
+        assert switches[0] == DraftSwitch()
+        assert all(switch.seen for switch in switches[4:])  # who joins others changes nothing
 
 
 @pytest.mark.full

@@ -49,10 +49,10 @@ def test_what_was_never_seen_costs_what_it_cannot_undercut():
     assert clock.costs().verify_s_K == (1.0, 1.0)  # so that it is tried
     clock.run(drafted(4), 1.5)
     assert clock.costs().verify_s_K == (1.5, 1.5)
-    clock.run(drafted(8), 1.4)  # by noise: more rows never cost less
-    assert clock.costs().verify_s_K == (1.5, 1.5)
+    clock.run(drafted(8), 1.25)  # more rows never cost less: the others were slow by chance
+    assert clock.costs().verify_s_K == (1.25, 1.25)
     clock.run(plain(LARGE), 1.2)
-    assert clock.costs(LARGE).verify_s_K == (1.5, 1.5)
+    assert clock.costs(LARGE).verify_s_K == (1.25, 1.25)
     costs = clock.costs(num_shards=3)
     assert (costs.buckets, costs.draft_s, costs.undrafted_s) == ((12, 24), 0.0, 1.0)
 

@@ -222,6 +222,8 @@ class Loop:
         num_chunks = fit(max(map(len, chunks)), (0, *self._ladder.chunks))
         number, num_rows = next(self._numbers), 0
         if self._policy.num_draft:
+            if len(joining) == len(self._tenants):  # what is known is about texts that are over
+                self._switch = DraftSwitch()
             outlook = self._outlook(number, drafted, num_chunks)
             if outlook.costs is not None or not self._policy.needs_seconds:
                 self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)

@@ -4,6 +4,7 @@ Nobody waits for a measurement: an engine starts with what a profile says, or wi
 its rounds cost. Until it knows what plain rounds take, it decodes plainly. A round that was never
 seen is taken to cost what the dearest round that does no more costs, which it cannot undercut: so
 whatever might pay is tried, for as many rounds as its median needs, and judged by what it took.
+What was slow by chance costs no more than rounds that do more, or it would never be tried again.
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ class Seconds:
         while self._waiting and self._waiting[0][0] <= number - DELAY:
             _, shape, seconds = self._waiting.popleft()
             self._recent[shape].append(seconds)
-        known_s = self.known_s()
+        seen_s = self.known_s()
         plain = Shape(sizes, 0, sizes.slots, 0)
-        if plain not in known_s:
+        if plain not in seen_s:
             return None
+        # Others on the machine only ever add to what a round takes.
+        known_s = {
+            shape: min(s for other, s in seen_s.items() if holds(other, shape)) for shape in seen_s
+        }
         drafted = [Shape(sizes, num_draft, count, 0) for count in rows]
         return RoundCosts(
             buckets=tuple(num_shards * count for count in rows),
