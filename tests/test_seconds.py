@@ -57,7 +57,7 @@ def test_what_was_never_seen_costs_what_it_cannot_undercut():
     assert (costs.buckets, costs.draft_s, costs.undrafted_s) == ((12, 24), 0.0, 1.0)
 
 
-def test_the_median_of_recent_rounds_counts():
+def test_the_lower_quartile_of_recent_rounds_counts():
     clock = Clock()
     clock.run(plain(SMALL), 1.0, WINDOW)
     clock.run(plain(SMALL), 9.0, WINDOW // 2 - 1)  # somebody else needed the machine

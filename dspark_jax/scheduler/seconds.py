@@ -3,13 +3,12 @@
 Nobody waits for a measurement: an engine starts with what a profile says, or without knowing what
 its rounds cost. Until it knows what plain rounds take, it decodes plainly. A round that was never
 seen is taken to cost what the dearest round that does no more costs, which it cannot undercut: so
-whatever might pay is tried, for as many rounds as its median needs, and judged by what it took.
+whatever might pay is tried, for as many rounds as a verdict needs, and judged by what it took.
 What was slow by chance costs no more than rounds that do more, or it would never be tried again.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from dspark_jax.scheduler.budget import RoundCosts
 from dspark_jax.scheduler.choice import DELAY
 from dspark_jax.scheduler.shape import Shape, Sizes, holds
 
-WINDOW = 16  # recent rounds of a size, whose median counts
+WINDOW = 16  # recent rounds of a size, whose lower quartile counts
 ENOUGH = 3  # of them, for a verdict
 
 
@@ -74,7 +73,6 @@ class Seconds:
         plain = Shape(sizes, 0, sizes.slots, 0)
         if plain not in seen_s:
             return None
-        # Others on the machine only ever add to what a round takes.
         known_s = {
             shape: min(s for other, s in seen_s.items() if holds(other, shape)) for shape in seen_s
         }
@@ -89,9 +87,9 @@ class Seconds:
         )
 
     def known_s(self) -> dict[Shape, float]:
-        """Median seconds of the rounds of every size that is known."""
+        """Lower quartile of the seconds of the rounds of every size that is known."""
         recent_s = {
-            shape: statistics.median(recent)
+            shape: sorted(recent)[len(recent) // 4]  # others on the machine only ever add
             for shape, recent in self._recent.items()
             if len(recent) >= ENOUGH
         }
