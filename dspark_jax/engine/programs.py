@@ -57,14 +57,6 @@ def draft_program(
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
 
 
-def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Iterator[int]:
-    """Rows of a round's products beside those that are verified: of prompts and of the draft."""
-    if rows_per_chunk:
-        yield rows_per_chunk
-    if cfg.drafter is not None and cfg.num_draft:
-        yield form.num_slots * cfg.drafter.block_size
-
-
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
     """``admit(state, slot, values)``."""
     return jax.jit(functools.partial(_pinned, admit, form, mesh), donate_argnums=0)
@@ -78,6 +70,14 @@ def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeSt
         split = _by_data(form, mesh)
         step = _by_shard(step, form, mesh, (split, BY_SLOT), split)
     return jax.jit(step)
+
+
+def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Iterator[int]:
+    """Rows of a round's products beside those that are verified: of prompts and of the draft."""
+    if rows_per_chunk:
+        yield rows_per_chunk
+    if cfg.drafter is not None and cfg.num_draft:
+        yield form.num_slots * cfg.drafter.block_size
 
 
 def _by_data(form: StateConfig, mesh: Mesh) -> DecodeState:

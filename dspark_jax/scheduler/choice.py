@@ -37,7 +37,7 @@ class Seat:
     temperature_G: np.ndarray
     logit_G: np.ndarray | None
     fresh: bool
-    kept: float = 1.0
+    kept: float
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ their number, when they are `DELAY` old, and not when their reports arrive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,16 +121,13 @@ def advance(history: History, number: int, present: Collection[int]) -> History:
         logits |= {request: draft.logit_G for request, draft in drafted.items()}
         if seen == number - DELAY:
             fresh = frozenset(drafted)
-        for draft in drafted.values():
-            kind, logit_BG = draft.kind, draft.logit_G[None]
-            promises[kind] = keep_promise(
-                promises.get(kind, Promise()),
-                predicted_survival(logit_BG, history.temperature_G(kind)),
-                np.array([draft.decided]),
-                np.array([draft.accepted]),
-            )
-        if history.recalibrates:
-            online |= _observed(online, list(drafted.values()))
+        for kind, logit_BG, decided_B, accepted_B in _by_kind(drafted.values()):
+            survival_BG = predicted_survival(logit_BG, history.temperature_G(kind))
+            promise = promises.get(kind, Promise())
+            promises[kind] = keep_promise(promise, survival_BG, decided_B, accepted_B)
+            if history.recalibrates:
+                known = online.get(kind) or start_online(np.array(kind[1]))
+                online[kind] = observe(known, logit_BG, accepted_B, decided_B)
     return dataclasses.replace(
         history,
         waiting=history.waiting[len(usable) :],
@@ -163,17 +160,15 @@ def keep_promise(
     )
 
 
-def _observed(
-    online: Mapping[Kind, OnlineCalibration], drafts: list[Drafted]
-) -> dict[Kind, OnlineCalibration]:
-    """What the drafts of a round add, kind by kind."""
-    found = {}
+def _by_kind(
+    drafts: Collection[Drafted],
+) -> Iterator[tuple[Kind, np.ndarray, np.ndarray, np.ndarray]]:
+    """The drafts of a round, kind by kind: logits [B, G], decided and accepted drafts [B]."""
     for kind in dict.fromkeys(draft.kind for draft in drafts):
         own = [draft for draft in drafts if draft.kind == kind]
-        found[kind] = observe(
-            online.get(kind) or start_online(np.array(kind[1])),
+        yield (
+            kind,
             np.stack([draft.logit_G for draft in own]),
-            np.array([draft.accepted for draft in own]),
             np.array([draft.decided for draft in own]),
+            np.array([draft.accepted for draft in own]),
         )
-    return found
