@@ -73,11 +73,12 @@ from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import join_target_parts
 from dspark_jax.checkpoints.load import load_target, open_target, read_drafter
-from dspark_jax.config import TrainConfig, override
+from dspark_jax.config import TrainConfig
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.answers import answer_until, plain_engine, questions
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines
 from dspark_jax.evaluation.prompts import read_prompts
+from dspark_jax.overrides import override
 from dspark_jax.training.fit import batches_of, evaluate, fit
 from dspark_jax.training.records import sha256
 from dspark_jax.training.run import check_kernels, open_source, start_run

@@ -7,7 +7,7 @@ axes of the sharding rules:
     G block size         C = G + 1              A anchors of a training sequence
     L layers             F feature layers       D width            M MLP width
     N query heads        K key/value heads      H head dimension   R Markov rank
-    V vocabulary         U draft vocabulary     E width of the target's features (= D)
+    V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
     X any leading axes
 
@@ -45,11 +45,13 @@ class Param:
         init: ``"normal"`` (standard deviation ``fan_in ** -0.5``), ``"embed"`` (standard
             deviation 0.02), ``"ones"`` or ``"zeros"``.
         fan_in: number of inputs that one output sums over (``"normal"`` only).
-        name: Hugging Face tensor name; ``{layer}`` stands for the layer where ``L`` is stacked.
+        name: Hugging Face tensor name; ``{layer}`` stands for the layer where ``L`` is stacked, and
+            ``{expert}`` for the expert where every one has a tensor of its own.
         file_axes: the axes in the order in which the file stores them (torch linear layers are
-            ``[out, in]``), without ``L``. Axes that the file fuses (heads and head dimension) are
-            adjacent there, so that a reshape separates them.
+            ``[out, in]``), without those that are ``spread``. Axes that the file fuses (heads and
+            head dimension) are adjacent there, so that a reshape separates them.
         file_rank: number of dimensions of the tensor in the file.
+        layers: which layers of the model are stacked, where they are.
     """
 
     axes: str
@@ -59,11 +61,17 @@ class Param:
     file_rank: int
     init: str = "normal"
     fan_in: int = 1
+    layers: range = range(0)
 
     @property
-    def stacked(self) -> bool:
-        """Whether the first axis is the stacked layer axis."""
-        return self.axes.startswith("L")
+    def spread(self) -> str:
+        """The leading axes that have a tensor in the file for each of their members."""
+        return _spread(self.axes, self.name)
+
+
+def _spread(axes: str, name: str) -> str:
+    spread = "L" if axes.startswith("L") else ""
+    return spread + "E" if "{expert}" in name else spread
 
 
 def declare(
@@ -73,26 +81,28 @@ def declare(
     *,
     out: str = "",
     init: str = "normal",
+    layers: range = range(0),
 ) -> Param:
     """A :class:`Param` with sizes looked up by axis letter.
 
     Args:
         axes: our layout, e.g. ``"LDNH"``.
-        sizes: axis letter -> size.
+        sizes: axis letter -> size; of ``L`` it is the number of ``layers``.
         name: Hugging Face tensor name.
         out: axes on the output side of a linear layer (``"NH"``); the file holds them, fused, in
             front of the fused inputs (of a bias: alone). Empty: the file holds our layout.
-        init: see :class:`Param`.
+        init, layers: see :class:`Param`.
     """
-    letters = axes.removeprefix("L")
+    letters = axes.removeprefix(_spread(axes, name))
     inputs = "".join(letter for letter in letters if letter not in out)
     if out:
         file_axes, file_rank = out + inputs, 2 if inputs else 1
     else:
         file_axes, file_rank = letters, len(letters)
     fan_in = math.prod(sizes[letter] for letter in inputs)
+    sizes = {**sizes, "L": len(layers)}
     shape = tuple(sizes[letter] for letter in axes)
-    return Param(axes, shape, name, file_axes, file_rank, init, fan_in)
+    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers)
 
 
 def is_param(leaf: object) -> bool:
@@ -199,32 +209,40 @@ MESH_RULES: Mapping[str, tuple[str, ...]] = {
     "D": ("fsdp",),
     "R": ("fsdp",),
     "I": ("fsdp",),
+    "E": ("expert",),
 }
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(
-    data: int = 1, tensor: int = 1, fsdp: int = 1, devices: Sequence[Any] | None = None
+    data: int = 1,
+    tensor: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the first ``data * fsdp * tensor`` devices.
+    """A (data, fsdp, expert, tensor) mesh over as many devices, the first ones.
 
     Args:
         data: parts of the batch, each with all parameters.
         tensor: parts of heads, MLP and vocabulary.
         fsdp: parts of the batch that share one copy of parameters and optimiser state (training).
+        expert: parts of the experts of every layer, all of which see the whole batch.
         devices: to choose from; None for all.
 
     Raises:
         ValueError: there are fewer devices than that.
     """
     devices = list(jax.devices() if devices is None else devices)
-    count = data * fsdp * tensor
-    if min(data, fsdp, tensor) < 1 or count > len(devices):
+    sizes = data, fsdp, expert, tensor
+    count = math.prod(sizes)
+    if min(sizes) < 1 or count > len(devices):
+        named = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices, "
+            f"mesh {named} needs {count} devices, "
             f"but {len(devices)} are here: choose sizes whose product is at most {len(devices)}"
         )
-    return Mesh(np.array(devices[:count]).reshape(data, fsdp, tensor), MESH_AXES)
+    return Mesh(np.array(devices[:count]).reshape(sizes), MESH_AXES)
 
 
 _replicated: set[tuple[str, int, int]] = set()

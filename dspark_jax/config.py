@@ -1,43 +1,56 @@
-"""Frozen configurations: targets, drafters, training; typed ``key=value`` overrides."""
+"""Frozen configurations: targets, drafters, training."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
 import itertools
 import math
-import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-ConfigT = TypeVar("ConfigT")
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding; ``factor`` > 1 selects the Llama-3 frequency scaling.
+    """Rotary embedding (``models/rope.py``), in the terms of transformers' ``rope_parameters``.
 
     Attributes:
         theta: base of the geometric series of frequencies.
-        factor: how much the low frequencies are slowed down; 1 is plain RoPE.
-        low_freq_factor, high_freq_factor: the band (in wavelengths per original context) that is
-            interpolated between slowed and plain frequencies.
+        kind: how the frequencies are scaled; "dynamic" and "longrope" up to the original length.
+        factor: how much the (low) frequencies are slowed down.
+        low_freq_factor, high_freq_factor: llama3's band (in wavelengths per original context) that
+            is interpolated between slowed and plain frequencies.
         original_max_positions: context length before the scaling.
+        beta_fast, beta_slow: YaRN's band, in turns over the original context.
+        truncate: whether that band ends at whole channels.
+        attention_factor: of cosines and sines.
+        rotated: the part of the channels that "proportional" rotates.
+        short_factors: longrope's divisors of the frequencies, one each.
     """
 
     theta: float = 10000.0
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    rotated: float = 1.0
+    short_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What target and drafter have in common: the sizes of a decoder block."""
+    """What target and drafter have in common: the sizes of a decoder block.
+
+    Attributes:
+        windows: of every layer, the positions that a row sees up to its own; 0 for all. Empty: all
+            in every layer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -52,6 +65,7 @@ class TransformerConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in (
@@ -68,6 +82,15 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise ValueError(
+                f"windows {self.windows} must name one of 0 or more for each of the "
+                f"{self.num_layers} layers"
+            )
+
+    def window(self, layer: int) -> int:
+        """How many positions a row of this layer sees; 0 for all."""
+        return self.windows[layer] if self.windows else 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,6 +124,7 @@ class DrafterConfig(TransformerConfig):
     ``vocab_size`` and ``hidden_size`` are the target's; everything else is the drafter's own.
 
     Attributes:
+        blocks: whose layers the blocks are made of, by ``model_type``; empty for Qwen3's.
         block_size: draft tokens a round, the paper's gamma.
         mask_token_id: the token that fills the block behind its anchor.
         target_layer_ids: strictly increasing feature layers; l is the residual stream after
@@ -115,6 +139,7 @@ class DrafterConfig(TransformerConfig):
         num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
     """
 
+    blocks: str = ""
     block_size: int = 7
     mask_token_id: int = 0
     target_layer_ids: tuple[int, ...] = (0,)
@@ -340,59 +365,3 @@ class TrainConfig:
             value = getattr(self, field)
             if type(value) is not int or not least <= value < 2**63:
                 raise ValueError(f"{field} {value!r} must be an integer in {least}..2^63-1")
-
-
-def _convert(field: str, text: str, annotation: object) -> object:
-    """``text`` as a value of the annotated type.
-
-    Raises:
-        ValueError: the text does not spell such a value.
-    """
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        options = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return None if text.lower() == "none" else _convert(field, text, options[0])
-    if origin is Literal:
-        if text in typing.get_args(annotation):
-            return text
-        raise ValueError(f"{field}={text}: choose one of {', '.join(typing.get_args(annotation))}")
-    if annotation is str:
-        return text
-    if annotation is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError(f"{field}={text}: must be true or false")
-    if origin is tuple:
-        try:
-            return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
-        except ValueError:
-            raise ValueError(f"{field}={text}: must be integers with commas") from None
-    try:
-        number = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        number = None
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise ValueError(f"{field}={text}: must be a number")
-    if annotation is int and number != int(number):
-        raise ValueError(f"{field}={text}: must be an integer")
-    return int(number) if annotation is int else float(number)
-
-
-def override(config: ConfigT, settings: Sequence[str]) -> ConfigT:
-    """A copy of a configuration with ``key=value`` settings applied.
-
-    Raises:
-        ValueError: a setting is not ``key=value``, names no field, or has a value of another type.
-    """
-    hints = typing.get_type_hints(type(config))
-    changes: dict[str, object] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"setting {setting!r}: write it as key=value")
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(hints)}"
-            raise ValueError(f"unknown configuration key {key!r}{hint}")
-        changes[key] = _convert(key, text, hints[key])
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]

@@ -27,12 +27,13 @@ TOP_LEVEL = {
 IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the repository
 
 # Each layer of the tree, lowest first, and what of the project it may import besides itself.
-FOUNDATION = {f"dspark_jax.{name}" for name in ("axes", "config", "progress", "rules")}
+FOUNDATION = {f"dspark_jax.{name}" for name in ("axes", "config", "overrides", "progress", "rules")}
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
 LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.config": {"dspark_jax.axes"},
+    "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
     "dspark_jax.rules": set(),
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},

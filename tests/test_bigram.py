@@ -121,4 +121,4 @@ def test_a_drafter_starts_with_them_and_a_quiet_backbone():
     np.testing.assert_array_equal(started.head.w1_VR, w1_VR)
     np.testing.assert_array_equal(started.head.w2_RU, w2_RU)
     np.testing.assert_allclose(started.norm_D, NORM_START * params.norm_D)
-    np.testing.assert_array_equal(started.fc_FED, params.fc_FED)
+    np.testing.assert_array_equal(started.fc_FYD, params.fc_FYD)

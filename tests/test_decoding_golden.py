@@ -17,7 +17,7 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
-from dspark_jax.models.drafters.dspark import block_hidden, extend_context
+from dspark_jax.models.drafters.dspark import block_hidden, declare_context, extend_context
 from dspark_jax.models.drafters.heads import (
     MarkovHead,
     bias_logits,
@@ -26,7 +26,7 @@ from dspark_jax.models.drafters.heads import (
     sample_block,
     start_state,
 )
-from dspark_jax.models.targets.llama import extend
+from dspark_jax.models.targets.llama import declare_cache, extend
 from dspark_jax.models.vocab import unembed
 from pallas_kernels.accept_block.xla import first_argmax
 
@@ -105,8 +105,9 @@ def test_rounds(target, drafter, most):
     count = min(most, len({key.split("/")[0] for key in record}))
     run = json.loads((FOLDER / name / "runs.json").read_text())["runs"][0]
     tokens = jnp.asarray(run["output_ids"], jnp.int32)
-    context = empty_buffers(kv.declare_kv(cfg, 1, 64, jnp.float32))
-    cache = empty_buffers(kv.declare_kv(target_cfg, 1, 64, jnp.float32))
+    room = kv.Room(1, 64, 64, jnp.float32)
+    context = empty_buffers(declare_context(cfg, room))
+    cache = empty_buffers(declare_cache(target_cfg, room))
     seen = 0
     close = {"rtol": 0, "atol": 5e-5}
     for index in range(count):

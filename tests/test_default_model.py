@@ -16,7 +16,7 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, unused_token
 from dspark_jax.engine.text import TextStream
-from dspark_jax.models.cache import Rows
+from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.targets.llama import declare_cache, extend
 from dspark_jax.models.vocab import unembed
 
@@ -63,7 +63,8 @@ def flat_rows(prompts):
 def greedy(target, prompts, steps):
     """``steps`` greedy tokens for every prompt, through the cache: [B, steps]."""
     slots, longest = len(prompts), max(len(prompt) for prompt in prompts)
-    cache = empty_buffers(declare_cache(target.cfg, slots, longest + steps, jnp.float32))
+    room = Room(slots, longest + steps, longest, jnp.float32)
+    cache = empty_buffers(declare_cache(target.cfg, room))
     slot_B = jnp.arange(slots, dtype=jnp.int32)
     length_B = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 

@@ -115,7 +115,7 @@ def test_speculators_and_back_is_the_same_drafter_bit_by_bit(
     assert after[0] == before[0]
     usable = load_drafter_for(target, tmp_path / "there")
     assert usable.cfg == before[0]
-    assert usable.params.fc_FED.dtype == jnp.float32
+    assert usable.params.fc_FYD.dtype == jnp.float32
 
 
 @files_alone

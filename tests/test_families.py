@@ -14,38 +14,58 @@ from dspark_jax.axes import declared_shardings, empty_buffers, make_mesh, map_pa
 from dspark_jax.config import RopeConfig
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.state import StateConfig, declare_state, make_state, move
+from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
-from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.stacks import unstack_layers
 from dspark_jax.models.targets import llama
 from dspark_jax.models.targets.table import FAMILIES, family_of
 from tests.tiny_model import DRAFTER
 
-# One small configuration a family, with every optional part of a layer at once.
-CONFIGS = (
-    llama.Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
+# Small configurations of every family, which together have every optional part of a layer.
+CONFIGS = {
+    "llama": llama.Config(
+        **SIZES,
         num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rope=RopeConfig(theta=500.0, factor=4.0, original_max_positions=16),
+        rope=RopeConfig(500.0, "llama3", 4.0, original_max_positions=16),
         qk_norm=True,
         qkv_bias=True,
         out_bias=True,
     ),
-)
+    "windows": llama.Config(
+        **SIZES,
+        num_layers=5,
+        windows=(3, 0, 3, 0, 2),
+        rotary=(True, False, True, False, True),
+        mlp_bias=True,
+    ),
+}
 FEATURES = (-1, 0, 2)
 SLOTS, POSITIONS, ROWS_PER_SLOT = 3, 16, 4
+AHEAD = 10  # as many as two chunks of a prompt
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
-each_family = pytest.mark.parametrize("cfg", CONFIGS, ids=[type(c).__module__ for c in CONFIGS])
+each_family = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 each_form = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unstacked"])
 
 
+@pytest.fixture(autouse=True)
+def short_rings(monkeypatch):
+    """Windows whose rings go round several times in few positions."""
+    monkeypatch.setattr(kv, "RING_STEP", 1)
+
+
 def test_every_family_of_the_table_is_tried_here():
-    assert {id(family_of(cfg)) for cfg in CONFIGS} == {id(family) for family in FAMILIES.values()}
+    assert {id(family_of(cfg)) for cfg in CONFIGS.values()} == {
+        id(family) for family in FAMILIES.values()
+    }
 
 
 @functools.cache
@@ -74,7 +94,7 @@ def step(cfg, target, cache, rows, chunks=None):
 
 def garbage_cache(cfg, *, stacked: bool):
     """A cache whose every place holds what must never be attended to."""
-    declared = family_of(cfg).declare_cache(cfg, SLOTS, POSITIONS, jnp.float32)
+    declared = family_of(cfg).declare_cache(cfg, kv.Room(SLOTS, POSITIONS, AHEAD, jnp.float32))
     cache = empty_buffers(declared if stacked else unstacked(declared))
     return jax.tree.map(lambda leaf: leaf + 100, cache)
 
@@ -193,7 +213,7 @@ def test_bfloat16_stays_close_to_float32(cfg):
 
 def form_of(cfg, *, stacked=True, slots=4, positions=8, drafter=DRAFTER):
     dtypes = jnp.float32, jnp.bfloat16
-    return StateConfig(cfg, drafter, slots, positions, 3, dtypes, (stacked, stacked))
+    return StateConfig(cfg, drafter, slots, positions, AHEAD, 3, dtypes, (stacked, stacked))
 
 
 @each_family

@@ -1,6 +1,7 @@
 """Hugging Face directories of targets: old and new configurations, shards, and broken files."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
 
 from dspark_jax.checkpoints.hf import load_hf_target, target_config
 from dspark_jax.checkpoints.load import load_target
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import RopeConfig
+from dspark_jax.models.rope import rope_frequencies
 
 DATA = Path(__file__).parent / "data"
 CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")
+ROPES = ("llama_yarn", "llama_linear")
 
 
 def golden_config(case):
@@ -56,14 +60,14 @@ def test_configurations_of_the_four_families():
     llama, llama3, qwen3, qwen2 = (target_config(golden_config(case)) for case in CASES)
     assert llama.tied
     assert not llama3.tied
-    assert llama3.rope == RopeConfig(50000.0, 8.0, 1.0, 4.0, 64)
+    assert llama3.rope == RopeConfig(50000.0, "llama3", 8.0, 1.0, 4.0, 64)
     assert llama.rope == RopeConfig(10000.0)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.out_bias) == (True, False, False)
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.out_bias) == (False, True, False)
     assert (qwen2.head_dim, qwen3.head_dim, qwen3.max_positions) == (16, 16, 256)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + ROPES)
 def test_configurations_of_older_transformers_mean_the_same(case):
     config = golden_config(case)
     rope = config.pop("rope_parameters")
@@ -74,6 +78,95 @@ def test_configurations_of_older_transformers_mean_the_same(case):
     if config["rope_scaling"]:
         rope["type"] = rope.pop("rope_type")
         assert target_config(config) == target_config(golden_config(case))
+
+
+SCALINGS = {
+    "both spellings": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_theta": 1e6,
+    },
+    "an old name": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 1e6},
+    "a base of its own": {"rope_scaling": {"type": "dynamic", "factor": 4.0, "rope_theta": 7e5}},
+    "yarn, as model cards say": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn with an original length beside it": {
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": None,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "nothing": {"rope_parameters": None},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rope_is_read_as_transformers_reads_it(scaling):
+    config = golden_config("llama_tied") | SCALINGS[scaling]
+    config = {key: value for key, value in config.items() if value is not None}
+    rope = target_config(config).rope
+    theirs = LlamaConfig(**json.loads(json.dumps(config))).rope_parameters
+    assert (rope.kind, rope.theta) == (theirs["rope_type"], theirs["rope_theta"])
+    if rope.kind == "yarn":
+        positions = theirs["original_max_position_embeddings"]
+        assert rope.original_max_positions == positions
+        assert rope.factor == theirs["factor"] or rope.factor == 256 / positions
+
+
+def test_longrope_is_exact_up_to_the_original_length():
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
+    cfg = target_config(golden_config("llama_tied") | {"rope_parameters": scaling})
+    assert cfg.max_positions == 64
+    assert cfg.rope.attention_factor == pytest.approx((1 + math.log(4) / math.log(64)) ** 0.5)
+    np.testing.assert_array_equal(
+        rope_frequencies(cfg.rope, cfg.head_dim), rope_frequencies(RopeConfig(1e4), cfg.head_dim)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (
+            {"mscale": 1.0, "mscale_all_dim": 0.8},
+            (0.1 * math.log(4) + 1) / (0.08 * math.log(4) + 1),
+        ),
+        ({}, 0.1 * math.log(4) + 1),
+        ({"attention_factor": 1.5}, 1.5),
+    ],
+)
+def test_the_attention_factor_of_yarn(rope, expected):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | rope
+    cfg = target_config(golden_config("llama_tied") | {"rope_parameters": rope})
+    assert cfg.rope.attention_factor == pytest.approx(expected)
+
+
+def test_layers_with_windows_and_layers_without_rope():
+    mistral = golden_config("mistral_window")
+    assert target_config(mistral).windows == (8,) * 4
+    assert target_config(mistral | {"sliding_window": None}).windows == ()
+    del mistral["sliding_window"]
+    assert target_config(mistral).windows == (4096,) * 4  # what transformers has without a word
+    qwen2 = golden_config("qwen2_window")
+    assert target_config(qwen2).windows == (0, 0, 9, 9)
+    assert target_config({**qwen2, "layer_types": None}).windows == (0, 0, 9, 9)
+    smollm3 = golden_config("smollm3")
+    assert target_config(smollm3).rotary == (True, True, True, False)
+    assert target_config({**smollm3, "no_rope_layers": None}).rotary == (True, True, True, False)
+    for value in ([1, 1, 1], [1, 1, 1, 2], "1110"):
+        with pytest.raises(ValueError, match="no_rope_layers"):
+            target_config(smollm3 | {"no_rope_layers": value})
 
 
 def test_defaults_of_missing_fields():
@@ -90,15 +183,17 @@ def test_defaults_of_missing_fields():
 
 UNSUPPORTED = {
     "a family": ({"model_type": "mamba"}, "model_type 'mamba'"),
-    "MLP biases": ({"mlp_bias": True}, "mlp_bias"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantised weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "windows": ({"layer_types": ["sliding_attention"] * 4}, "only full attention"),
-    "windows by flag": (
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-        "use_sliding_window",
+    "windows": ({"layer_types": ["sliding_attention"] * 4}, "must list full_attention for each"),
+    "too few kinds of layers": ({"layer_types": ["full_attention"] * 3}, "each of the 4 layers"),
+    "too many layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
+    "another RoPE": ({"rope_parameters": {"rope_type": "su"}}, "rope_type 'su'"),
+    "RoPE without its factor": ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+    "too few factors": (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+        "short_factor has 1 values",
     ),
-    "another RoPE": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
     "partial RoPE": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "RoPE by layer": ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
     "a missing size": ({"hidden_size": None}, "hidden_size is missing"),

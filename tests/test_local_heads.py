@@ -30,10 +30,11 @@ def inputs():
 
 def first_layer_scores(params, feature_TFD, vocab):
     """[N, POSITION]: what each head of an anchor at POSITION thinks of the context before it."""
-    layer = jax.tree.map(lambda x: x[0], params.layers)
-    keys, _ = inject(params, feature_TFD, jnp.arange(LENGTH), CFG)
+    layer = jax.tree.map(lambda x: x[0], params.layers[0])
+    ((keys, _),) = inject(params, feature_TFD, jnp.arange(LENGTH), CFG)
     x_1D = rms_norm(embed(vocab, jnp.array([5])), layer.input_norm_D, CFG.rms_norm_eps)
-    query_1NH, _, _ = project_qkv(layer, x_1D, rope_table(jnp.array([POSITION]), CFG), CFG)
+    table = rope_table(jnp.array([POSITION]), CFG.rope, CFG.head_dim)
+    query_1NH, _, _ = project_qkv(layer, x_1D, table, CFG)
     key_SNH = jnp.repeat(keys[0], CFG.num_heads // CFG.num_kv_heads, axis=1)
     return np.asarray(jnp.einsum("nh,snh->ns", query_1NH[0], key_SNH)[:, :POSITION])
 

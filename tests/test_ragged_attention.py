@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from dspark_jax.axes import unstacked
+from dspark_jax.models.cache import Room
 from dspark_jax.models.drafters.dspark import (
     block_hidden,
     declare_context,
     declare_drafter,
     slot_hidden,
 )
-from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.stacks import unstack_layers
 from dspark_jax.models.targets.llama import declare as declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
@@ -217,7 +218,7 @@ def test_a_drafted_block_is_the_one_of_training(stacked):
     if not stacked:
         drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
     rng = np.random.default_rng(2)
-    declared = declare_context(DRAFTER, 3, 16, jnp.float32)
+    declared = declare_context(DRAFTER, Room(3, 16, 4, jnp.float32))
     context = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
         declared if stacked else unstacked(declared),

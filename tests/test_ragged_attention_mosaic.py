@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dspark_jax.axes import unstacked
-from dspark_jax.models.cache import Rows, declare_kv
-from dspark_jax.models.drafters.dspark import declare_drafter, slot_hidden
-from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.drafters.dspark import declare_context, declare_drafter, slot_hidden
+from dspark_jax.models.stacks import unstack_layers
 from dspark_jax.models.targets.llama import declare as declare_target
-from dspark_jax.models.targets.llama import extend
+from dspark_jax.models.targets.llama import declare_cache, extend
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.cases import CASES, Case
@@ -159,9 +159,10 @@ def test_models_hand_their_caches_to_the_kernel(stand_in, stacked):
     if not stacked:
         target = dataclasses.replace(target, layers=unstack_layers(target.layers))
         drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
+    room = Room(2, 64, 8, jnp.float32)
     cache, context = (
         jax.tree.map(lambda b: jnp.ones(b.shape), declared if stacked else unstacked(declared))
-        for declared in (declare_kv(cfg, 2, 64, jnp.float32) for cfg in (TARGET, DRAFTER))
+        for declared in (declare_cache(TARGET, room), declare_context(DRAFTER, room))
     )
     rows = Rows(*(jnp.array(x, jnp.int32) for x in ([5, 6, 7], [1, 0, 1], [8, 3, 9])))
     chunks = Rows(*(jnp.array([x], jnp.int32) for x in ([1, 2], [0, 0], [10, 11])))

@@ -55,7 +55,7 @@ def program_of_a_round(kernels, **sizes):
     )
     weights = Weights(target, drafter, Vocab(target.vocab.embed_VD, target.vocab.embed_VD))
     form = StateConfig(
-        TARGET, DRAFTER, SLOTS, POSITIONS, 2, (jnp.bfloat16, jnp.bfloat16), (True, True)
+        TARGET, DRAFTER, SLOTS, POSITIONS, 8, 2, (jnp.bfloat16, jnp.bfloat16), (True, True)
     )
     state = jax.eval_shape(lambda: make_state((), form))
     integer = jax.ShapeDtypeStruct((CHUNKS,), jnp.int32)

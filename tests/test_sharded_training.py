@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec
 from dspark_jax.axes import declared_shardings, make_mesh, partition
 from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.load import load_target
-from dspark_jax.config import TrainConfig, override
+from dspark_jax.config import TrainConfig
 from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.overrides import override
 from dspark_jax.training import data, fit, run
 from tests.tiny_model import TARGET, write_target
 
@@ -142,7 +143,7 @@ def test_the_targets_weights_are_read_onto_the_mesh(recipe, emulated_devices):
     frozen = run.start_run(
         dataclasses.replace(recipe, **MESHES["all"]), read_answered(recipe.data)
     ).frozen
-    q_LDNH = frozen.target.layers.q_DNH
+    q_LDNH = frozen.target.layers[0].q_DNH
     assert q_LDNH.addressable_shards[0].data.nbytes == q_LDNH.nbytes / 4
 
 

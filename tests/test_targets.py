@@ -9,11 +9,10 @@ import pytest
 
 from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.models import layers
-from dspark_jax.models.targets.llama import encode
-from dspark_jax.models.vocab import unembed
+from dspark_jax.models.targets.table import family_of
 
 GOLDEN = Path(__file__).parent / "data" / "hf_targets"
-CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")
+CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 TOLERANCE = 1e-4
 
 
@@ -24,7 +23,8 @@ def test_logits_and_residual_streams_are_those_of_transformers(case):
     golden = np.load(GOLDEN / case / "io.npz")
     layers = tuple(range(-1, cfg.num_layers))
     token_BS = jnp.asarray(golden["input_ids"])
-    read = jax.jit(encode, static_argnums=(2, 3))
+    family = family_of(cfg)
+    read = jax.jit(family.encode, static_argnums=(2, 3))
     hidden_BSD, feature_BSFD = read(target, token_BS, cfg, layers)
     # transformers' tuple ends with the normalised last layer; ours does not normalise features.
     for index, layer in enumerate(layers[:-1]):
@@ -32,7 +32,7 @@ def test_logits_and_residual_streams_are_those_of_transformers(case):
         np.testing.assert_allclose(feature_BSFD[:, :, index], expected, atol=TOLERANCE, rtol=0)
     expected = golden[f"hidden_{cfg.num_layers}"]
     np.testing.assert_allclose(hidden_BSD, expected, atol=TOLERANCE, rtol=0)
-    logits_BSV = unembed(target.vocab, hidden_BSD)
+    logits_BSV = family.unembed(target.vocab, hidden_BSD, cfg)
     np.testing.assert_allclose(logits_BSV, golden["logits"], atol=TOLERANCE, rtol=0)
 
 

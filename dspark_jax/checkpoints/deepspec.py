@@ -28,6 +28,8 @@ from dspark_jax.models.targets.config_json import (
     block_config_dict,
     count_field,
     field,
+    layer_windows,
+    window_of,
 )
 from dspark_jax.models.vocab import Vocab
 
@@ -47,7 +49,7 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
         raise LoadError(f"architectures {architectures} is not supported: only [{ARCHITECTURE!r}]")
     bias, reduced = field(config, "attention_bias", bool, False), config.get("draft_vocab_size")
     return DrafterConfig(
-        **block_config(config),
+        **layer_config(config),
         qkv_bias=bias,
         out_bias=bias,
         **draft_config(config),
@@ -56,6 +58,20 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
         draft_vocab_size=None if reduced is None else field(config, "draft_vocab_size", int),
         owns_vocab=field(config, "owns_vocab", bool, True),
     )
+
+
+def layer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``DrafterConfig`` that describe its layers, windows included.
+
+    Raises:
+        ValueError: a field is missing or wrong, or asks for something that is not supported.
+    """
+    sizes = block_config(config, head_dim=128)
+    listed = "sliding_attention" in (config.get("layer_types") or ())
+    used = listed or field(config, "use_sliding_window", bool, False)
+    first = count_field(config, "max_window_layers", 28)
+    slides = [layer >= first for layer in range(sizes["num_layers"])]
+    return {**sizes, "windows": layer_windows(config, window_of(config) if used else 0, slides)}
 
 
 def draft_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> RopeConfig:
     frequency = rope_frequencies(plain, head_dim)
     # Every Llama-3 model has the band 1..4; the original context is a power of two.
     for positions in (2**power for power in range(4, 21)):
-        rope = RopeConfig(theta, float(wanted.max()), 1.0, 4.0, positions)
+        rope = RopeConfig(theta, "llama3", float(wanted.max()), 1.0, 4.0, positions)
         if wanted.shape == frequency.shape and np.allclose(
             frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
         ):

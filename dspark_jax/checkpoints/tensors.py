@@ -73,21 +73,25 @@ def file_shape(param: Param) -> tuple[int, ...]:
 
 
 def file_names(param: Param) -> Iterator[str]:
-    """Names of the parameter's tensors in the file: one, or one per stacked layer."""
-    count = param.shape[0] if param.stacked else 1
-    return (param.name.format(layer=layer) for layer in range(count))
+    """Names of the parameter's tensors in the file: one, or one for each layer and expert."""
+    sizes = dict(zip(param.axes, param.shape, strict=True))
+    experts = range(sizes["E"]) if "E" in param.spread else (None,)
+    layers = param.layers if "L" in param.spread else (None,)
+    places = itertools.product(layers, experts)
+    return (param.name.format(layer=layer, expert=expert) for layer, expert in places)
 
 
 def from_file(param: Param, tensor: np.ndarray) -> np.ndarray:
-    """A file tensor as a view in our layout, without L."""
+    """A file tensor as a view in our layout, without the axes that are spread over tensors."""
     size = dict(zip(param.axes, param.shape, strict=True))
     split = tensor.reshape([size[axis] for axis in param.file_axes])
-    return split.transpose([param.file_axes.index(a) for a in param.axes.removeprefix("L")])
+    letters = param.axes.removeprefix(param.spread)
+    return split.transpose([param.file_axes.index(axis) for axis in letters])
 
 
 def to_file(param: Param, value: np.ndarray) -> np.ndarray:
     """Inverse of :func:`from_file`: contiguous, in the shape of the file."""
-    letters = param.axes.removeprefix("L")
+    letters = param.axes.removeprefix(param.spread)
     turned = value.transpose([letters.index(axis) for axis in param.file_axes])
     return np.ascontiguousarray(turned).reshape(file_shape(param))
 
@@ -139,25 +143,33 @@ def _read_parts(
         param: whose tensors are read, each once.
         tensors: the checkpoint.
         dtype: of the parts; None keeps that of the file.
-        indices: of each part, a slice for every axis; L is whole.
+        indices: of each part, a slice for every axis.
 
     Raises:
         LoadError: the tensors do not hold floats.
     """
     parts: list[np.ndarray] = []
-    for layer, name in enumerate(file_names(param)):
+    spread = len(param.spread)
+    outer = param.shape[:spread]
+    # Of every part, which members of the spread axes it holds.
+    held = [[range(n)[cut] for n, cut in zip(outer, i[:spread], strict=True)] for i in indices]
+    for place, name in zip(np.ndindex(*outer), file_names(param), strict=True):
         tensor = from_file(param, tensors.read(name))
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise LoadError(
                 f"{tensors.origin}: {name} has dtype {tensor.dtype}: weights must be floats"
             )
-        shares = [tensor[index[1:] if param.stacked else index] for index in indices]
-        if not layer:
-            layers = param.shape[:1] if param.stacked else ()
+        shares = [tensor[index[spread:]] for index in indices]
+        if not parts:
             kind = tensor.dtype if dtype is None else dtype
-            parts = [np.empty(layers + share.shape, kind) for share in shares]
-        for part, share in zip(parts, shares, strict=True):
-            part[layer if param.stacked else ...] = share
+            parts = [
+                np.empty((*map(len, members), *share.shape), kind)
+                for members, share in zip(held, shares, strict=True)
+            ]
+        for part, share, members in zip(parts, shares, held, strict=True):
+            if all(at in some for at, some in zip(place, members, strict=True)):
+                within = tuple(some.index(at) for at, some in zip(place, members, strict=True))
+                part[within or ...] = share
     return parts
 
 
@@ -218,9 +230,9 @@ def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
                 f"{param.name} has shape {list(array.shape)}, but is declared as "
                 f"{list(param.shape)}"
             )
-        layers = array if param.stacked else array[None]
-        for name, layer in zip(file_names(param), layers, strict=True):
-            tensors[name] = to_file(param, layer)
+        places = np.ndindex(*param.shape[: len(param.spread)])
+        for name, place in zip(file_names(param), places, strict=True):
+            tensors[name] = to_file(param, array[place])
 
     map_params(put, declared, values)
     return tensors

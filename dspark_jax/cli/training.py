@@ -6,7 +6,8 @@ import argparse
 import runpy
 from pathlib import Path
 
-from dspark_jax.config import TrainConfig, override
+from dspark_jax.config import TrainConfig
+from dspark_jax.overrides import override
 
 
 def train(args: argparse.Namespace) -> int:

@@ -160,7 +160,7 @@ class Programs:
     def form(self, sizes: Sizes) -> StateConfig:
         """Of a state over all data shards."""
         num_slots = sizes.slots * num_shards(self.decoder.mesh)
-        return state_config(self.decoder, num_slots, sizes.positions, self.config.stop_ids)
+        return state_config(self.decoder, num_slots, sizes.positions, self.config)
 
     def new_state(self, sizes: Sizes) -> DecodeState:
         """A state without requests."""

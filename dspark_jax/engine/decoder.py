@@ -11,11 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.layers import unstack_layers
+from dspark_jax.models.stacks import is_unstacked, unstack_layers
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab, by_columns, lm_head
@@ -91,7 +92,7 @@ def without_drafter(decoder: Decoder) -> Decoder:
 
 
 def _unstacked(params: Any) -> Any:
-    if isinstance(params.layers, tuple):
+    if is_unstacked(params.layers):
         return params
     return params.replace(layers=unstack_layers(params.layers))
 
@@ -115,19 +116,21 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh) -> Voca
 
 
 def state_config(
-    decoder: Decoder, num_slots: int, num_positions: int, num_stop_ids: int = 1
+    decoder: Decoder, num_slots: int, num_positions: int, config: EngineConfig
 ) -> StateConfig:
     """The form of a state for these models."""
+    block = 0 if decoder.drafter is None else decoder.drafter.block_size
     target, drafter = decoder.weights.target, decoder.weights.drafter
     return StateConfig(
         decoder.target,
         decoder.drafter,
         num_slots,
         num_positions,
-        num_stop_ids,
+        max(block + 1, config.chunk_rows * config.chunk_buckets[-1]),
+        config.stop_ids,
         (target.norm_D.dtype, None if drafter is None else drafter.norm_D.dtype),
         (
-            not isinstance(target.layers, tuple),
-            drafter is not None and not isinstance(drafter.layers, tuple),
+            not is_unstacked(target.layers),
+            drafter is not None and not is_unstacked(drafter.layers),
         ),
     )

@@ -21,7 +21,7 @@ def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
     shards = num_shards(decoder.mesh)
 
     def state_bytes(slots: int, positions: int) -> int:
-        form = state_config(decoder, slots * shards, positions, config.stop_ids)
+        form = state_config(decoder, slots * shards, positions, config)
         return sum(buffer.nbytes for buffer in jax.tree.leaves(declare_state(form)))
 
     slots, positions = ladder.slots[-1], ladder.positions[-1]

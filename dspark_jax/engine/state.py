@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dspark_jax.axes import Buffer, empty_buffers, unstacked
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.request import Request
+from dspark_jax.models.cache import Room
 from dspark_jax.models.drafters.dspark import declare_context
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.sampling import Sampling
@@ -64,6 +65,8 @@ class StateConfig:
         target, drafter: sizes; drafter None for plain decoding.
         num_slots: B.
         num_positions: S, room for prompt, new tokens and one block past the limit.
+        num_ahead: the most positions that one slot may have been written behind a row that
+            attends; see :class:`~dspark_jax.models.cache.Room`.
         num_stop_ids: most stop ids of a request.
         dtypes: of the target's and the drafter's cache.
         stacked: whether their layers are stacked.
@@ -73,6 +76,7 @@ class StateConfig:
     drafter: DrafterConfig | None
     num_slots: int
     num_positions: int
+    num_ahead: int
     num_stop_ids: int
     dtypes: tuple[Any, Any]
     stacked: tuple[bool, bool]
@@ -86,7 +90,8 @@ def declare_state(cfg: StateConfig) -> DecodeState:
         return Buffer(axes, (cfg.num_slots, *sizes), dtype, fill)
 
     def cache(declare: Any, sizes: Any, which: int) -> Any:
-        declared = declare(sizes, cfg.num_slots, cfg.num_positions, cfg.dtypes[which])
+        room = Room(cfg.num_slots, cfg.num_positions, cfg.num_ahead, cfg.dtypes[which])
+        declared = declare(sizes, room)
         return declared if cfg.stacked[which] else unstacked(declared)
 
     drafter = cfg.drafter

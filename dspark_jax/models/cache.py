@@ -1,12 +1,16 @@
 """Key/value caches: the target's, and the drafter's context.
 
-Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of every layer; the functions here are the only
-ones that know it. A cache is valid up to the length that the decode state names; whatever lies
-behind is garbage, overwritten before anyone attends to it.
+Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of a layer that sees everything, and at
+``[b, :, p % S]`` of one with a sliding window, whose S positions are a ring; the functions here and
+``ragged_attention`` are the only ones that know it. A cache is valid up to the length that the
+decode state names; whatever lies behind is garbage, overwritten before anyone attends to it. A ring
+has room for a window and for all that may lie behind a row when it attends, so that what was
+rejected never stands where something is still seen.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,7 +18,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from dspark_jax.axes import MESH_RULES, Buffer
-from dspark_jax.config import TransformerConfig
 
 
 @struct.dataclass
@@ -34,7 +37,7 @@ class Rows:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers.
+    """Keys and values of one stack of layers.
 
     Heads come before positions, so that attention finds what a head reads in one piece: a CPU
     would copy the whole cache every time otherwise (7 instead of 1 ms for 32 slots of 512).
@@ -47,11 +50,44 @@ class KVCache:
     v: Any
 
 
-def declare_kv(cfg: TransformerConfig, num_slots: int, num_positions: int, dtype: Any) -> KVCache:
-    """Declaration of the keys and values of all layers, stacked."""
-    sizes = cfg.sizes | {"B": num_slots, "S": num_positions}
-    axes = "LBKSH"
-    buffer = Buffer(axes, tuple(sizes[letter] for letter in axes), dtype)
+RING_STEP = 64  # what kernels read at a time
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a cache is declared for.
+
+    Attributes:
+        slots: B.
+        positions: S of a layer that sees everything.
+        ahead: the most positions that one slot may have been written behind a row that attends:
+            a block, or all chunks of a round.
+        dtype: of keys and values.
+    """
+
+    slots: int
+    positions: int
+    ahead: int
+    dtype: Any
+
+    def length(self, window: int) -> int:
+        """S of a layer that sees so many positions; 0 for all."""
+        ring = -(-(window + self.ahead) // RING_STEP) * RING_STEP
+        return min(self.positions, ring) if window else self.positions
+
+
+def declare_kv(num_layers: int, num_heads: int, head_dim: int, window: int, room: Room) -> KVCache:
+    """Declaration of the keys and values of a stack of layers.
+
+    Args:
+        num_layers: L.
+        num_heads: K.
+        head_dim: H.
+        window: positions that they see; 0 for all.
+        room: what it is declared for.
+    """
+    shape = num_layers, room.slots, num_heads, room.length(window), head_dim
+    buffer = Buffer("LBKSH", shape, room.dtype)
     return KVCache(buffer, buffer)
 
 
@@ -67,13 +103,17 @@ def write(
     position_T: jax.Array,
     k_TKH: jax.Array,
     v_TKH: jax.Array,
+    window: int = 0,
 ) -> KVCache:
     """The cache with one layer's keys and values of T rows at (slot, position).
 
-    Rows whose slot or position lies outside the cache (padding) are dropped. A row whose value is
+    Rows whose slot or position lies outside the cache (padding) are dropped; under a window there
+    are no positions outside. A row whose value is
     not finite gets a key of NaN and a value of 0: whoever may see it still computes NaN, but the
     next request of the slot, for whom it has a weight of 0, does not.
     """
+    if window:
+        position_T = position_T % _positions(cache)
     sound_T11 = jnp.isfinite(v_TKH).all(axis=(1, 2), keepdims=True)
     k_TKH, v_TKH = jnp.where(sound_T11, k_TKH, jnp.nan), jnp.where(sound_T11, v_TKH, 0)
     if slot_T.shape[0] == 1:
@@ -106,6 +146,11 @@ def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
     if isinstance(k, tuple):
         k, v, layer = k[layer], v[layer], None
     return {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
+
+
+def _positions(cache: KVCache) -> int:
+    """S of its layers."""
+    return int(cache.k[0].shape[-2])
 
 
 def num_slots(cache: KVCache) -> int:

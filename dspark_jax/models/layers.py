@@ -1,8 +1,9 @@
-"""Building blocks that targets and drafter share: norm, RoPE, attention, gated MLP, layer loop."""
+"""Building blocks that targets and drafter share: norm, projections, attention, gated MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,19 +12,17 @@ from flax import struct
 
 from dspark_jax.axes import Param, declare
 from dspark_jax.config import TransformerConfig
-from dspark_jax.models.rope import rotate
+from dspark_jax.models.rope import Table, rotate
 from pallas_kernels.chunks import by_sequences
-
-Tree = Any
 
 ATTENTION_ROWS = 128  # queries at a time where whole sequences are read
 
 
 @struct.dataclass
 class Layer:
-    """Weights of one decoder block, or of all of them stacked on a leading L.
+    """Weights of one decoder block, or of several stacked on a leading L.
 
-    Optional parts are None: biases (Qwen2), norms of q and k (Qwen3).
+    Optional parts are None: biases, norms of q and k.
     """
 
     input_norm_D: Any
@@ -38,16 +37,34 @@ class Layer:
     q_norm_H: Any
     k_norm_H: Any
     mlp_norm_D: Any
+    mlp: Any
+
+
+@struct.dataclass
+class Mlp:
+    """Weights of a gated MLP; biases may be None."""
+
     gate_DM: Any
     up_DM: Any
     down_MD: Any
+    gate_bias_M: Any = None
+    up_bias_M: Any = None
+    down_bias_D: Any = None
 
 
-def declare_layers(cfg: TransformerConfig, prefix: str) -> Layer:
-    """Declaration of all blocks, stacked on L, under the Hugging Face names ``prefix.{layer}``."""
+def declare_layers(cfg: TransformerConfig, prefix: str, layers: range, mlp: Any = None) -> Layer:
+    """Declaration of blocks, stacked on L, under the Hugging Face names ``prefix.{layer}``.
+
+    Args:
+        cfg: sizes.
+        prefix: of the names.
+        layers: which ones are stacked.
+        mlp: declaration of what stands in the place of a gated MLP without biases.
+    """
 
     def param(axes: str, name: str, out: str = "", init: str = "normal") -> Param:
-        return declare("L" + axes, cfg.sizes, f"{prefix}.{{layer}}.{name}", out=out, init=init)
+        name = f"{prefix}.{{layer}}.{name}"
+        return declare("L" + axes, cfg.sizes, name, out=out, init=init, layers=layers)
 
     def optional(present: bool, axes: str, name: str, init: str) -> Param | None:
         if not present:
@@ -69,38 +86,25 @@ def declare_layers(cfg: TransformerConfig, prefix: str) -> Layer:
         q_norm_H=optional(cfg.qk_norm, "H", f"{attention}.q_norm.weight", "ones"),
         k_norm_H=optional(cfg.qk_norm, "H", f"{attention}.k_norm.weight", "ones"),
         mlp_norm_D=param("D", "post_attention_layernorm.weight", init="ones"),
-        gate_DM=param("DM", "mlp.gate_proj.weight", out="M"),
-        up_DM=param("DM", "mlp.up_proj.weight", out="M"),
-        down_MD=param("MD", "mlp.down_proj.weight", out="D"),
+        mlp=mlp or declare_mlp(cfg.sizes, prefix, layers),
     )
 
 
-def unstack_layers(layers: Layer) -> tuple[Layer, ...]:
-    """Stacked blocks as a tuple of single ones; decoding on a CPU is 1.3x faster with these."""
-    count = layers.input_norm_D.shape[0]
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
+def declare_mlp(sizes: Mapping[str, int], prefix: str, layers: range, *, bias: bool = False) -> Mlp:
+    """Declaration of the gated MLPs of some layers; arguments as in :func:`declare_layers`."""
 
+    def param(axes: str, name: str, out: str, init: str = "normal") -> Param:
+        name = f"{prefix}.{{layer}}.mlp.{name}"
+        return declare("L" + axes, sizes, name, out=out, init=init, layers=layers)
 
-def loop_layers(
-    body: Callable[[Tree, Layer, Any], Tree], carry: Tree, layers: Layer | tuple[Layer, ...]
-) -> Tree:
-    """``carry = body(carry, layer, index)`` over all blocks.
-
-    Stacked blocks are scanned (``index`` is traced), a tuple of blocks is unrolled (``index`` is
-    an ``int``). State that is written per layer, like a cache, belongs in the carry: a scan that
-    takes it in and gives it out per layer copies all of it each step.
-    """
-    if isinstance(layers, tuple):
-        for index, layer in enumerate(layers):
-            carry = body(carry, layer, index)
-        return carry
-    count = layers.input_norm_D.shape[0]
-
-    def step(carry: Tree, xs: tuple[Layer, jax.Array]) -> tuple[Tree, None]:
-        layer, index = xs
-        return body(carry, layer, index), None
-
-    return jax.lax.scan(step, carry, (layers, jnp.arange(count, dtype=jnp.int32)))[0]
+    return Mlp(
+        param("DM", "gate_proj.weight", "M"),
+        param("DM", "up_proj.weight", "M"),
+        param("MD", "down_proj.weight", "D"),
+        param("M", "gate_proj.bias", "", "zeros") if bias else None,
+        param("M", "up_proj.bias", "", "zeros") if bias else None,
+        param("D", "down_proj.bias", "", "zeros") if bias else None,
+    )
 
 
 def rms_norm(x_XD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
@@ -139,19 +143,20 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project_qkv(
-    layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
+    layer: Layer, x_XD: jax.Array, table: Table | None, cfg: TransformerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [X, N, H], keys and values [X, K, H] of normalised inputs, rotated."""
-    q_XNH = _project(x_XD, layer.q_DNH)
+    """Queries [X, N, H], keys and values [X, K, H] of normalised inputs; rotated, where there is a
+    table."""
+    q_XNH = project(x_XD, layer.q_DNH)
     if layer.q_bias_NH is not None:
         q_XNH = q_XNH + layer.q_bias_NH
     if layer.q_norm_H is not None:
         q_XNH = rms_norm(q_XNH, layer.q_norm_H, cfg.rms_norm_eps)
     k_XKH, v_XKH = project_kv(layer, x_XD, table, cfg)
-    return rotate(q_XNH, table), k_XKH, v_XKH
+    return q_XNH if table is None else rotate(q_XNH, table), k_XKH, v_XKH
 
 
-def _project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+def project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
     """[X, N, H] from a matrix product of two axes: with three, XLA copies the weights on a CPU
     (30 layers: 41 ms instead of 24)."""
     out_XI = matmul(x_XD, w_DNH.reshape(w_DNH.shape[0], -1))
@@ -159,34 +164,55 @@ def _project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
 
 
 def project_kv(
-    layer: Layer, x_XD: jax.Array, table: tuple[jax.Array, jax.Array], cfg: TransformerConfig
+    layer: Layer, x_XD: jax.Array, table: Table | None, cfg: TransformerConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [X, K, H]; the keys normalised (Qwen3) and rotated."""
-    k_XKH, v_XKH = _project(x_XD, layer.k_DKH), _project(x_XD, layer.v_DKH)
+    """Keys and values [X, K, H]; the keys normalised, where there is a norm, and rotated."""
+    k_XKH, v_XKH = project(x_XD, layer.k_DKH), project(x_XD, layer.v_DKH)
     if layer.k_bias_KH is not None:
         k_XKH, v_XKH = k_XKH + layer.k_bias_KH, v_XKH + layer.v_bias_KH
     if layer.k_norm_H is not None:
         k_XKH = rms_norm(k_XKH, layer.k_norm_H, cfg.rms_norm_eps)
-    return rotate(k_XKH, table), v_XKH
+    return k_XKH if table is None else rotate(k_XKH, table), v_XKH
 
 
-def attend_causally(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+def attend_causally(
+    q_BSNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Grouped-query attention of whole sequences, each position to itself and those before it.
 
-    ``ATTENTION_ROWS`` queries at a time against the keys before their last one: half of the scores
-    are never computed.
+    ``ATTENTION_ROWS`` queries at a time against the keys that some of them see: half of the scores,
+    or all but a window, are never computed.
 
     Args:
         q_BSNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
         k_BSKH, v_BSKH: keys and values.
+        window: the last so many positions are seen, the own one included; 0 for all.
+        scale: of the scores; None for H ** -0.5.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
 
     Returns:
         [B, S, N, H] in the dtype of the queries; softmax in float32.
     """
-    return by_sequences(_attend_causally, q_BSNH, k_BSKH, v_BSKH)
+    scale = q_BSNH.shape[-1] ** -0.5 if scale is None else scale
+    attend = functools.partial(_attend_causally, window=window, scale=scale, softcap=softcap)
+    return by_sequences(attend, q_BSNH, k_BSKH, v_BSKH)
 
 
-def _attend_causally(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+def _attend_causally(
+    q_BSNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
     batch, length, _, dim = q_BSNH.shape
     kv_heads = k_BSKH.shape[2]
     k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
@@ -194,27 +220,48 @@ def _attend_causally(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) ->
     parts = []
     for first in range(0, length, ATTENTION_ROWS):
         end = min(first + ATTENTION_ROWS, length)
-        k, v = k_BKSH[:, :, :end], v_BKSH[:, :, :end]
+        start = max(0, first - window + 1) if window else 0
+        k, v = k_BKSH[:, :, start:end], v_BKSH[:, :, start:end]
         part = jnp.moveaxis(q[:, first:end], 1, 3)
         score = jnp.einsum("bkrth,bksh->bkrts", part, k, preferred_element_type=jnp.float32)
-        visible_TS = jnp.arange(end) <= jnp.arange(first, end)[:, None]
-        score = jnp.where(visible_TS, score * dim**-0.5, -jnp.inf)
-        weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        score = cap(score * scale, softcap)
+        age_TS = jnp.arange(first, end)[:, None] - jnp.arange(start, end)
+        visible_TS = (age_TS >= 0) & (age_TS < window) if window else age_TS >= 0
+        weight = jax.nn.softmax(jnp.where(visible_TS, score, -jnp.inf), axis=-1).astype(v.dtype)
         # In the order of the product's own axes: another order makes a CPU copy the values first.
         out = jnp.einsum("bkrts,bksh->bkrth", weight, v, preferred_element_type=jnp.float32)
         parts.append(jnp.moveaxis(out.astype(v.dtype), 3, 1))
     return jnp.concatenate(parts, axis=1).reshape(q_BSNH.shape)
 
 
+def cap(x_X: jax.Array, softcap: float | None) -> jax.Array:
+    """``softcap * tanh(x / softcap)``; None leaves ``x`` as it is."""
+    return x_X if softcap is None else softcap * jnp.tanh(x_X / softcap)
+
+
+def output(layer: Any, attended_XNH: jax.Array) -> jax.Array:
+    """The output projection of attention [X, D], with its bias where there is one."""
+    flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
+    return add(matmul(flat_XI, layer.o_NHD.reshape(flat_XI.shape[-1], -1)), layer.o_bias_D)
+
+
+def add(x_X: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """``x`` with a bias, where there is one."""
+    return x_X if bias is None else x_X + bias
+
+
+def gated_mlp(
+    mlp: Mlp, x_XD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+) -> jax.Array:
+    """``down(activation(gate(x)) * up(x))``."""
+    gate_XM = add(matmul(x_XD, mlp.gate_DM), mlp.gate_bias_M)
+    up_XM = add(matmul(x_XD, mlp.up_DM), mlp.up_bias_M)
+    return add(matmul(activation(gate_XM) * up_XM, mlp.down_MD), mlp.down_bias_D)
+
+
 def finish_layer(
     layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, cfg: TransformerConfig
 ) -> jax.Array:
-    """The rest of a block after attention: output projection, residual, SwiGLU MLP, residual."""
-    flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
-    out_XD = matmul(flat_XI, layer.o_NHD.reshape(flat_XI.shape[-1], -1))
-    if layer.o_bias_D is not None:
-        out_XD = out_XD + layer.o_bias_D
-    x_XD = x_XD + out_XD
-    h_XD = rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps)
-    gated_XM = jax.nn.silu(matmul(h_XD, layer.gate_DM)) * matmul(h_XD, layer.up_DM)
-    return x_XD + matmul(gated_XM, layer.down_MD)
+    """The rest of a block after attention: output projection, residual, gated MLP, residual."""
+    x_XD = x_XD + output(layer, attended_XNH)
+    return x_XD + gated_mlp(layer.mlp, rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps))

@@ -51,11 +51,11 @@ def start_with_local_heads(
         token_T: int32 the tokens there.
         cfg: sizes.
     """
-    context_TD = jnp.einsum("tfe,fed->td", feature_TFD, params.fc_FED)
+    context_TD = jnp.einsum("tfe,fed->td", feature_TFD, params.fc_FYD)
     context_TD = rms_norm(context_TD, params.hidden_norm_D, cfg.rms_norm_eps)
     masks_T = jnp.full_like(token_T, cfg.mask_token_id)
     block_TD = embed(vocab, jnp.concatenate([token_T, masks_T]))
-    block_TD = rms_norm(block_TD, params.layers.input_norm_D[0], cfg.rms_norm_eps)
+    block_TD = rms_norm(block_TD, params.layers[0].input_norm_D[0], cfg.rms_norm_eps)
 
     frequency = rope_frequencies(cfg.rope, cfg.head_dim)[:PAIRS]
     half = cfg.head_dim // 2
@@ -71,12 +71,12 @@ def start_with_local_heads(
     key_KH = turned(np.zeros(cfg.num_kv_heads))
     q_DNH = np.einsum("d,nh->dnh", _direction(block_TD), query_NH)
     k_DKH = np.einsum("d,kh->dkh", _direction(context_TD), key_KH)
-    layers = params.layers
+    layers = params.layers[0]
     layers = layers.replace(
         q_DNH=layers.q_DNH.at[0].set(RANDOM * layers.q_DNH[0] + CONSTANT * q_DNH),
         k_DKH=layers.k_DKH.at[0].set(RANDOM * layers.k_DKH[0] + CONSTANT * k_DKH),
     )
-    return params.replace(layers=layers)  # type: ignore[attr-defined]
+    return params.replace(layers=(layers, *params.layers[1:]))  # type: ignore[attr-defined]
 
 
 def _direction(x_TD: jax.Array) -> np.ndarray:

@@ -81,7 +81,8 @@ def draft_blocks(
     position_BS = jnp.broadcast_to(
         jnp.arange(feature_BSFD.shape[1], dtype=jnp.int32), feature_BSFD.shape[:2]
     )
-    context = kv.of_sequences(*inject(drafter, feature_BSFD, position_BS, cfg))
+    injected = inject(drafter, feature_BSFD, position_BS, cfg)
+    context = tuple(kv.of_sequences(k, v) for k, v in injected)
     first_BA = labels.previous_BAG[..., 0]
     hidden_BAGD = block_hidden(
         drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA, kernels=kernels

@@ -127,7 +127,7 @@ class Layout:
     Attributes:
         params: in the form of ``DrafterParams``.
         frozen: in the form of ``Frozen``; but the target's layers stay as they lie.
-        layer: of one of these, gathered when its turn comes.
+        layer: of one of these, gathered when its turn comes; for every stack.
     """
 
     params: Any
@@ -264,7 +264,10 @@ def read_target(
     encode = family_of(target_cfg).encode
     read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
     if layout is not None:
-        gather = partial(jax.lax.with_sharding_constraint, shardings=layout.layer)
+
+        def gather(layer: Any, stack: int) -> Any:
+            return jax.lax.with_sharding_constraint(layer, layout.layer[stack])
+
         read = partial(read, fetch=gather)
     hidden_BSD, feature_BSFD = read()
     return feature_BSFD, hidden_BSD

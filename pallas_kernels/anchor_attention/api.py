@@ -2,8 +2,8 @@
 
 For slot g of block a with anchor position p[a], head n reading kv head m = n // (N / K):
 
-    score[s] = q[a, g, n] . k[s, m] / sqrt(H)                   for s < p[a]
-    score[S + w] = q[a, g, n] . k_own[a, w, m] / sqrt(H)        for all w < G
+    score[s] = scale q[a, g, n] . k[s, m]                       for p[a] - window <= s < p[a]
+    score[S + w] = scale q[a, g, n] . k_own[a, w, m]            for all w < G
     out[a, g, n] = sum softmax(score) [v, v_own[a]][:, m]
 
 The context of a block is strictly before its anchor, whose key and value are the first of its own
@@ -37,6 +37,8 @@ def anchor_attention(
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
     *,
+    window: int | None = None,
+    scale: float | None = None,
     sequences_axes: Sequence[str] = (),
     heads_axis: str | None = None,
     implementation: str = "xla",
@@ -50,6 +52,8 @@ def anchor_attention(
         anchor_BA: int32 in [0, S], positions of the anchors, ascending in a sequence where a
             block is kept.
         keep_BA: bool, False for a block that attends to nothing and gives 0.
+        window: the last so many positions before the anchor are seen, static; None for all.
+        scale: of the scores; None for H ** -0.5.
         sequences_axes: axes of the mesh that sequences are split over, where there is a mesh and
             they divide: each device then runs the kernels on its own sequences. XLA finds that out
             by itself.
@@ -69,10 +73,15 @@ def anchor_attention(
     arguments = q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA
     _check(*arguments)
     if implementation == "xla":
-        return checkpoint_name(xla.attend_blocks(*arguments), SAVED)
+        scale = q_BAGNH.shape[-1] ** -0.5 if scale is None else scale
+        return checkpoint_name(xla.attend_blocks(*arguments, window, scale), SAVED)
     problem = dispatch.version_problem()
     if problem:
         raise RuntimeError(problem)
+    if window is not None or scale not in (None, q_BAGNH.shape[-1] ** -0.5):
+        raise ValueError(
+            f"window is {window} and scale {scale}: mosaic_gpu has no form with them, choose xla"
+        )
     from pallas_kernels.anchor_attention import mosaic_gpu
 
     return _by_device(mosaic_gpu.attend_blocks, sequences_axes, heads_axis, *arguments)

@@ -19,27 +19,37 @@ def attend_blocks(
     own: tuple[jax.Array, jax.Array],
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
+    window: int | None,
+    scale: float,
 ) -> jax.Array:
     """[B, A, G, N, H] of as many blocks at a time as memory bears; the backward pass computes the
     scores again. The cost is A x G x (S + G), never (A x G)^2."""
-    return by_sequences(_attend_all, q_BAGNH, k_BSKH, v_BSKH, *own, anchor_BA, keep_BA)
+    attend = functools.partial(_attend_all, window, scale)
+    return by_sequences(attend, q_BAGNH, k_BSKH, v_BSKH, *own, anchor_BA, keep_BA)
 
 
 def _attend_all(
-    q_BAGNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *rest: jax.Array
+    window: int | None,
+    scale: float,
+    q_BAGNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *rest: jax.Array,
 ) -> jax.Array:
     """All blocks of some sequences."""
     batch, anchors, slots, heads, _ = q_BAGNH.shape
     count, size = chunk_sizes(anchors, batch * slots * heads * (k_BSKH.shape[1] + slots))
     blocks = q_BAGNH, *rest
     if count == 1:
-        return _attend_some(k_BSKH, v_BSKH, *blocks)
-    attend = jax.checkpoint(lambda part: _attend_some(k_BSKH, v_BSKH, *part))
+        return _attend_some(window, scale, k_BSKH, v_BSKH, *blocks)
+    attend = jax.checkpoint(lambda part: _attend_some(window, scale, k_BSKH, v_BSKH, *part))
     parts = jax.tree.map(lambda x: split_chunks(x, count, size), blocks)
     return join_chunks(jax.lax.map(attend, parts), anchors)
 
 
 def _attend_some(
+    window: int | None,
+    scale: float,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     q_BAGNH: jax.Array,
@@ -61,9 +71,12 @@ def _attend_some(
     k_BKSH, v_BKSH, k_BKAGH, v_BKAGH = (
         jnp.moveaxis(x, -2, 1) for x in (k_BSKH, v_BSKH, k_BAGKH, v_BAGKH)
     )
-    to_context = _product("bkarh,bksh->bkars", q_BKARH, k_BKSH) * dim**-0.5
-    to_block = _product("bkarh,bkagh->bkarg", q_BKARH, k_BKAGH) * dim**-0.5
-    visible_BAS = jnp.arange(length, dtype=jnp.int32) < anchor_BA[..., None]
+    to_context = _product("bkarh,bksh->bkars", q_BKARH, k_BKSH) * scale
+    to_block = _product("bkarh,bkagh->bkarg", q_BKARH, k_BKAGH) * scale
+    position_S = jnp.arange(length, dtype=jnp.int32)
+    visible_BAS = position_S < anchor_BA[..., None]
+    if window is not None:
+        visible_BAS &= position_S >= anchor_BA[..., None] - window
     to_context = jnp.where(visible_BAS[:, None, :, None], to_context, -jnp.inf)
     peak = jnp.maximum(to_context.max(-1), to_block.max(-1))[..., None]
     peak = jax.lax.stop_gradient(peak)

@@ -2,8 +2,11 @@
 
 For row t of slot b with head n reading kv head m = n // (N / K), and w the window or infinity:
 
-    score[s] = q[t, n] . k[b, m, s] / sqrt(H)       for limit[t] - w <= s < limit[t]
+    score[s] = cap(scale q[t, n] . k[b, m, s])      for limit[t] - w <= s < limit[t]
     out[t, n] = sum_s softmax(score)[s] v[b, m, s]
+
+Under a window the S places of a cache are a ring: position s lies at s % S, and every position that
+a row may see is the last one that was written to its place.
 
 A row's limit alone says what it sees: its position + 1 in verification and in a chunk of a
 prompt, the end of its block in a bidirectional block that lies in the cache. A block that does not
@@ -40,6 +43,8 @@ def ragged_attention(
     layer: jax.Array | int | None = None,
     own: tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     heads_axis: str | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
@@ -51,10 +56,12 @@ def ragged_attention(
             all layers, [L, B, K, S, H]. Keys that a row may not see can be anything; their values
             must be finite.
         groups: which rows attend to which slot (:mod:`~pallas_kernels.ragged_attention.groups`).
-        limit_T: int32 in [0, S]: row t sees the positions before it.
+        limit_T: int32: row t sees the positions before it; at most S without a window.
         layer: int32, which layer of the caches is meant; None for caches of one layer.
         own: keys and values [P, W, K, H] that all rows of a group see beside the cache.
         window: the last so many positions before the limit are seen, static; None for all.
+        scale: of the scores; None for H ** -0.5.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
         heads_axis: axis of the mesh that query and key/value heads are split over, where there is a
             mesh and they divide: each device then runs the kernel on its own heads. XLA finds that
             out by itself.
@@ -70,12 +77,14 @@ def ragged_attention(
         RuntimeError: the implementation does not run on this jax.
     """
     dispatch.check_name(implementation)
+    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
     _check(q_TNH, k_BKSH, v_BKSH, groups, limit_T, layer, own, window)
     q_PCNH, limit_PC = groups.gather(q_TNH), groups.gather(limit_T)
     if implementation == "xla":
         if layer is not None:
             k_BKSH, v_BKSH = k_BKSH[layer], v_BKSH[layer]
-        out_PCNH = xla.attend_groups(q_PCNH, k_BKSH, v_BKSH, groups.slot_P, limit_PC, own, window)
+        given = q_PCNH, k_BKSH, v_BKSH, groups.slot_P, limit_PC, own
+        out_PCNH = xla.attend_groups(*given, window, scale, softcap)
         return groups.scatter(out_PCNH)
     problem = dispatch.version_problem()
     if problem:
@@ -84,7 +93,12 @@ def ragged_attention(
 
     if layer is None:
         k_BKSH, v_BKSH, layer = k_BKSH[None], v_BKSH[None], jnp.int32(0)
+    if softcap is not None:
+        raise ValueError(f"softcap is {softcap}: mosaic_gpu has no form with it, choose xla")
     attend = functools.partial(mosaic_gpu.attend_groups, window=window)
+    own_scale = q_TNH.shape[-1] ** -0.5
+    if scale != own_scale:
+        q_PCNH = (q_PCNH.astype(jnp.float32) * (scale / own_scale)).astype(q_PCNH.dtype)
     arguments = q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, own
     return groups.scatter(_over_heads(attend, heads_axis, *arguments))
 

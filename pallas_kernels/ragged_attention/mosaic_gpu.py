@@ -61,7 +61,9 @@ def attend_groups(
     padding = tiles * TILE - used
     q_PKMH = jnp.pad(q_PKMH, ((0, 0), (0, 0), (0, padding), (0, 0)))
     limit_PM = jnp.pad(jnp.repeat(limit_PC, shared, axis=1), ((0, 0), (0, padding)))
-    limit_PM = jnp.minimum(limit_PM.astype(jnp.int32), positions)
+    limit_PM = limit_PM.astype(jnp.int32)
+    if window is None:
+        limit_PM = jnp.minimum(limit_PM, positions)
 
     if slot_P is None:
         slot_P = jnp.arange(groups, dtype=jnp.int32)
@@ -178,9 +180,12 @@ def _kernel(
             seen_MS &= position_MS >= tc.along_rows(limit_M - window, BLOCK)
         return tc.softmax_step(tc.scores(q_smem, k_smem), seen_MS, v_smem, weight_smem, carry)
 
+    def place(i: Any) -> Any:  # under a window the positions are a ring, of whole blocks
+        return start + i if window is None else lax.rem(start + i, k_ref.shape[-2] // BLOCK)
+
     block = plgpu.BlockSpec(
         (None, None, None, BLOCK, width),
-        lambda i: (layer, slot, head, start + i, 0),
+        lambda i: (layer, slot, head, place(i), 0),
         transforms=tc.layout(width, k_ref.dtype),
     )
     nothing = (

@@ -9,6 +9,7 @@ directions. The same functions serve training (A anchors a sequence) and decodin
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,18 +20,11 @@ from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
-from dspark_jax.models.layers import (
-    Layer,
-    declare_layers,
-    finish_layer,
-    loop_layers,
-    matmul,
-    project_kv,
-    project_qkv,
-    rms_norm,
-)
-from dspark_jax.models.rope import rope_table
-from dspark_jax.models.vocab import Vocab, embed
+from dspark_jax.models.layers import matmul, rms_norm
+from dspark_jax.models.reading import Cache, declare_caches
+from dspark_jax.models.stacks import Place, Stack, is_unstacked, loop_layers, map_stacks, place_of
+from dspark_jax.models.targets.table import draft_blocks_of
+from dspark_jax.models.vocab import Vocab
 from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
@@ -48,14 +42,14 @@ class DrafterParams:
     """Trainable weights of a drafter; embedding and LM head are the target's (``Vocab``).
 
     Attributes:
-        fc_FED: projection of the concatenated features; hidden_norm_D follows it.
-        layers: blocks, stacked on L or a tuple.
+        fc_FYD: projection of the concatenated features; hidden_norm_D follows it.
+        layers: blocks, of every stack (:mod:`~dspark_jax.models.stacks`).
         norm_D: final norm.
         head: ``MarkovHead`` or None.
         confidence: ``ConfidenceHead`` or None.
     """
 
-    fc_FED: Any
+    fc_FYD: Any
     hidden_norm_D: Any
     layers: Any
     norm_D: Any
@@ -65,27 +59,26 @@ class DrafterParams:
 
 def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
     """Declaration of every trainable parameter under its name in the reference layout."""
-    sizes = cfg.sizes | {"E": cfg.hidden_size}
+    blocks = draft_blocks_of(cfg)
+    sizes = cfg.sizes | {"Y": cfg.hidden_size}
     return DrafterParams(
-        fc_FED=declare("FED", sizes, "fc.weight", out="D"),
+        fc_FYD=declare("FYD", sizes, "fc.weight", out="D"),
         hidden_norm_D=declare("D", sizes, "hidden_norm.weight", init="ones"),
-        layers=declare_layers(cfg, "layers"),
+        layers=map_stacks(lambda stack: blocks.declare(cfg, stack.layers), blocks.sections(cfg)),
         norm_D=declare("D", sizes, "norm.weight", init="ones"),
         head=declare_markov_head(cfg),
         confidence=declare_confidence_head(cfg),
     )
 
 
-def declare_context(
-    cfg: DrafterConfig, num_slots: int, num_positions: int, dtype: Any
-) -> kv.KVCache:
-    """Declaration of the injected keys and values of ``num_slots`` texts of ``num_positions``."""
-    return kv.declare_kv(cfg, num_slots, num_positions, dtype)
+def declare_context(cfg: DrafterConfig, room: kv.Room) -> Cache:
+    """Declaration of the injected keys and values."""
+    return declare_caches(draft_blocks_of(cfg).sections(cfg), room)
 
 
 def inject(
     drafter: DrafterParams, feature_XFD: jax.Array, position_X: jax.Array, cfg: DrafterConfig
-) -> tuple[Any, Any]:
+) -> tuple[tuple[Any, Any], ...]:
     """Keys and values of the context for every draft layer.
 
     Args:
@@ -95,32 +88,48 @@ def inject(
         cfg: sizes.
 
     Returns:
-        k and v, [L, X, K, H] each, or tuples of L arrays where the layers are unstacked.
+        k and v of every stack, [L, X, K, H] each, or tuples of L arrays where the layers are
+        unstacked.
     """
-    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FED.dtype)
-    context_XD = matmul(flat_XI, drafter.fc_FED.reshape(flat_XI.shape[-1], -1))
+    blocks = draft_blocks_of(cfg)
+    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FYD.dtype)
+    context_XD = matmul(flat_XI, drafter.fc_FYD.reshape(flat_XI.shape[-1], -1))
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
-    table = rope_table(position_X, cfg)
-    if isinstance(drafter.layers, tuple):
-        pairs = [project_kv(layer, context_XD, table, cfg) for layer in drafter.layers]
-        k, v = zip(*pairs, strict=True)
+    shared = blocks.shared(position_X, cfg)
+
+    def project(stack: Stack, layers: Any) -> tuple[Any, Any]:
+        place = place_of(blocks.sections(cfg), stack.layers[0])
+
+        def one(layer: Any) -> tuple[jax.Array, jax.Array]:
+            return blocks.inject(layer, context_XD, place, shared, cfg)
+
+        if not isinstance(layers, tuple):
+            return jax.vmap(one)(layers)
+        k, v = zip(*map(one, layers), strict=True)
         return k, v
-    return jax.vmap(lambda layer: project_kv(layer, context_XD, table, cfg))(drafter.layers)
+
+    stacks = map_stacks(lambda stack: stack, blocks.sections(cfg))
+    return tuple(map(project, stacks, drafter.layers))
 
 
 def extend_context(
     drafter: DrafterParams,
-    context: kv.KVCache,
+    context: Cache,
     feature_TFD: jax.Array,
     slot_T: jax.Array,
     position_T: jax.Array,
     cfg: DrafterConfig,
-) -> kv.KVCache:
+) -> Cache:
     """The context cache with T positions injected at (slot, position); padding is dropped."""
-    k, v = inject(drafter, feature_TFD, position_T, cfg)
-    for layer in range(cfg.num_layers):
-        context = kv.write(context, layer, slot_T, position_T, k[layer], v[layer])
-    return context
+
+    def write(stack: Stack, cache: kv.KVCache, new: tuple[Any, Any]) -> kv.KVCache:
+        for index, (k, v) in enumerate(zip(*new, strict=True)):
+            window = stack.kind.attention.window
+            cache = kv.write(cache, index, slot_T, position_T, k, v, window)
+        return cache
+
+    stacks = map_stacks(lambda stack: stack, draft_blocks_of(cfg).sections(cfg))
+    return tuple(map(write, stacks, context, inject(drafter, feature_TFD, position_T, cfg)))
 
 
 def block_hidden(
@@ -128,7 +137,7 @@ def block_hidden(
     vocab: Vocab,
     anchor_BA: jax.Array,
     position_BA: jax.Array,
-    context: kv.KVCache,
+    context: Cache,
     cfg: DrafterConfig,
     keep_BA: jax.Array | None = None,
     *,
@@ -152,14 +161,16 @@ def block_hidden(
     if keep_BA is None:
         keep_BA = jnp.ones(anchor_BA.shape, bool)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
-        (heads_axis,) = MESH_RULES["K"]
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, place: Place) -> jax.Array:
+        (heads_axis,), own = MESH_RULES["K"], place.kind.attention
         return anchor_attention(
             q,
-            *kv.read(context, layer),
+            *kv.read(context[place.stack], place.index),
             (k, v),
             position_BA,
             keep_BA,
+            window=own.window or None,
+            scale=own.scale,
             sequences_axes=MESH_RULES["B"],
             heads_axis=heads_axis,
             implementation=kernels,
@@ -173,7 +184,7 @@ def slot_hidden(
     vocab: Vocab,
     anchor_B: jax.Array,
     position_B: jax.Array,
-    context: kv.KVCache,
+    context: Cache,
     cfg: DrafterConfig,
     *,
     kernels: str = "xla",
@@ -189,12 +200,16 @@ def slot_hidden(
     groups = group_runs(None, anchor_B.shape[0], cfg.block_size)
     limit_T = jnp.repeat(position_B, cfg.block_size)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> jax.Array:
-        own = k[:, 0], v[:, 0]
-        q_TNH = q.reshape(-1, *q.shape[-2:])
-        inputs = kv.attention_inputs(context, layer)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, place: Place) -> jax.Array:
         out_TNH = ragged_attention(
-            q_TNH, groups=groups, limit_T=limit_T, own=own, implementation=kernels, **inputs
+            q.reshape(-1, *q.shape[-2:]),
+            groups=groups,
+            limit_T=limit_T,
+            own=(k[:, 0], v[:, 0]),
+            window=place.kind.attention.window or None,
+            scale=place.kind.attention.scale,
+            implementation=kernels,
+            **kv.attention_inputs(context[place.stack], place.index),
         )
         return out_TNH.reshape(q.shape)
 
@@ -209,22 +224,26 @@ def _backbone(
     anchor_BA: jax.Array,
     position_BA: jax.Array,
     keep_BA: jax.Array,
-    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array],
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Place], jax.Array],
     cfg: DrafterConfig,
 ) -> jax.Array:
-    """hidden_BAGD with ``attend(q_BAGNH, k_BAGKH, v_BAGKH, layer)`` as the blocks' attention."""
+    """hidden_BAGD with ``attend(q_BAGNH, k_BAGKH, v_BAGKH, place)`` as the blocks' attention."""
+    blocks = draft_blocks_of(cfg)
     slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
-    table = rope_table(position_BA[..., None] + slot_G, cfg)
-    x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FED.dtype)
+    shared = blocks.shared(position_BA[..., None] + slot_G, cfg)
+    x_BAGD = blocks.embed(vocab, token_BAG, cfg).astype(drafter.fc_FYD.dtype)
 
-    def block(x_BAGD: jax.Array, layer: Layer, index: Any) -> jax.Array:
-        h_BAGD = rms_norm(x_BAGD, layer.input_norm_D, cfg.rms_norm_eps)
-        q, k, v = project_qkv(layer, h_BAGD, table, cfg)
-        return finish_layer(layer, x_BAGD, attend(q, k, v, index), cfg)
+    def block(x_BAGD: jax.Array, layer: Any, place: Place) -> jax.Array:
+        def compute(x_BAGD: jax.Array, layer: Any, index: Any) -> jax.Array:
+            here = replace(place, index=index)
+            q, k, v = blocks.project(layer, x_BAGD, here, shared, cfg)
+            return blocks.finish(layer, x_BAGD, attend(q, k, v, here), here, shared, cfg)
 
-    if not isinstance(drafter.layers, tuple):  # the form that is trained
-        block = jax.checkpoint(block, policy=KEEP_PRODUCTS, prevent_cse=False)
-    x_BAGD = loop_layers(block, x_BAGD, drafter.layers)
+        if not is_unstacked(drafter.layers):  # the form that is trained
+            compute = jax.checkpoint(compute, policy=KEEP_PRODUCTS, prevent_cse=False)
+        return compute(x_BAGD, layer, place.index)
+
+    x_BAGD = loop_layers(block, x_BAGD, drafter.layers, blocks.sections(cfg))
     return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)

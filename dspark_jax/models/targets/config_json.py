@@ -7,11 +7,13 @@ What is not supported must not be ignored in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspark_jax.config import RopeConfig, TransformerConfig
+from dspark_jax.config import RopeConfig, RopeKind, TransformerConfig
 
+MAX_LAYERS = 4096
 BLOCK_TYPE = "qwen3"  # the ``model_type`` of drafters' blocks
 
 
@@ -49,8 +51,15 @@ def count_field(config: Mapping[str, Any], key: str, default: int | None = None)
     return 0 if config.get(key, default) == 0 else int(field(config, key, int, default))
 
 
-def block_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def block_config(
+    config: Mapping[str, Any], *, theta: float = 10000.0, head_dim: int | None = None
+) -> dict[str, Any]:
     """The fields of ``TransformerConfig`` that all families spell alike.
+
+    Args:
+        config: the configuration.
+        theta: of RoPE, where the configuration names none.
+        head_dim: likewise; None for the width over the heads.
 
     Raises:
         ValueError: a field is missing or wrong, or the blocks are of a kind that is not supported.
@@ -58,17 +67,32 @@ def block_config(config: Mapping[str, Any]) -> dict[str, Any]:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r} is not supported: only silu")
-    for key in ("mlp_bias", "quantization_config"):
-        if config.get(key):
-            raise ValueError(f"{key} is set: such models are not supported")
+    sizes = size_config(config, head_dim)
+    rope = rope_config(config, theta=theta)
+    if rope.kind == "longrope":
+        # Beyond it transformers computes everything anew with other frequencies.
+        sizes["max_positions"] = min(sizes["max_positions"], rope.original_max_positions)
+        if len(rope.short_factors) != sizes["head_dim"] // 2:
+            raise ValueError(
+                f"short_factor has {len(rope.short_factors)} values: it must have half as many as "
+                f"a head, {sizes['head_dim'] // 2}"
+            )
+    return {**sizes, "rope": rope}
+
+
+def size_config(config: Mapping[str, Any], head_dim: int | None = None) -> dict[str, Any]:
+    """The sizes among these fields; ``head_dim`` as in :func:`block_config`.
+
+    Raises:
+        ValueError: a size is missing or wrong, or the weights are quantised.
+    """
+    if config.get("quantization_config"):
+        raise ValueError("quantization_config is set: such models are not supported")
+    layers = field(config, "num_hidden_layers", int)
+    if layers > MAX_LAYERS:  # each is planned for before a weight is missed
+        raise ValueError(f"num_hidden_layers is {layers}: it must be at most {MAX_LAYERS}")
     width, heads = field(config, "hidden_size", int), field(config, "num_attention_heads", int)
-    layers, kinds = field(config, "num_hidden_layers", int), config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"layer_types {kinds}: only full attention in every layer is supported")
-    windows = not kinds and config.get("use_sliding_window") and config.get("sliding_window")
-    if windows and field(config, "max_window_layers", int, 28) < layers:
-        raise ValueError("use_sliding_window is set: only full attention is supported")
-    head_dim = 128 if config.get("model_type") == "qwen3" else max(width // heads, 1)
+    head_dim = max(width // heads, 1) if head_dim is None else head_dim
     return {
         "vocab_size": field(config, "vocab_size", int),
         "hidden_size": width,
@@ -78,48 +102,156 @@ def block_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": field(config, "num_key_value_heads", int, heads),
         "head_dim": field(config, "head_dim", int, head_dim),
         "rms_norm_eps": field(config, "rms_norm_eps", float, 1e-6),
-        "rope": rope_config(config),
         "max_positions": field(config, "max_position_embeddings", int),
     }
 
 
-def rope_config(config: Mapping[str, Any]) -> RopeConfig:
-    """RoPE out of ``rope_parameters``, or of the older ``rope_theta`` and ``rope_scaling``.
+def window_of(config: Mapping[str, Any]) -> int:
+    """``sliding_window``; 0 for null, and 4096, where transformers has it, for a missing one.
 
     Raises:
-        ValueError: a kind of RoPE that is not supported.
+        ValueError: it is neither of these nor a positive integer.
     """
-    rope = field(config, "rope_parameters", dict, config.get("rope_scaling") or {})
-    theta = field(rope, "rope_theta", float, config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    value = config.get("sliding_window", 4096)
+    return 0 if value is None else int(field({"sliding_window": value}, "sliding_window", int))
+
+
+def layer_windows(
+    config: Mapping[str, Any], window: int, slides: Sequence[bool]
+) -> tuple[int, ...]:
+    """The window of every layer; empty where none has one.
+
+    Args:
+        config: the configuration, whose ``layer_types`` hold where they are listed.
+        window: of the layers that have one; 0 where there can be none.
+        slides: which layers these are where nothing is listed.
+
+    Raises:
+        ValueError: kinds of attention that cannot be.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if slide else 0 for slide in slides) if window and any(slides) else ()
+    known = ["full_attention", "sliding_attention"] if window else ["full_attention"]
+    listed = isinstance(types, list) and all(name in known for name in types)
+    if not listed or len(types) != len(slides):
+        raise ValueError(
+            f"layer_types {types!r} must list {' or '.join(known)} for each of the {len(slides)} "
+            f"layers, where sliding_window is {window or 'null or not used'}"
+        )
+    windows = tuple(window if name == "sliding_attention" else 0 for name in types)
+    return windows if any(windows) else ()
+
+
+def rope_config(
+    config: Mapping[str, Any], layer_type: str = "", *, theta: float = 10000.0
+) -> RopeConfig:
+    """RoPE out of ``rope_parameters``, or of the older ``rope_theta`` and ``rope_scaling``.
+
+    Where a file has both spellings, ``rope_scaling`` holds and ``rope_theta`` is looked for there
+    and beside it, as transformers does.
+
+    Args:
+        config: the configuration.
+        layer_type: whose parameters are meant where they differ by layer.
+        theta: the base, where none is named.
+
+    Raises:
+        ValueError: a kind of RoPE that is not supported, or a value that makes none.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = field(config, key, dict, {})
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters differ by layer: not supported")
-    for options in (rope, config):
-        if options.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ValueError("partial_rotary_factor is not 1: not supported")
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported: only default and llama3")
-    low, high = field(rope, "low_freq_factor", float), field(rope, "high_freq_factor", float)
-    if low >= high:
-        raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
-    positions = field(rope, "original_max_position_embeddings", int)
-    return RopeConfig(theta, field(rope, "factor", float), low, high, positions)
+        if not layer_type:
+            raise ValueError(f"{key} differ by layer: not supported for this model_type")
+        rope = field(rope, layer_type, dict, {})
+    theta = field(rope, "rope_theta", float, config.get("rope_theta") or theta)
+    kind: Any = rope.get("rope_type") or rope.get("type") or "default"
+    kinds = typing.get_args(RopeKind)
+    if kind not in kinds:
+        raise ValueError(f"rope_type {kind!r} is not supported: only {', '.join(kinds)}")
+    rotated = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    if rotated != 1 and kind != "proportional":
+        raise ValueError(f"partial_rotary_factor is {rotated}: not supported with {kind!r} RoPE")
+    longest = field(config, "max_position_embeddings", int)
+    original = field(rope, "original_max_position_embeddings", int, longest)
+
+    def ratio() -> float:
+        """What the older files of YaRN and longrope leave to be divided."""
+        return field(rope, "factor", float, longest / original)
+
+    if kind == "linear":
+        return RopeConfig(theta, kind, field(rope, "factor", float))
+    if kind == "llama3":
+        low, high = field(rope, "low_freq_factor", float), field(rope, "high_freq_factor", float)
+        if low >= high:
+            raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
+        return RopeConfig(theta, kind, field(rope, "factor", float), low, high, original)
+    if kind == "yarn":
+        return RopeConfig(
+            theta,
+            kind,
+            factor := ratio(),
+            original_max_positions=original,
+            beta_fast=field(rope, "beta_fast", float, 32.0),
+            beta_slow=field(rope, "beta_slow", float, 1.0),
+            truncate=field(rope, "truncate", bool, True),
+            attention_factor=field(rope, "attention_factor", float, _mscale(rope, factor)),
+        )
+    if kind == "longrope":
+        factors = field(rope, "short_factor", list)
+        if not all(type(f) in (int, float) and 0 < f < math.inf for f in factors):
+            raise ValueError("short_factor must list positive numbers")
+        factor = ratio()
+        growth = 1 + math.log(factor) / math.log(original) if factor > 1 and original > 1 else 1.0
+        return RopeConfig(
+            theta,
+            kind,
+            factor,
+            original_max_positions=original,
+            attention_factor=field(rope, "attention_factor", float, math.sqrt(growth)),
+            short_factors=tuple(map(float, factors)),
+        )
+    if kind == "proportional":
+        if type(rotated) not in (int, float) or not 0 < rotated <= 1:
+            raise ValueError(f"partial_rotary_factor is {rotated!r}: it must lie in (0, 1]")
+        factor = field(rope, "factor", float, 1.0)
+        return RopeConfig(theta, kind, factor, rotated=float(rotated))
+    return RopeConfig(theta, kind)
+
+
+def _mscale(rope: Mapping[str, Any], factor: float) -> float:
+    """YaRN's attention factor where the file names none."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        above, below = (field(rope, key, float) for key in ("mscale", "mscale_all_dim"))
+        return scale(above) / scale(below)
+    return scale(1.0)
 
 
 def rope_config_dict(rope: RopeConfig) -> dict[str, Any]:
     """RoPE as ``rope_parameters``; inverse of :func:`rope_config`."""
-    if rope.factor == 1.0:
-        return {"rope_theta": rope.theta, "rope_type": "default"}
-    return {
-        "rope_theta": rope.theta,
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_positions,
-    }
+    fields: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    if rope.kind in ("linear", "llama3", "yarn", "longrope", "proportional"):
+        fields["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn", "longrope"):
+        fields["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        fields["low_freq_factor"] = rope.low_freq_factor
+        fields["high_freq_factor"] = rope.high_freq_factor
+    if rope.kind in ("yarn", "longrope"):
+        fields["attention_factor"] = rope.attention_factor
+    if rope.kind == "yarn":
+        band = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        fields |= band | {"truncate": rope.truncate}
+    if rope.kind == "longrope":  # nothing is computed beyond the original length
+        fields["short_factor"] = fields["long_factor"] = list(rope.short_factors)
+    if rope.kind == "proportional":
+        fields["partial_rotary_factor"] = rope.rotated
+    return fields
 
 
 def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
@@ -131,7 +263,10 @@ def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,
-        "layer_types": ["full_attention"] * cfg.num_layers,
+        "layer_types": [
+            "sliding_attention" if cfg.window(layer) else "full_attention"
+            for layer in range(cfg.num_layers)
+        ],
         "max_position_embeddings": cfg.max_positions,
         "model_type": BLOCK_TYPE,
         "num_attention_heads": cfg.num_heads,
@@ -139,8 +274,8 @@ def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": cfg.num_kv_heads,
         "rms_norm_eps": cfg.rms_norm_eps,
         "rope_parameters": rope_config_dict(cfg.rope),
-        "sliding_window": None,
+        "sliding_window": max(cfg.windows, default=0) or None,
         "tie_word_embeddings": False,
-        "use_sliding_window": False,
+        "use_sliding_window": any(cfg.windows),
         "vocab_size": cfg.vocab_size,
     }

@@ -13,7 +13,7 @@ import jax
 from flax import struct
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.models.cache import Rows
+from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.vocab import Vocab
 
 
@@ -23,7 +23,7 @@ class TargetParams:
 
     Attributes:
         vocab: embedding and LM head.
-        layers: blocks, stacked on L or a tuple.
+        layers: blocks, of every stack (:mod:`~dspark_jax.models.stacks`).
         norm_D: final norm.
     """
 
@@ -52,7 +52,7 @@ class TargetFamily(Protocol):
     def declare(self, cfg: Any) -> TargetParams:
         """Declaration of every parameter, layers stacked, under its Hugging Face name."""
 
-    def declare_cache(self, cfg: Any, num_slots: int, num_positions: int, dtype: Any) -> Any:
+    def declare_cache(self, cfg: Any, room: Room) -> Any:
         """Declaration of what ``extend`` keeps: a tree of ``Buffer``, layers stacked. Every one has
         an axis of slots; what is behind the committed length of a slot means nothing."""
 
@@ -62,7 +62,7 @@ class TargetFamily(Protocol):
         token_BS: jax.Array,
         cfg: Any,
         feature_layers: Sequence[int] = ...,
-        fetch: Callable[[Any], Any] = ...,
+        fetch: Callable[[Any, int], Any] = ...,
     ) -> tuple[jax.Array, jax.Array]:
         """Read whole sequences from position 0, causally, without a cache.
 
@@ -73,7 +73,8 @@ class TargetFamily(Protocol):
             token_BS: int32 token ids.
             cfg: sizes.
             feature_layers: layers whose residual stream is returned; -1 is the embedding output.
-            fetch: what is done to a layer's weights when its turn comes, such as gathering them.
+            fetch: what is done to the weights of a layer, in the stack of this number, when its
+                turn comes, such as gathering them.
 
         Returns:
             hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.

@@ -1,72 +1,157 @@
-"""Decoder-only targets (Llama, Qwen2, Qwen3): dense encoding, cached extension, LM head.
+"""Llama and its kin: Mistral, Qwen2, Qwen3, SmolLM3.
 
-``encode`` reads whole sequences and keeps nothing: training features. ``extend`` reads the rows of
-a flat ragged batch against a cache: prefill and verification are the same operation. Both return
-the residual stream after chosen layers ("features", spec section 2) beside the last hidden state.
+A layer is the norm, attention with or without biases, norms of q and k, window and RoPE, and a
+gated MLP; which of the kin a model is shows in these alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from dspark_jax import axes
-from dspark_jax.config import TargetConfig
-from dspark_jax.models import cache as kv
+from dspark_jax.config import TargetConfig, TransformerConfig
 from dspark_jax.models import vocab as vocabulary
-from dspark_jax.models.cache import Rows
+from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.layers import (
     Layer,
-    attend_causally,
     declare_layers,
+    declare_mlp,
     finish_layer,
-    loop_layers,
+    project_kv,
     project_qkv,
     rms_norm,
 )
-from dspark_jax.models.rope import rope_table
-from dspark_jax.models.targets.config_json import block_config, field
+from dspark_jax.models.reading import (
+    Attention,
+    Blocks,
+    Cache,
+    declare_caches,
+    read_rows,
+    read_sequences,
+)
+from dspark_jax.models.rope import Table, rope_table
+from dspark_jax.models.stacks import Place, Sections, make_sections, map_stacks
+from dspark_jax.models.targets.config_json import (
+    block_config,
+    count_field,
+    field,
+    layer_windows,
+    window_of,
+)
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
-from pallas_kernels.ragged_attention.api import ragged_attention
-from pallas_kernels.ragged_attention.groups import Groups, group_by_slot, group_runs
 
 
 @dataclass(frozen=True)
 class Config(TargetConfig):
-    """Sizes of a target; which of the kin it is shows in its biases and in ``qk_norm``."""
+    """Sizes of a target, and what its layers have.
+
+    Attributes:
+        mlp_bias: whether the MLP has biases.
+        rotary: of every layer, whether its queries and keys are rotated; empty: all are.
+    """
+
+    mlp_bias: bool = False
+    rotary: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layers of a stack have in common."""
+
+    attention: Attention
+    rotary: bool
 
 
 def config(hf: Mapping[str, Any]) -> Config:
-    """The configuration out of a ``config.json`` of Llama, Qwen2 or Qwen3.
+    """The configuration out of a ``config.json`` of Llama, Mistral, Qwen2, Qwen3 or SmolLM3.
 
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
     kind, bias = hf["model_type"], field(hf, "attention_bias", bool, False)
+    no_rope = kind == "smollm3"
+    theta = 2_000_000.0 if no_rope else 10_000.0
+    sizes = block_config(hf, theta=theta, head_dim=128 if kind == "qwen3" else None)
+    layers = sizes["num_layers"]
+    rotary = _rotary(hf, layers) if no_rope else (True,) * layers
     return Config(
-        **block_config(hf),
+        **sizes,
+        windows=_windows(hf, kind, rotary),
         qk_norm=kind == "qwen3",
-        qkv_bias=bias or kind == "qwen2",
-        out_bias=bias and kind != "qwen2",
-        tied=field(hf, "tie_word_embeddings", bool, False),
+        qkv_bias=kind == "qwen2" or (bias and kind != "mistral"),
+        out_bias=bias and kind not in ("qwen2", "mistral"),
+        mlp_bias=kind in ("llama", "smollm3") and field(hf, "mlp_bias", bool, False),
+        rotary=() if all(rotary) else rotary,
+        tied=field(hf, "tie_word_embeddings", bool, no_rope),
     )
+
+
+def _rotary(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Which layers of SmolLM3 rotate."""
+    listed = hf.get("no_rope_layers")
+    if listed is None:
+        interval = field(hf, "no_rope_layer_interval", int, 4)
+        return tuple((layer + 1) % interval != 0 for layer in range(layers))
+    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {0, 1}:
+        raise ValueError(
+            f"no_rope_layers {listed!r} must list 1 (RoPE) or 0 for each of the {layers} layers"
+        )
+    return tuple(bool(rotates) for rotates in listed)
+
+
+def _windows(hf: Mapping[str, Any], kind: str, rotary: Sequence[bool]) -> tuple[int, ...]:
+    """The window of every layer; empty where none has one."""
+    layers = len(rotary)
+    if kind == "mistral":  # whose layers are all of one kind
+        return (window_of(hf),) * layers if window_of(hf) else ()
+    used = kind != "llama" and field(hf, "use_sliding_window", bool, False)
+    first = count_field(hf, "max_window_layers", 28)
+    slides = [not r if kind == "smollm3" else i >= first for i, r in enumerate(rotary)]
+    return layer_windows(hf, window_of(hf) if used else 0, slides)
 
 
 def architecture(cfg: Config) -> str:
     """The class of transformers that computes the same."""
     if cfg.qk_norm:
         return "Qwen3ForCausalLM"
-    return "Qwen2ForCausalLM" if cfg.qkv_bias and not cfg.out_bias else "LlamaForCausalLM"
+    if cfg.rotary:
+        return "SmolLM3ForCausalLM"
+    if cfg.qkv_bias and not cfg.out_bias:
+        return "Qwen2ForCausalLM"
+    return "MistralForCausalLM" if cfg.windows else "LlamaForCausalLM"
+
+
+def layer_sections(cfg: TransformerConfig, rotary: Sequence[bool] = ()) -> Sections:
+    """Layers of these sizes by their kinds."""
+
+    def kind(layer: int) -> Kind:
+        window = cfg.window(layer)
+        return Kind(
+            Attention(cfg.num_kv_heads, cfg.head_dim, window), rotary[layer] if rotary else True
+        )
+
+    return make_sections(tuple(kind(layer) for layer in range(cfg.num_layers)))
 
 
 def declare(cfg: Config) -> TargetParams:
     """Declaration of every parameter under its Hugging Face name."""
+
+    def stack_of(stack: Any) -> Layer:
+        mlp = declare_mlp(cfg.sizes, "model.layers", stack.layers, bias=cfg.mlp_bias)
+        return declare_layers(cfg, "model.layers", stack.layers, mlp)
+
+    return declare_model(cfg, map_stacks(stack_of, sections(cfg)))
+
+
+def declare_model(cfg: TargetConfig, layers: Any) -> TargetParams:
+    """Declaration of a target around the declaration of its layers."""
 
     def param(letters: str, name: str, init: str) -> axes.Param:
         return axes.declare(letters, cfg.sizes, name, init=init)
@@ -74,35 +159,65 @@ def declare(cfg: Config) -> TargetParams:
     head = None if cfg.tied else param("VD", "lm_head.weight", "embed")
     return TargetParams(
         vocab=Vocab(param("VD", "model.embed_tokens.weight", "embed"), head),
-        layers=declare_layers(cfg, "model.layers"),
+        layers=layers,
         norm_D=param("D", "model.norm.weight", "ones"),
     )
 
 
-def declare_cache(cfg: Config, num_slots: int, num_positions: int, dtype: Any) -> kv.KVCache:
-    """Declaration of what :func:`extend` keeps of ``num_slots`` texts of ``num_positions``."""
-    return kv.declare_kv(cfg, num_slots, num_positions, dtype)
+def declare_cache(cfg: Config, room: Room) -> Cache:
+    """Declaration of what :func:`extend` keeps."""
+    return declare_caches(sections(cfg), room)
 
 
-def _keep_feature(
-    feature_FXD: jax.Array, x_XD: jax.Array, layer: Any, feature_layers: Sequence[int]
+def sections(cfg: Config) -> Sections:
+    """The layers by their kinds."""
+    return layer_sections(cfg, cfg.rotary)
+
+
+def enter(
+    target: TargetParams, token_X: jax.Array, position_X: jax.Array, cfg: Config
+) -> tuple[jax.Array, Table]:
+    """The embedding, and the table of RoPE; see :class:`Blocks`."""
+    return embed(target.vocab, token_X, cfg), rope_table(position_X, cfg.rope, cfg.head_dim)
+
+
+def project(
+    layer: Any, x_XD: jax.Array, place: Place, table: Table, cfg: TransformerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values; see :class:`Blocks`."""
+    h_XD = rms_norm(x_XD, layer.input_norm_D, cfg.rms_norm_eps)
+    return project_qkv(layer, h_XD, table if place.kind.rotary else None, cfg)
+
+
+def _finish(
+    layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, place: Place, table: Table, cfg: Any
 ) -> jax.Array:
-    """The features with the residual stream after ``layer``, if it is one of the chosen."""
-    if not feature_layers:
-        return feature_FXD
-    if isinstance(layer, int):
-        if layer not in feature_layers:
-            return feature_FXD
-        return feature_FXD.at[feature_layers.index(layer)].set(x_XD)
-    hit_F = jnp.asarray(np.array(feature_layers, np.int32)) == layer
-    place = jnp.where(hit_F.any(), jnp.argmax(hit_F), len(feature_layers))
-    return feature_FXD.at[place].set(x_XD, mode="drop")
+    return finish_layer(layer, x_XD, attended_XNH, cfg)
 
 
-def _start_features(x_XD: jax.Array, feature_layers: Sequence[int]) -> jax.Array:
-    """Room for the features, the embedding output (layer -1) already in its place."""
-    feature_FXD = jnp.zeros((len(feature_layers), *x_XD.shape), x_XD.dtype)
-    return _keep_feature(feature_FXD, x_XD, -1, feature_layers)
+def leave(target: TargetParams, x_XD: jax.Array, cfg: TargetConfig) -> jax.Array:
+    """The final norm; see :class:`Blocks`."""
+    return rms_norm(x_XD, target.norm_D, cfg.rms_norm_eps)
+
+
+_BLOCKS = Blocks(sections, enter, project, _finish, leave)
+
+
+def _inject(
+    layer: Layer, context_XD: jax.Array, place: Place, table: Table, cfg: TransformerConfig
+) -> tuple[jax.Array, jax.Array]:
+    return project_kv(layer, context_XD, table, cfg)
+
+
+DRAFT_BLOCKS = DraftBlocks(
+    sections=layer_sections,
+    declare=lambda cfg, layers: declare_layers(cfg, "layers", layers),
+    shared=lambda position_X, cfg: rope_table(position_X, cfg.rope, cfg.head_dim),
+    embed=lambda vocab, token_X, cfg: vocabulary.embed(vocab, token_X),
+    project=project,
+    inject=_inject,
+    finish=_finish,
+)
 
 
 def encode(
@@ -110,31 +225,15 @@ def encode(
     token_BS: jax.Array,
     cfg: Config,
     feature_layers: Sequence[int] = (),
-    fetch: Callable[[Layer], Layer] = lambda layer: layer,
+    fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
 ) -> tuple[jax.Array, jax.Array]:
     """Read whole sequences without a cache; see :class:`TargetFamily`."""
-    length = token_BS.shape[1]
-    position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_BS.shape)
-    table = rope_table(position_BS, cfg)
-    x_BSD = embed(target.vocab, token_BS, cfg)
-
-    def block(carry: Any, layer: Layer, index: Any) -> Any:
-        x_BSD, feature_FBSD = carry
-        layer = fetch(layer)
-        h_BSD = rms_norm(x_BSD, layer.input_norm_D, cfg.rms_norm_eps)
-        q, k, v = project_qkv(layer, h_BSD, table, cfg)
-        x_BSD = finish_layer(layer, x_BSD, attend_causally(q, k, v), cfg)
-        return x_BSD, _keep_feature(feature_FBSD, x_BSD, index, feature_layers)
-
-    carry = (x_BSD, _start_features(x_BSD, feature_layers))
-    x_BSD, feature_FBSD = loop_layers(block, carry, target.layers)
-    hidden_BSD = rms_norm(x_BSD, target.norm_D, cfg.rms_norm_eps)
-    return hidden_BSD, jnp.moveaxis(feature_FBSD, 0, 2)
+    return read_sequences(_BLOCKS, target, token_BS, cfg, feature_layers, fetch)
 
 
 def extend(
     target: TargetParams,
-    cache: kv.KVCache,
+    cache: Cache,
     rows: Rows,
     cfg: Config,
     feature_layers: Sequence[int] = (),
@@ -142,62 +241,17 @@ def extend(
     rows_per_slot: int,
     chunks: Rows | None = None,
     kernels: str = "xla",
-) -> tuple[jax.Array, jax.Array, kv.KVCache]:
-    """Read T rows: write their keys and values, attend to everything up to their position; see
-    :class:`TargetFamily`.
-
-    The dense layers see T flat rows; for the attention alone they are grouped by slot, so that
-    every slot's cache is read once. Donate the cache: it is written in place.
-    """
-    num_rows, num_slots = rows.token_T.shape[0], kv.num_slots(cache)
-    groups = group_by_slot(rows.slot_T, rows.position_T, num_slots, rows_per_slot)
-    attend_rows = _cache_attention(groups, rows, num_slots, kernels)
-    if chunks is not None:
-        flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
-        runs = group_runs(chunks.slot_T[:, 0], *chunks.slot_T.shape)
-        attend_chunks = _cache_attention(runs, flat, num_slots, kernels)
-        rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
-    table = rope_table(rows.position_T, cfg)
-    x_TD = embed(target.vocab, rows.token_T, cfg)
-
-    def block(carry: Any, layer: Layer, index: Any) -> Any:
-        x_TD, feature_FTD, cache = carry
-        h_TD = rms_norm(x_TD, layer.input_norm_D, cfg.rms_norm_eps)
-        q_TNH, k_TKH, v_TKH = project_qkv(layer, h_TD, table, cfg)
-        cache = kv.write(cache, index, rows.slot_T, rows.position_T, k_TKH, v_TKH)
-        out_TNH = attend_rows(q_TNH[:num_rows], cache, index)
-        if chunks is not None:
-            out_chunks_TNH = attend_chunks(q_TNH[num_rows:], cache, index)
-            out_TNH = jnp.concatenate([out_TNH, out_chunks_TNH])
-        x_TD = finish_layer(layer, x_TD, out_TNH, cfg)
-        return x_TD, _keep_feature(feature_FTD, x_TD, index, feature_layers), cache
-
-    carry = (x_TD, _start_features(x_TD, feature_layers), cache)
-    x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers)
-    hidden_TD = rms_norm(x_TD, target.norm_D, cfg.rms_norm_eps)
-    return hidden_TD, jnp.moveaxis(feature_FTD, 0, 1), cache
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """Read T rows against a cache; see :class:`TargetFamily`."""
+    read = functools.partial(read_rows, rows_per_slot=rows_per_slot, chunks=chunks, kernels=kernels)
+    return read(_BLOCKS, target, cache, rows, cfg, feature_layers)
 
 
-def _cache_attention(
-    groups: Groups, rows: Rows, num_slots: int, kernels: str
-) -> Callable[[jax.Array, kv.KVCache, Any], jax.Array]:
-    """(q_TNH, cache, layer) -> out_TNH: rows that see their slot up to their own position."""
-    limit_T = jnp.where(rows.slot_T < num_slots, rows.position_T + 1, 0)
-
-    def attention(q_TNH: jax.Array, cache: kv.KVCache, layer: Any) -> jax.Array:
-        inputs = kv.attention_inputs(cache, layer)
-        return ragged_attention(
-            q_TNH, groups=groups, limit_T=limit_T, implementation=kernels, **inputs
-        )
-
-    return attention
-
-
-def embed(vocab: Vocab, token_X: jax.Array, cfg: Config) -> jax.Array:
+def embed(vocab: Vocab, token_X: jax.Array, cfg: TargetConfig) -> jax.Array:
     """The residual stream [X, D] before the first layer: the embedding as it is."""
     return vocabulary.embed(vocab, token_X)
 
 
-def unembed(vocab: Vocab, hidden_XD: jax.Array, cfg: Config) -> jax.Array:
+def unembed(vocab: Vocab, hidden_XD: jax.Array, cfg: TargetConfig) -> jax.Array:
     """Logits [X, V], float32: the LM head's as they are."""
     return vocabulary.unembed(vocab, hidden_XD)

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.targets import llama
 from dspark_jax.models.targets.family import TargetFamily
 
 # ``model_type`` of a config.json, or ``general.architecture`` of a GGUF file -> its family.
-FAMILIES: Mapping[str, TargetFamily] = {"llama": llama, "qwen2": llama, "qwen3": llama}
+FAMILIES: Mapping[str, TargetFamily] = {
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "qwen3": llama,
+    "smollm3": llama,
+}
+
+# The layers of drafters' blocks, by ``DrafterConfig.blocks``.
+_DRAFT_BLOCKS: Mapping[str, DraftBlocks] = {"": llama.DRAFT_BLOCKS}
 
 # GGUF files of these hold the rows of q and k in pairs, for interleaved RoPE.
 GGUF_PAIRS = frozenset({"llama"})
 
 _BY_CONFIG = {family.Config: family for family in FAMILIES.values()}
+
+
+def draft_blocks_of(cfg: DrafterConfig) -> DraftBlocks:
+    """The layers of a drafter's blocks."""
+    return _DRAFT_BLOCKS[cfg.blocks]
 
 
 def family_of(cfg: TargetConfig) -> TargetFamily:
