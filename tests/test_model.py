@@ -110,21 +110,21 @@ def profiles(monkeypatch):
 
 
 def test_what_rounds_cost_is_kept_for_later(model, own_cache, profiles):
-    texts = [model.generate(PROMPTS, max_new_tokens=12)[0].text for _ in range(2)]
+    texts = [model.generate(PROMPTS, max_new_tokens=64)[0].text for _ in range(2)]
     assert texts[0] == texts[1]
     assert profiles[0] is None
     assert set(profiles[1].round_s.values()) == {1.0}
     (path,) = own_cache.rglob("*.json")
     assert read_profile(path).round_s.keys() >= profiles[1].round_s.keys()
-    list(model.stream("one", max_new_tokens=12))
+    list(model.stream("one", max_new_tokens=64))
     assert profiles[2] is not None
-    model.generate(PROMPTS, max_new_tokens=12, policy="block")  # which asks for no costs
+    model.generate(PROMPTS, max_new_tokens=64, policy="block")  # which asks for no costs
     assert read_profile(path)
 
 
 @pytest.mark.parametrize("damage", ["nothing", "half", "foreign", "directory"])
 def test_kept_costs_that_are_of_no_use_are_ignored(model, own_cache, profiles, damage):
-    expected = model.generate("one", max_new_tokens=12)[0].text
+    expected = model.generate("one", max_new_tokens=64)[0].text
     (path,) = own_cache.rglob("*.json")
     text = path.read_text()
     if damage == "directory":  # nothing can be written either
@@ -133,7 +133,7 @@ def test_kept_costs_that_are_of_no_use_are_ignored(model, own_cache, profiles, d
     else:
         foreign = json.dumps(json.loads(text) | {"setting": {"device": "other"}})
         path.write_text({"nothing": "", "half": text[: len(text) // 2], "foreign": foreign}[damage])
-    assert model.generate("one", max_new_tokens=12)[0].text == expected
+    assert model.generate("one", max_new_tokens=64)[0].text == expected
     assert profiles == [None, None]
     if damage != "directory":
         assert path.read_text() == text

@@ -225,8 +225,7 @@ class Loop:
             if len(joining) == len(self._tenants):  # what is known is about texts that are over
                 self._switch = DraftSwitch()
             outlook = self._outlook(number, drafted, num_chunks)
-            if outlook.costs is not None or not self._policy.needs_seconds:
-                self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)
+            self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)
         return HostPlan(
             number,
             moves,

@@ -170,6 +170,11 @@ class DraftSwitch:
         """In this round, to probe or because it pays."""
         return self.drafting or self.left < 0
 
+    def after(self, survival_BG: np.ndarray) -> DraftSwitch:
+        """The switch that has seen some more request-rounds."""
+        new = tuple(map(tuple, survival_BG.tolist()))
+        return dataclasses.replace(self, seen=(*self.seen, *new)[-WINDOW:])
+
 
 def choose_bucket(
     switch: DraftSwitch,
@@ -196,8 +201,7 @@ def choose_bucket(
     Returns:
         The switch, and 0 for not drafting or k for ``costs.buckets[k - 1]``.
     """
-    new = tuple(map(tuple, survival_BG[known_B & active_B].tolist()))
-    switch = dataclasses.replace(switch, seen=(*switch.seen, *new)[-WINDOW:])
+    switch = switch.after(survival_BG[known_B & active_B])
     prior_G = PRIOR ** np.arange(1, survival_BG.shape[1] + 1)
     seen_NG = np.array(switch.seen).reshape(-1, len(prior_G))
     mean_G = (EARLY * prior_G + seen_NG.sum(axis=0)) / (EARLY + len(seen_NG))

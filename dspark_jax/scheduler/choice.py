@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, choose_bucket
+from dspark_jax.scheduler.budget import (
+    EVIDENCE,
+    DraftSwitch,
+    RoundCosts,
+    bucket_for,
+    choose_bucket,
+)
 from dspark_jax.scheduler.policy import Policy
 from dspark_jax.scheduler.temperatures import predicted_survival
 
@@ -48,7 +54,8 @@ class Outlook:
         seats: of the requests that decode.
         buckets: numbers of rows of a data shard that the round may have with drafts.
         num_shards: data shards.
-        costs: seconds of every choice, over all data shards; None where the policy needs none.
+        costs: seconds of every choice, over all data shards; None where the policy needs none, or
+            too little is known of them.
         floor: tokens a second that every request shall have.
     """
 
@@ -73,7 +80,7 @@ def choose_rows(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[
     if not policy.num_draft or not any(seat.drafted for seat in outlook.seats):
         return switch, 0
     if policy.kind == "causal":
-        return switch, outlook.buckets[-1]
+        return switch, outlook.buckets[-1] if outlook.costs is not None else 0
     if policy.kind == "delayed":
         return _delayed(policy, switch, outlook)
     rows_D = np.zeros(outlook.num_shards, int)
@@ -98,13 +105,15 @@ def _before_low(logit_G: np.ndarray, temperature_G: np.ndarray, threshold: float
 
 
 def _delayed(policy: Policy, switch: DraftSwitch, outlook: Outlook) -> tuple[DraftSwitch, int]:
-    assert outlook.costs is not None
     known_B = np.array([seat.fresh for seat in outlook.seats])
     survival_BG = np.ones((len(known_B), policy.num_draft))
     for row, seat in enumerate(outlook.seats):
         if seat.fresh and seat.logit_G is not None:
             promised_G = _survival(seat.logit_G, seat.temperature_G)
             survival_BG[row] = np.minimum(seat.kept * promised_G, 1)
+    if outlook.costs is None:  # first the evidence, then what plain rounds cost
+        switch = switch.after(survival_BG[known_B])
+        return switch, outlook.buckets[-1] if len(switch.seen) < EVIDENCE else 0
     active_B = np.ones(len(known_B), bool)
     switch, choice = choose_bucket(
         switch, survival_BG, known_B, active_B, outlook.costs, outlook.floor

@@ -1,10 +1,11 @@
 """Seconds of rounds, learnt from the rounds that an engine runs anyway.
 
 Nobody waits for a measurement: an engine starts with what a profile says, or without knowing what
-its rounds cost. Until it knows what plain rounds take, it decodes plainly. A round that was never
-seen is taken to cost what the dearest round that does no more costs, which it cannot undercut: so
-whatever might pay is tried, for as many rounds as a verdict needs, and judged by what it took.
-What was slow by chance costs no more than rounds that do more, or it would never be tried again.
+its rounds cost. Then it drafts as many whole blocks as a verdict needs, and decodes plainly until
+it knows what plain rounds take. A round that was never seen is taken to cost what the dearest round
+that does no more costs, which it cannot undercut: so whatever might pay is tried, for as many
+rounds as a verdict needs, and judged by what it took. What was slow by chance costs no more than
+rounds that do more, or it would never be tried again.
 """
 
 from __future__ import annotations
