@@ -23,6 +23,8 @@ from dspark_jax.checkpoints.tensors import (
     read_json,
     read_params,
     read_tensors,
+    split_experts,
+    text_part,
 )
 from dspark_jax.config import TargetConfig
 from dspark_jax.models.targets.family import TargetParams
@@ -126,6 +128,7 @@ def load_hf_target(
         LoadError: something is missing, broken or not supported.
     """
     cfg, tensors = read_checkpoint(source, target_config)
+    tensors = split_experts(text_part(tensors))
     if cfg.tied and HEAD in tensors.shapes and EMBEDDING in tensors.shapes:
         if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
             raise LoadError(

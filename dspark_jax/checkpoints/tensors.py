@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +265,56 @@ def read_tensors(directory: str | Path) -> Tensors:
         views |= _map_safetensors(directory / file)
     shapes = {name: view.shape for name, view in views.items()}
     return Tensors(str(directory), shapes, views.__getitem__)
+
+
+def text_part(tensors: Tensors) -> Tensors:
+    """The language model of a checkpoint that has others beside it, under the names of one that
+    has none: ``model.language_model.x`` and ``language_model.model.x`` are ``model.x``."""
+    names = {}
+    for name in tensors.shapes:
+        found = re.fullmatch(
+            r"(?:model\.)?language_model\.(?:(lm_head\..*)|(?:model\.)?(.*))", name
+        )
+        if found:
+            names[found[1] or f"model.{found[2]}"] = name
+    if not names:
+        return tensors
+    if "lm_head.weight" in tensors.shapes:
+        names.setdefault("lm_head.weight", "lm_head.weight")
+    shapes = {name: tensors.shapes[old] for name, old in names.items()}
+    return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))
+
+
+def split_experts(tensors: Tensors) -> Tensors:
+    """A checkpoint that has all experts of a layer in one tensor, as one with a tensor for each.
+
+    ``x.experts.gate_up_proj`` [E, 2 M, D] holds the gates' rows first; ``x.experts.down_proj`` is
+    [E, D, M].
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[str, int, slice]] = {}
+    for name, shape in tensors.shapes.items():
+        found = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?", name)
+        if not found or len(shape) != 3:
+            shapes[name] = shape
+            continue
+        experts, rows, width = shape
+        half = rows // 2
+        parts = {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
+        if found[2] == "down_proj":
+            parts = {"down_proj": slice(0, rows)}
+        for expert, (part, cut) in itertools.product(range(experts), parts.items()):
+            one = f"{found[1]}.{expert}.{part}.weight"
+            shapes[one] = (len(range(rows)[cut]), width)
+            places[one] = (name, expert, cut)
+
+    def read(name: str) -> np.ndarray:
+        if name not in places:
+            return tensors.read(name)
+        whole, expert, cut = places[name]
+        return tensors.read(whole)[expert, cut]
+
+    return Tensors(tensors.origin, shapes, read) if places else tensors
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -54,6 +54,18 @@ class Place:
     layer: Any
 
 
+class Whole:
+    """Weights that a scan leaves in their stack, because not all of a layer's are read."""
+
+    def at(self, index: jax.Array) -> Whole:
+        """The layer at this place of the stack."""
+        raise NotImplementedError
+
+
+def _is_whole(tree: Tree) -> bool:
+    return isinstance(tree, Whole)
+
+
 @functools.cache
 def make_sections(kinds: tuple[Hashable, ...]) -> Sections:
     """The sections of a model whose layers are of these kinds: longest repetition first."""
@@ -150,13 +162,18 @@ def _scan(
     numbers: range,
 ) -> Tree:
     """One section, a period at a time."""
+    leaves, structure = jax.tree.flatten(stacks, is_leaf=_is_whole)
+    whole = {n: leaf for n, leaf in enumerate(leaves) if _is_whole(leaf)}
+    sliced = [None if n in whole else leaf for n, leaf in enumerate(leaves)]
 
     def step(carry: Tree, xs: tuple[list[Tree], jax.Array]) -> tuple[Tree, None]:
-        period, index = xs
+        parts, index = xs
+        parts = [whole[n].at(index) if n in whole else part for n, part in enumerate(parts)]
+        period = jax.tree.unflatten(structure, parts)
         for number, stack, layer in zip(numbers, section, period, strict=True):
             at = stack.layers.start + stack.layers.step * index
             carry = body(carry, layer, Place(stack.kind, number, index, at))
         return carry, None
 
     count = len(section[0].layers)
-    return jax.lax.scan(step, carry, (stacks, jnp.arange(count, dtype=jnp.int32)))[0]
+    return jax.lax.scan(step, carry, (sliced, jnp.arange(count, dtype=jnp.int32)))[0]

@@ -25,11 +25,13 @@ class TargetParams:
         vocab: embedding and LM head.
         layers: blocks, of every stack (:mod:`~dspark_jax.models.stacks`).
         norm_D: final norm.
+        extra: what a family has besides; None for nothing.
     """
 
     vocab: Vocab
     layers: Any
     norm_D: Any
+    extra: Any = None
 
 
 class TargetFamily(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.draft_blocks import DraftBlocks
-from dspark_jax.models.targets import llama
+from dspark_jax.models.targets import gemma, llama, qwen3_moe
 from dspark_jax.models.targets.family import TargetFamily
 
 # ``model_type`` of a config.json, or ``general.architecture`` of a GGUF file -> its family.
@@ -15,6 +15,14 @@ FAMILIES: Mapping[str, TargetFamily] = {
     "mistral": llama,
     "qwen2": llama,
     "qwen3": llama,
+    "qwen3_moe": qwen3_moe,
+    "gemma2": gemma,
+    "gemma3": gemma,
+    "gemma3_text": gemma,
+    "gemma4": gemma,
+    "gemma4_text": gemma,
+    "gemma4_unified": gemma,
+    "gemma4_unified_text": gemma,
     "smollm3": llama,
 }
 
