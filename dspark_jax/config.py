@@ -112,9 +112,11 @@ class TargetConfig(TransformerConfig):
 
     Attributes:
         tied: the LM head is the embedding.
+        suppressed: ids that no text has: neither the target nor a drafter draws them.
     """
 
     tied: bool = False
+    suppressed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class DrafterConfig(TransformerConfig):
         confidence: whether there is a confidence head.
         confidence_with_markov: whether it sees the Markov embedding of the previous token.
         draft_vocab_size: size U of the reduced draft vocabulary, None for the whole vocabulary.
+        value_is_key: the layers' values are the projected keys (blocks that know this).
+        embed_scale, softcap: of the target's embeddings and logits; None for no cap.
         owns_vocab: whether the checkpoint carries the target's embedding and head.
         num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
     """
@@ -149,6 +153,9 @@ class DrafterConfig(TransformerConfig):
     confidence: bool = False
     confidence_with_markov: bool = True
     draft_vocab_size: int | None = None
+    value_is_key: bool = False
+    embed_scale: float = 1.0
+    softcap: float | None = None
     owns_vocab: bool = True
     num_anchors: int = 512
     qk_norm: bool = True

@@ -26,37 +26,45 @@ from dspark_jax.models.drafters.heads import (
     sample_block,
     start_state,
 )
-from dspark_jax.models.targets.llama import declare_cache, extend
+from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import unembed
 from pallas_kernels.accept_block.xla import first_argmax
 
-FOLDER = Path(__file__).parent / "data" / "spec_decode_greedy" / "qwen3"
+RUNS = Path(__file__).parent / "data" / "spec_decode_greedy"
 HEADS = Path(__file__).parent / "data" / "markov_heads"
 # Compilation makes these slow, so that by default each head takes one of the proofs in this file.
-DRAFTERS = ("dspark", "dspark_rnn", "dspark_gated", "dflash")
+DRAFTERS = (
+    "qwen3/dspark",
+    "qwen3/dspark_rnn",
+    "qwen3/dspark_gated",
+    "qwen3/dflash",
+    "gemma4/dspark",
+)
 MAX_NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def target():
-    return hf.load_hf_target(FOLDER / "target", jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def drafter(request, target):
-    cfg, params, own = deepspec.load_drafter(FOLDER / request.param / "checkpoint")
-    return request.param, cfg, params, deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
+def models(request):
+    """Folder, target and drafter."""
+    folder = RUNS / request.param
+    target = hf.load_hf_target(folder.parent / "target", jnp.float32)
+    cfg, params, own = deepspec.load_drafter(folder / "checkpoint")
+    vocab = deepspec.bind_vocab(cfg, own, target[0], target[1].vocab)
+    return folder, target, (cfg, params, vocab)
 
 
 @pytest.mark.parametrize(
-    ("drafter", "every"),
-    [("dspark", False), *(pytest.param(name, True, marks=pytest.mark.full) for name in DRAFTERS)],
-    indirect=["drafter"],
+    ("models", "every"),
+    [
+        *((name, False) for name in ("qwen3/dspark", "gemma4/dspark")),
+        *(pytest.param(name, True, marks=pytest.mark.full) for name in DRAFTERS),
+    ],
+    indirect=["models"],
 )
-def test_runs(target, drafter, every):
+def test_runs(models, every):
     """By default whole blocks and one threshold: every threshold is a program of its own."""
-    name, *parts = drafter
-    decoder, engines = make_decoder(target, tuple(parts)), {}
+    folder, target, drafter = models
+    decoder, engines = make_decoder(target, drafter), {}
     # Rows for whole blocks: with fewer an engine may verify less than its threshold admits.
     config = EngineConfig(
         slots=1,
@@ -65,7 +73,7 @@ def test_runs(target, drafter, every):
         row_buckets=(decoder.drafter.block_size + 1,),
         position_buckets=(192,),
     )
-    runs = json.loads((FOLDER / name / "runs.json").read_text())["runs"]
+    runs = json.loads((folder / "runs.json").read_text())["runs"]
     assert len(runs) >= 6
     thresholds = sorted({run["confidence_threshold"] for run in runs})
     if not every:
@@ -82,7 +90,7 @@ def test_runs(target, drafter, every):
             engines[policy] = Engine(decoder, dataclasses.replace(config, policy=policy))
         got = engines[policy].submit(request).wait()
         want = [token for token in run["output_ids"][len(prompt) :] if token not in stops]
-        note = f"{name}, prompt {run['prompt_index']}: {run['note']}"
+        note = f"{folder.name}, prompt {run['prompt_index']}: {run['note']}"
         assert got.token_ids[:MAX_NEW_TOKENS] == want, note
         assert got.accepted_lengths == run["acceptance_lengths"], note
         assert got.accepted_drafts == run["accepted_draft_lengths"], note
@@ -93,21 +101,24 @@ def test_runs(target, drafter, every):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "most"),
-    [("dflash", 8), *(pytest.param(name, 100, marks=pytest.mark.full) for name in DRAFTERS)],
-    indirect=["drafter"],
+    ("models", "most"),
+    [
+        *((name, 8) for name in ("qwen3/dflash", "gemma4/dspark")),
+        *(pytest.param(name, 100, marks=pytest.mark.full) for name in DRAFTERS),
+    ],
+    indirect=["models"],
 )
-def test_rounds(target, drafter, most):
+def test_rounds(models, most):
     """By default the first rounds: their operations are compiled for every number of rows."""
-    name, cfg, params, vocab = drafter
-    target_cfg, target_params = target
-    record = np.load(FOLDER / name / "rounds_prompt0.npz")
+    folder, (target_cfg, target_params), (cfg, params, vocab) = models
+    extend = family_of(target_cfg).extend
+    record = np.load(folder / "rounds_prompt0.npz")
     count = min(most, len({key.split("/")[0] for key in record}))
-    run = json.loads((FOLDER / name / "runs.json").read_text())["runs"][0]
+    run = json.loads((folder / "runs.json").read_text())["runs"][0]
     tokens = jnp.asarray(run["output_ids"], jnp.int32)
     room = kv.Room(1, 64, 64, jnp.float32)
     context = empty_buffers(declare_context(cfg, room))
-    cache = empty_buffers(declare_cache(target_cfg, room))
+    cache = empty_buffers(family_of(target_cfg).declare_cache(target_cfg, room))
     seen = 0
     close = {"rtol": 0, "atol": 5e-5}
     for index in range(count):

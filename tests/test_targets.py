@@ -10,6 +10,7 @@ import pytest
 from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.models import layers
 from dspark_jax.models.targets.table import family_of
+from dspark_jax.models.vocab import unembed
 
 GOLDEN = Path(__file__).parent / "data" / "hf_targets"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -32,7 +33,7 @@ def test_logits_and_residual_streams_are_those_of_transformers(case):
         np.testing.assert_allclose(feature_BSFD[:, :, index], expected, atol=TOLERANCE, rtol=0)
     expected = golden[f"hidden_{cfg.num_layers}"]
     np.testing.assert_allclose(hidden_BSD, expected, atol=TOLERANCE, rtol=0)
-    logits_BSV = family.unembed(target.vocab, hidden_BSD, cfg)
+    logits_BSV = unembed(target.vocab, hidden_BSD)
     np.testing.assert_allclose(logits_BSV, golden["logits"], atol=TOLERANCE, rtol=0)
 
 

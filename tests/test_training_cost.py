@@ -65,7 +65,7 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
             )  # fmt: skip
         code, labels = outputs.code_BAGR, blocks.labels
         w2_RU = None if params.head is None else params.head.w2_RU
-        logits = losses.draft_logits(frozen.vocab, w2_RU, outputs.hidden_BAGD, code)
+        logits = losses.draft_logits(unembed(frozen.vocab, outputs.hidden_BAGD), w2_RU, code)
         batch_B11 = jnp.arange(len(labels.label_BAG))[:, None, None]
         target_BSV = jax.nn.softmax(unembed(frozen.vocab, blocks.teacher.hidden_BSD))
         law = target_BSV[batch_B11, labels.position_BAG]

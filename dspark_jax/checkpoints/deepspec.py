@@ -23,17 +23,10 @@ from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.targets.config_json import (
-    block_config,
-    block_config_dict,
-    count_field,
-    field,
-    layer_windows,
-    window_of,
-)
+from dspark_jax.models.targets.config_json import count_field, field
+from dspark_jax.models.targets.table import DRAFT_BLOCKS, draft_blocks_of
 from dspark_jax.models.vocab import Vocab
 
-ARCHITECTURE = "Qwen3DSparkModel"
 EMBEDDING = "embed_tokens.weight"
 D2T = "d2t"
 
@@ -44,34 +37,22 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
+    known = {blocks.architecture: blocks for blocks in DRAFT_BLOCKS.values()}
     architectures = config.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        raise LoadError(f"architectures {architectures} is not supported: only [{ARCHITECTURE!r}]")
-    bias, reduced = field(config, "attention_bias", bool, False), config.get("draft_vocab_size")
+    named = isinstance(architectures, list) and len(architectures) == 1 and architectures[0]
+    if named not in known:
+        raise LoadError(
+            f"architectures {architectures} is not supported: only one of {', '.join(known)}"
+        )
+    reduced = config.get("draft_vocab_size")
     return DrafterConfig(
-        **layer_config(config),
-        qkv_bias=bias,
-        out_bias=bias,
+        **known[named].read(config),
         **draft_config(config),
         target_layer_ids=layer_ids(config, "target_layer_ids"),
         num_target_layers=field(config, "num_target_layers", int),
         draft_vocab_size=None if reduced is None else field(config, "draft_vocab_size", int),
         owns_vocab=field(config, "owns_vocab", bool, True),
     )
-
-
-def layer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``DrafterConfig`` that describe its layers, windows included.
-
-    Raises:
-        ValueError: a field is missing or wrong, or asks for something that is not supported.
-    """
-    sizes = block_config(config, head_dim=128)
-    listed = "sliding_attention" in (config.get("layer_types") or ())
-    used = listed or field(config, "use_sliding_window", bool, False)
-    first = count_field(config, "max_window_layers", 28)
-    slides = [layer >= first for layer in range(sizes["num_layers"])]
-    return {**sizes, "windows": layer_windows(config, window_of(config) if used else 0, slides)}
 
 
 def draft_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,10 +102,11 @@ def layer_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str, Any]:
     """Inverse of :func:`drafter_config`: the content of ``config.json``."""
+    blocks = draft_blocks_of(cfg)
     config = {
-        **block_config_dict(cfg),
+        **blocks.write(cfg),
         **draft_config_dict(cfg),
-        "architectures": [ARCHITECTURE],
+        "architectures": [blocks.architecture],
         "dtype": dtype,
         "num_target_layers": cfg.num_target_layers,
         "target_layer_ids": list(cfg.target_layer_ids),
@@ -141,7 +123,9 @@ def _declare(cfg: DrafterConfig) -> tuple[DrafterParams, Vocab | None]:
     if not cfg.owns_vocab:
         return declare_drafter(cfg), None
     embed = declare("VD", cfg.sizes, EMBEDDING, init="embed")
-    return declare_drafter(cfg), Vocab(embed, declare("VD", cfg.sizes, HEAD, init="embed"))
+    head = declare("VD", cfg.sizes, HEAD, init="embed")
+    vocab = Vocab(embed, head, embed_scale=cfg.embed_scale, softcap=cfg.softcap)
+    return declare_drafter(cfg), vocab
 
 
 def load_drafter(
@@ -207,7 +191,7 @@ def save_drafter(
     """
     if cfg.owns_vocab and vocab is None:
         raise ValueError("owns_vocab is true: give the embedding and the head, or set it to false")
-    owned = Vocab(vocab.embed_VD, vocab.unembed_VD) if vocab and cfg.owns_vocab else None
+    owned = replace(vocab, d2t_U=None) if vocab and cfg.owns_vocab else None
     tensors = write_params(_declare(cfg), (params, owned))
     if cfg.draft_vocab_size is not None:
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
@@ -252,11 +236,12 @@ def bind_vocab(
             )
     embed_VD, head_VD = target_vocab.embed_VD, target_vocab.unembed_VD
     whole_VD = embed_VD if head_VD is None else head_VD
-    bound = Vocab(embed_VD, head_VD)
+    bound = target_vocab
     if cfg.draft_vocab_size is not None:
         if own is None or own.d2t_U is None:
             raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}, but d2t is missing")
-        bound = Vocab(embed_VD, jnp.take(whole_VD, own.d2t_U, axis=0), own.d2t_U)
+        rows_UD = jnp.take(whole_VD, own.d2t_U, axis=0)
+        bound = replace(target_vocab, unembed_VD=rows_UD, d2t_U=own.d2t_U)
     if own is None or use_target:
         return bound
     if own.embed_VD is not None:

@@ -37,7 +37,7 @@ def save_layout(
     dtype = params.norm_D.dtype
     embed_VD = vocab.embed_VD.astype(dtype)
     head_UD = embed_VD if vocab.unembed_VD is None else vocab.unembed_VD.astype(dtype)
-    held = Vocab(embed_VD, head_UD, vocab.d2t_U)
+    held = replace(vocab, embed_VD=embed_VD, unembed_VD=head_UD)
     if layout == "speculators":
         source, target_cfg = target
         name = HUB_ID if str(source) == "default" else str(source)

@@ -123,9 +123,18 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     tokenizer = load_tokenizer(directory)
     generation = directory / "generation_config.json"
     configs = [read_json(generation)] if generation.is_file() else []
+    cfg = replace(cfg, suppressed=_suppressed(generation, configs, cfg.vocab_size))
     name = Path(source).resolve().name
     target = Target(cfg, None, tokenizer, name, stop_ids(tokenizer, *configs))
     return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
+
+
+def _suppressed(path: Path, configs: list[dict[str, Any]], vocab_size: int) -> tuple[int, ...]:
+    """``suppress_tokens`` of a ``generation_config.json``, where there is one."""
+    ids = next((config.get("suppress_tokens") for config in configs), None) or []
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise LoadError(f"{path}: suppress_tokens {ids!r} must list ids below {vocab_size}")
+    return tuple(sorted(set(ids)))
 
 
 def load_drafter_for(

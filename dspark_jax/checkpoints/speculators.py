@@ -36,7 +36,6 @@ from dspark_jax.checkpoints.deepspec import (
     EMBEDDING,
     draft_config,
     draft_config_dict,
-    layer_config,
     layer_ids,
 )
 from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
@@ -44,6 +43,7 @@ from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, writ
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.targets.config_json import BLOCK_TYPE, block_config_dict, field
+from dspark_jax.models.targets.table import DRAFT_BLOCKS
 from dspark_jax.models.vocab import Vocab
 
 KIND = "speculators_model_type"
@@ -81,13 +81,10 @@ def speculators_config(config: Mapping[str, Any], num_target_layers: int) -> Dra
     for scale in (config.get("logit_scale"), block.get("logit_scale")):
         if scale not in (None, 1, 1.0):
             raise LoadError(f"logit_scale {scale!r} is not supported: only 1")
-    sizes, size = layer_config(block), field(config, "draft_vocab_size", int)
-    bias = field(block, "attention_bias", bool, False)
+    sizes, size = DRAFT_BLOCKS[""].read(block), field(config, "draft_vocab_size", int)
     ids = layer_ids(config, "aux_hidden_state_layer_ids")
     return DrafterConfig(
         **sizes,
-        qkv_bias=bias,
-        out_bias=bias,
         **draft_config(config),
         target_layer_ids=tuple(layer - offset for layer in ids),
         num_target_layers=field(config, "num_target_layers", int, num_target_layers),

@@ -112,7 +112,7 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh) -> Voca
         head = jax.device_put(head, NamedSharding(mesh, partition("UD", head.shape, mesh)))
     if d2t_U is not None:
         d2t_U = jax.device_put(d2t_U, NamedSharding(mesh, PartitionSpec()))
-    return Vocab(placed.embed_VD, head, d2t_U)
+    return replace(vocab, embed_VD=placed.embed_VD, unembed_VD=head, d2t_U=d2t_U)
 
 
 def state_config(

@@ -19,6 +19,7 @@ from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.drafters.dspark import slot_hidden
 from dspark_jax.models.drafters.heads import DraftBlock, sample_block
+from dspark_jax.models.vocab import suppress
 from dspark_jax.rules import Rule
 from dspark_jax.scheduler import schedule
 from dspark_jax.scheduler.temperatures import calibrated_confidence
@@ -202,7 +203,12 @@ def draft(
         cfg.drafter,
         kernels=cfg.kernels,
     )
-    law = None if cfg.draft_law is None else cfg.draft_law.function
+
+    def law(logits_BU: jax.Array, slot: int) -> jax.Array:
+        if cfg.draft_law is not None:
+            logits_BU = cfg.draft_law.function(logits_BU, slot)
+        return suppress(logits_BU, cfg.target.suppressed, vocab.d2t_U)
+
     return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter, law)
 
 

@@ -17,6 +17,7 @@ from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.cache import Rows
 from dspark_jax.models.drafters.dspark import extend_context
 from dspark_jax.models.targets.table import family_of
+from dspark_jax.models.vocab import suppress, unembed
 from pallas_kernels.accept_block.rule import VerifyPlan
 
 
@@ -57,12 +58,12 @@ def read_rows(
 ) -> Any:
     """The target over the rows of a round: logits_TV, features of all rows, and its cache."""
     num_rows, num_slots = rows.slot_T.shape[0], state.length_B.shape[0]
-    unembed = family_of(cfg.target).unembed
 
     def read(num_rows: int, rows_per_slot: int) -> Any:
         first = jax.tree.map(lambda x_T: x_T[:num_rows], rows)
         hidden_TD, feature_TFD, cache = _extend(weights, state, first, chunks, cfg, rows_per_slot)
-        logits_TV = unembed(weights.target.vocab, hidden_TD[:num_rows], cfg.target)
+        logits_TV = unembed(weights.target.vocab, hidden_TD[:num_rows])
+        logits_TV = suppress(logits_TV, cfg.target.suppressed)
         return logits_TV, feature_TFD, cache
 
     def read_anchor() -> Any:

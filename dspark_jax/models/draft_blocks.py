@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from dspark_jax.models.stacks import Sections
+from dspark_jax.models.stacks import Sections, Stack
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,13 @@ class DraftBlocks:
     """The layers of a drafter, in the parts between which attention stands.
 
     Attributes:
+        architecture: name of a drafter with these blocks in the reference implementation.
+        read: ``(config.json)``: fields of ``DrafterConfig`` that describe the layers; ValueError
+            for what is wrong.
+        write: ``(cfg)``: inverse of ``read``.
         sections: ``(cfg)``: the layers; every kind has an ``attention``.
-        declare: ``(cfg, layers)``: the parameters of a stack.
+        declare: ``(cfg, stack)``: the parameters of a stack.
         shared: ``(position_X, cfg)``: what all layers share (RoPE).
-        embed: ``(vocab, token_X, cfg)``: the residual stream [X, D] before the first layer.
         project: ``(layer, x_XD, place, shared, cfg)``: queries [X, N, H], keys and values
             [X, K, H] of a block's own slots.
         inject: ``(layer, context_XD, place, shared, cfg)``: keys and values of the context.
@@ -27,10 +30,12 @@ class DraftBlocks:
             layer.
     """
 
+    architecture: str
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
     sections: Callable[[Any], Sections]
-    declare: Callable[[Any, range], Any]
+    declare: Callable[[Any, Stack], Any]
     shared: Callable[[jax.Array, Any], Any]
-    embed: Callable[[Any, jax.Array, Any], jax.Array]
     project: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     inject: Callable[..., tuple[jax.Array, jax.Array]]
     finish: Callable[..., jax.Array]

@@ -86,8 +86,8 @@ def read_sequences(
     target: Any,
     token_BS: jax.Array,
     cfg: Any,
-    feature_layers: Sequence[int],
-    fetch: Callable[[Any, int], Any],
+    feature_layers: Sequence[int] = (),
+    fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
 ) -> tuple[jax.Array, jax.Array]:
     """``TargetFamily.encode`` with these blocks."""
     length = token_BS.shape[1]
@@ -133,11 +133,11 @@ def read_rows(
     cache: Cache,
     rows: Rows,
     cfg: Any,
-    feature_layers: Sequence[int],
+    feature_layers: Sequence[int] = (),
     *,
     rows_per_slot: int,
-    chunks: Rows | None,
-    kernels: str,
+    chunks: Rows | None = None,
+    kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """``TargetFamily.extend`` with these blocks.
 

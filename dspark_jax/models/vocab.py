@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dspark_jax.models.layers import cap
+
+SUPPRESSED = -1e30  # finite, so that no product with it is not a number
+
 
 @struct.dataclass
 class Vocab:
@@ -19,17 +23,24 @@ class Vocab:
             view of a reduced vocabulary holds the U rows of ``d2t_U`` here.
         d2t_U: int32 target ids of the draft vocabulary; None for all of V.
         unembed_DV: the LM head by columns, in place of its rows (:func:`by_columns`).
+        embed_scale: of the embeddings, rounded to their dtype.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None leaves them.
     """
 
     embed_VD: Any
     unembed_VD: Any = None
     d2t_U: Any = None
     unembed_DV: Any = None
+    embed_scale: float = struct.field(pytree_node=False, default=1.0)
+    softcap: float | None = struct.field(pytree_node=False, default=None)
 
 
 def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
     """Token embeddings [X, D]."""
-    return jnp.take(vocab.embed_VD, token_X, axis=0, mode="clip")
+    embed_XD = jnp.take(vocab.embed_VD, token_X, axis=0, mode="clip")
+    if vocab.embed_scale == 1:
+        return embed_XD
+    return embed_XD * jnp.asarray(vocab.embed_scale, embed_XD.dtype)
 
 
 def lm_head(vocab: Vocab) -> jax.Array:
@@ -42,10 +53,28 @@ def lm_head(vocab: Vocab) -> jax.Array:
 def unembed(vocab: Vocab, hidden_XD: jax.Array) -> jax.Array:
     """Logits [X, V] (or [X, U] under a reduced draft vocabulary), float32."""
     if vocab.unembed_DV is not None:
-        return jnp.matmul(hidden_XD, vocab.unembed_DV, preferred_element_type=jnp.float32)
-    return jnp.einsum(
-        "...d,vd->...v", hidden_XD, lm_head(vocab), preferred_element_type=jnp.float32
-    )
+        logits_XV = jnp.matmul(hidden_XD, vocab.unembed_DV, preferred_element_type=jnp.float32)
+    else:
+        logits_XV = jnp.einsum(
+            "...d,vd->...v", hidden_XD, lm_head(vocab), preferred_element_type=jnp.float32
+        )
+    return cap(logits_XV, vocab.softcap)
+
+
+def suppress(
+    logits_XV: jax.Array, ids: tuple[int, ...], d2t_U: jax.Array | None = None
+) -> jax.Array:
+    """Logits under which some ids have no chance.
+
+    Args:
+        logits_XV: or [X, U].
+        ids: of the target's vocabulary.
+        d2t_U: target ids of a reduced draft vocabulary.
+    """
+    if not ids:
+        return logits_XV
+    id_V = jnp.arange(logits_XV.shape[-1]) if d2t_U is None else d2t_U
+    return jnp.where(jnp.isin(id_V, jnp.array(ids)), SUPPRESSED, logits_XV)
 
 
 def by_columns(vocab: Vocab) -> Vocab:

@@ -97,12 +97,11 @@ def draft_blocks(
     return BlockOutputs(hidden_BAGD, code, confidence)
 
 
-def draft_logits(vocab: Vocab, w2_RU: Any, hidden_XD: jax.Array, code_XR: Any) -> jax.Array:
+def draft_logits(base_XU: jax.Array, w2_RU: Any, code_XR: Any) -> jax.Array:
     """Logits of the draft distributions [X, U], float32: LM head and sequential bias."""
-    logits_XU = unembed(vocab, hidden_XD)
     if w2_RU is None:
-        return logits_XU
-    return logits_XU + jnp.matmul(code_XR, w2_RU, preferred_element_type=jnp.float32)
+        return base_XU
+    return base_XU + jnp.matmul(code_XR, w2_RU, preferred_element_type=jnp.float32)
 
 
 @struct.dataclass
@@ -178,13 +177,17 @@ def _scan_chunks(
     def step(carry: Any, part: Any) -> Any:
         loss, ce, w2_gradient = carry
         hidden, code, some = part
-        logits = draft_logits(vocab, w2_RU, hidden, code)
+        base = unembed(vocab, hidden)
+        logits = draft_logits(base, w2_RU, code)
         loss_part, ce_part, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some)
         carry = (loss + loss_part, ce + ce_part, w2_gradient)
         if not with_gradient:
             return carry, (l1, None)
         slope = logit_gradient.astype(hidden.dtype)
-        hidden_gradient, code_gradient = matmul(slope, lm_head(vocab)), None
+        head_slope = slope
+        if vocab.softcap is not None:  # d tanh(x) = 1 - tanh(x)^2
+            head_slope = (logit_gradient * (1 - (base / vocab.softcap) ** 2)).astype(slope.dtype)
+        hidden_gradient, code_gradient = matmul(head_slope, lm_head(vocab)), None
         if w2_RU is not None:
             code_gradient = matmul(slope, w2_RU.T)
             code_XR, slope_XU = (x.reshape(-1, x.shape[-1]) for x in (code, slope))

@@ -190,7 +190,7 @@ def starting_point(
             feature_BSFD = gather(read(target.params, token_BS)[1])
         params = start_with_local_heads(
             params,
-            Vocab(gather(target.params.vocab.embed_VD)),
+            dataclasses.replace(target.params.vocab, embed_VD=gather(target.params.vocab.embed_VD)),
             feature_BSFD[:rows][supervised_BS].astype(jnp.float32),
             jnp.asarray(token_BS[supervised_BS]),
             cfg,

@@ -114,7 +114,7 @@ def frozen_shardings(
         places = NamedSharding(mesh, PartitionSpec())
         shape = (cfg.draft_vocab_size, cfg.hidden_size)
         head = NamedSharding(mesh, partition("UD", shape, mesh, unused))
-    return Frozen(target, Vocab(target.vocab.embed_VD, head, places), places)
+    return Frozen(target, target.vocab.replace(unembed_VD=head, d2t_U=places), places)
 
 
 @dataclass(frozen=True)

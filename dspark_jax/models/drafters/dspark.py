@@ -24,7 +24,7 @@ from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.reading import Cache, declare_caches
 from dspark_jax.models.stacks import Place, Stack, is_unstacked, loop_layers, map_stacks, place_of
 from dspark_jax.models.targets.table import draft_blocks_of
-from dspark_jax.models.vocab import Vocab
+from dspark_jax.models.vocab import Vocab, embed
 from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
@@ -64,7 +64,7 @@ def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
     return DrafterParams(
         fc_FYD=declare("FYD", sizes, "fc.weight", out="D"),
         hidden_norm_D=declare("D", sizes, "hidden_norm.weight", init="ones"),
-        layers=map_stacks(lambda stack: blocks.declare(cfg, stack.layers), blocks.sections(cfg)),
+        layers=map_stacks(lambda stack: blocks.declare(cfg, stack), blocks.sections(cfg)),
         norm_D=declare("D", sizes, "norm.weight", init="ones"),
         head=declare_markov_head(cfg),
         confidence=declare_confidence_head(cfg),
@@ -233,7 +233,7 @@ def _backbone(
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
     shared = blocks.shared(position_BA[..., None] + slot_G, cfg)
-    x_BAGD = blocks.embed(vocab, token_BAG, cfg).astype(drafter.fc_FYD.dtype)
+    x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FYD.dtype)
 
     def block(x_BAGD: jax.Array, layer: Any, place: Place) -> jax.Array:
         def compute(x_BAGD: jax.Array, layer: Any, index: Any) -> jax.Array:

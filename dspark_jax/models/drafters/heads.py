@@ -173,7 +173,7 @@ def sample_block(
     anchor_B: jax.Array,
     choose: Callable[[jax.Array, int], jax.Array],
     cfg: DrafterConfig,
-    law: Callable[[jax.Array, int], jax.Array] | None = None,
+    law: Callable[[jax.Array, int], jax.Array] = lambda logits_BU, slot: logits_BU,
 ) -> DraftBlock:
     """Draft a block left to right: bias, token, confidence (paper, section 3.2).
 
@@ -202,7 +202,7 @@ def sample_block(
             logits_BU = logits_BU + bias_logits(drafter.head, code_BR)
         if drafter.confidence is not None:
             confidences.append(confidence_logit(drafter.confidence, hidden_BD, embedding_BR, cfg))
-        logits_BU = logits_BU if law is None else law(logits_BU, slot)
+        logits_BU = law(logits_BU, slot)
         index_B = choose(logits_BU, slot)
         previous_B = index_B if vocab.d2t_U is None else vocab.d2t_U[index_B]
         tokens.append(previous_B)

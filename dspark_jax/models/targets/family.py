@@ -112,9 +112,3 @@ class TargetFamily(Protocol):
             hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows
             of padding hold garbage.
         """
-
-    def embed(self, vocab: Vocab, token_X: jax.Array, cfg: Any) -> jax.Array:
-        """The residual stream [X, D] before the first layer."""
-
-    def unembed(self, vocab: Vocab, hidden_XD: jax.Array, cfg: Any) -> jax.Array:
-        """Logits [X, V], float32."""

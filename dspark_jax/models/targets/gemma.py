@@ -14,8 +14,8 @@ Sources: Gemma 2 (2024), Gemma 3 (2025) and Gemma 4 (2026) technical reports.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from dspark_jax.axes import declare as declare_param
-from dspark_jax.models import vocab as vocabulary
-from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.layers import Mlp, cap, gated_mlp, matmul
+from dspark_jax.config import DrafterConfig, TransformerConfig
+from dspark_jax.models.cache import Room
+from dspark_jax.models.draft_blocks import DraftBlocks
+from dspark_jax.models.layers import Mlp, gated_mlp, matmul
 from dspark_jax.models.layers import project as project_heads
 from dspark_jax.models.moe import Experts, choose_experts, declare_experts, mix_experts
 from dspark_jax.models.reading import (
@@ -42,7 +43,8 @@ from dspark_jax.models.stacks import Place, Sections, Stack, make_sections, map_
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.gemma_config import Config as Config
 from dspark_jax.models.targets.gemma_config import config as config
-from dspark_jax.models.vocab import Vocab
+from dspark_jax.models.targets.gemma_config import read_drafter, write_drafter
+from dspark_jax.models.vocab import Vocab, embed
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)
 
@@ -149,7 +151,12 @@ def declare(cfg: Config) -> TargetParams:
         )
     head = None if cfg.tied else declare_param("VD", sizes, "lm_head.weight", init="embed")
     return TargetParams(
-        vocab=Vocab(param("VD", "embed_tokens.weight", "embed"), head),
+        vocab=Vocab(
+            param("VD", "embed_tokens.weight", "embed"),
+            head,
+            embed_scale=cfg.hidden_size**0.5,
+            softcap=cfg.softcap,
+        ),
         layers=map_stacks(
             functools.partial(_declare_stack, cfg, prefix="model.layers"), sections(cfg)
         ),
@@ -249,13 +256,16 @@ def _norm(x_XD: jax.Array, weight_D: jax.Array | None, cfg: Any) -> jax.Array:
 def _enter(
     target: TargetParams, token_X: jax.Array, position_X: jax.Array, cfg: Config
 ) -> tuple[jax.Array, Shared]:
-    x_XD = embed(target.vocab, token_X, cfg)
-    local = rope_table(position_X, cfg.local_rope, cfg.local_head_dim)
-    shared = Shared(local, rope_table(position_X, cfg.rope, cfg.head_dim))
+    x_XD, shared = embed(target.vocab, token_X), _tables(position_X, cfg)
     if target.extra is not None:
         own_LXO = token_inputs(target.extra, token_X, x_XD, cfg)
         shared = shared.replace(token_LXO=own_LXO)  # type: ignore[attr-defined]
     return x_XD, shared
+
+
+def _tables(position_X: jax.Array, cfg: Config) -> Shared:
+    local = rope_table(position_X, cfg.local_rope, cfg.local_head_dim)
+    return Shared(local, rope_table(position_X, cfg.rope, cfg.head_dim))
 
 
 def token_inputs(
@@ -319,7 +329,9 @@ def _finish(
     if layer.token is not None:
         gate_XO = _gelu(matmul(x_XD, layer.token.gate_DO)) * shared.token_LXO[place.layer]
         x_XD = x_XD + _norm(matmul(gate_XO, layer.token.out_OD), layer.token.norm_D, cfg)
-    return x_XD if layer.scalar_X is None else x_XD * layer.scalar_X
+    if layer.scalar_X is None:
+        return x_XD
+    return x_XD * jax.lax.stop_gradient(layer.scalar_X)  # a constant of the reference
 
 
 def route(mixture: Mixture, x_XD: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
@@ -346,40 +358,37 @@ def _leave(target: TargetParams, x_XD: jax.Array, cfg: Config) -> jax.Array:
 _BLOCKS = Blocks(sections, _enter, _project, _finish, _leave)
 
 
-def encode(
-    target: TargetParams,
-    token_BS: jax.Array,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
-) -> tuple[jax.Array, jax.Array]:
-    """Read whole sequences without a cache; see :class:`TargetFamily`."""
-    return read_sequences(_BLOCKS, target, token_BS, cfg, feature_layers, fetch)
+encode = functools.partial(read_sequences, _BLOCKS)
+extend = functools.partial(read_rows, _BLOCKS)
 
 
-def extend(
-    target: TargetParams,
-    cache: Cache,
-    rows: Rows,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    *,
-    rows_per_slot: int,
-    chunks: Rows | None = None,
-    kernels: str = "xla",
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """Read T rows against a cache; see :class:`TargetFamily`."""
-    read = functools.partial(read_rows, rows_per_slot=rows_per_slot, chunks=chunks, kernels=kernels)
-    return read(_BLOCKS, target, cache, rows, cfg, feature_layers)
+@functools.cache
+def _layers_of(cfg: DrafterConfig) -> Config:
+    """A drafter's layers: those of Gemma 4 without a window."""
+    names = [f.name for f in dataclasses.fields(TransformerConfig)]
+    return Config(
+        **{name: getattr(cfg, name) for name in names},
+        value_is_key=cfg.value_is_key,
+        local_rope=cfg.rope,
+        local_heads=cfg.num_kv_heads,
+        local_head_dim=cfg.head_dim,
+    )
 
 
-def embed(vocab: Vocab, token_X: jax.Array, cfg: Any) -> jax.Array:
-    """The residual stream [X, D] before the first layer: the embedding times the root of D, which
-    is rounded to its dtype."""
-    x_XD = vocabulary.embed(vocab, token_X)
-    return x_XD * jnp.asarray(cfg.hidden_size**0.5, x_XD.dtype)
-
-
-def unembed(vocab: Vocab, hidden_XD: jax.Array, cfg: Any) -> jax.Array:
-    """Logits [X, V], float32, with the soft cap."""
-    return cap(vocabulary.unembed(vocab, hidden_XD), cfg.softcap)
+DRAFT_BLOCKS = DraftBlocks(
+    architecture="Gemma4DSparkModel",
+    read=read_drafter,
+    write=write_drafter,
+    sections=lambda cfg: sections(_layers_of(cfg)),
+    declare=lambda cfg, stack: _declare_stack(_layers_of(cfg), stack, "layers"),
+    shared=lambda position_X, cfg: _tables(position_X, _layers_of(cfg)),
+    project=lambda layer, x_XD, place, shared, cfg: _project(
+        layer, x_XD, place, shared, _layers_of(cfg)
+    ),
+    inject=lambda layer, context_XD, place, shared, cfg: _keys_values(
+        layer, context_XD, shared.full, _layers_of(cfg)
+    ),
+    finish=lambda layer, x_XD, attended_XNH, place, shared, cfg: _finish(
+        layer, x_XD, attended_XNH, place, shared, _layers_of(cfg)
+    ),
+)

@@ -7,7 +7,7 @@ gated MLP; which of the kin a model is shows in these alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ import jax
 
 from dspark_jax import axes
 from dspark_jax.config import TargetConfig, TransformerConfig
-from dspark_jax.models import vocab as vocabulary
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Room
 from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.layers import (
     Layer,
@@ -39,13 +38,14 @@ from dspark_jax.models.rope import Table, rope_table
 from dspark_jax.models.stacks import Place, Sections, make_sections, map_stacks
 from dspark_jax.models.targets.config_json import (
     block_config,
+    block_config_dict,
     count_field,
     field,
     layer_windows,
     window_of,
 )
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.vocab import Vocab
+from dspark_jax.models.vocab import Vocab, embed
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def enter(
     target: TargetParams, token_X: jax.Array, position_X: jax.Array, cfg: Config
 ) -> tuple[jax.Array, Table]:
     """The embedding, and the table of RoPE; see :class:`Blocks`."""
-    return embed(target.vocab, token_X, cfg), rope_table(position_X, cfg.rope, cfg.head_dim)
+    return embed(target.vocab, token_X), rope_table(position_X, cfg.rope, cfg.head_dim)
 
 
 def project(
@@ -209,49 +209,34 @@ def _inject(
     return project_kv(layer, context_XD, table, cfg)
 
 
+def read_drafter(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``DrafterConfig`` that describe a drafter's layers, windows included.
+
+    Raises:
+        ValueError: a field is missing or wrong, or asks for something that is not supported.
+    """
+    sizes = block_config(config, head_dim=128)
+    listed = "sliding_attention" in (config.get("layer_types") or ())
+    used = listed or field(config, "use_sliding_window", bool, False)
+    first = count_field(config, "max_window_layers", 28)
+    slides = [layer >= first for layer in range(sizes["num_layers"])]
+    bias = field(config, "attention_bias", bool, False)
+    windows = layer_windows(config, window_of(config) if used else 0, slides)
+    return {**sizes, "windows": windows, "qkv_bias": bias, "out_bias": bias}
+
+
 DRAFT_BLOCKS = DraftBlocks(
+    architecture="Qwen3DSparkModel",
+    read=read_drafter,
+    write=block_config_dict,
     sections=layer_sections,
-    declare=lambda cfg, layers: declare_layers(cfg, "layers", layers),
+    declare=lambda cfg, stack: declare_layers(cfg, "layers", stack.layers),
     shared=lambda position_X, cfg: rope_table(position_X, cfg.rope, cfg.head_dim),
-    embed=lambda vocab, token_X, cfg: vocabulary.embed(vocab, token_X),
     project=project,
     inject=_inject,
     finish=_finish,
 )
 
 
-def encode(
-    target: TargetParams,
-    token_BS: jax.Array,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
-) -> tuple[jax.Array, jax.Array]:
-    """Read whole sequences without a cache; see :class:`TargetFamily`."""
-    return read_sequences(_BLOCKS, target, token_BS, cfg, feature_layers, fetch)
-
-
-def extend(
-    target: TargetParams,
-    cache: Cache,
-    rows: Rows,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    *,
-    rows_per_slot: int,
-    chunks: Rows | None = None,
-    kernels: str = "xla",
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """Read T rows against a cache; see :class:`TargetFamily`."""
-    read = functools.partial(read_rows, rows_per_slot=rows_per_slot, chunks=chunks, kernels=kernels)
-    return read(_BLOCKS, target, cache, rows, cfg, feature_layers)
-
-
-def embed(vocab: Vocab, token_X: jax.Array, cfg: TargetConfig) -> jax.Array:
-    """The residual stream [X, D] before the first layer: the embedding as it is."""
-    return vocabulary.embed(vocab, token_X)
-
-
-def unembed(vocab: Vocab, hidden_XD: jax.Array, cfg: TargetConfig) -> jax.Array:
-    """Logits [X, V], float32: the LM head's as they are."""
-    return vocabulary.unembed(vocab, hidden_XD)
+encode = functools.partial(read_sequences, _BLOCKS)
+extend = functools.partial(read_rows, _BLOCKS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from flax import struct
 
 from dspark_jax.axes import declare as declare_param
 from dspark_jax.config import TargetConfig
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Room
 from dspark_jax.models.layers import (
     Layer,
     declare_layers,
@@ -35,8 +35,6 @@ from dspark_jax.models.stacks import Place, Sections, Stack, make_sections, map_
 from dspark_jax.models.targets.config_json import block_config, count_field, field, window_of
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.llama import declare_model, enter, leave, project
-from dspark_jax.models.targets.llama import embed as embed
-from dspark_jax.models.targets.llama import unembed as unembed
 
 
 @dataclass(frozen=True)
@@ -161,28 +159,5 @@ def _finish(
 _BLOCKS = Blocks(sections, enter, project, _finish, leave)
 
 
-def encode(
-    target: TargetParams,
-    token_BS: jax.Array,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
-) -> tuple[jax.Array, jax.Array]:
-    """Read whole sequences without a cache; see :class:`TargetFamily`."""
-    return read_sequences(_BLOCKS, target, token_BS, cfg, feature_layers, fetch)
-
-
-def extend(
-    target: TargetParams,
-    cache: Cache,
-    rows: Rows,
-    cfg: Config,
-    feature_layers: Sequence[int] = (),
-    *,
-    rows_per_slot: int,
-    chunks: Rows | None = None,
-    kernels: str = "xla",
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """Read T rows against a cache; see :class:`TargetFamily`."""
-    read = functools.partial(read_rows, rows_per_slot=rows_per_slot, chunks=chunks, kernels=kernels)
-    return read(_BLOCKS, target, cache, rows, cfg, feature_layers)
+encode = functools.partial(read_sequences, _BLOCKS)
+extend = functools.partial(read_rows, _BLOCKS)

@@ -27,7 +27,10 @@ FAMILIES: Mapping[str, TargetFamily] = {
 }
 
 # The layers of drafters' blocks, by ``DrafterConfig.blocks``.
-_DRAFT_BLOCKS: Mapping[str, DraftBlocks] = {"": llama.DRAFT_BLOCKS}
+DRAFT_BLOCKS: Mapping[str, DraftBlocks] = {
+    "": llama.DRAFT_BLOCKS,
+    "gemma4_text": gemma.DRAFT_BLOCKS,
+}
 
 # GGUF files of these hold the rows of q and k in pairs, for interleaved RoPE.
 GGUF_PAIRS = frozenset({"llama"})
@@ -37,7 +40,7 @@ _BY_CONFIG = {family.Config: family for family in FAMILIES.values()}
 
 def draft_blocks_of(cfg: DrafterConfig) -> DraftBlocks:
     """The layers of a drafter's blocks."""
-    return _DRAFT_BLOCKS[cfg.blocks]
+    return DRAFT_BLOCKS[cfg.blocks]
 
 
 def family_of(cfg: TargetConfig) -> TargetFamily:
