@@ -128,6 +128,8 @@ class DrafterConfig(TransformerConfig):
     Attributes:
         blocks: whose layers the blocks are made of, by ``model_type``; empty for Qwen3's.
         block_size: draft tokens a round, the paper's gamma.
+        anchor_predicts: the anchor's slot predicts the first draft; otherwise it predicts nothing,
+            and the drafts are those of as many slots behind it (DFlash as its authors publish it).
         mask_token_id: the token that fills the block behind its anchor.
         target_layer_ids: strictly increasing feature layers; l is the residual stream after
             decoder layer l, -1 the embedding output.
@@ -145,6 +147,7 @@ class DrafterConfig(TransformerConfig):
 
     blocks: str = ""
     block_size: int = 7
+    anchor_predicts: bool = True
     mask_token_id: int = 0
     target_layer_ids: tuple[int, ...] = (0,)
     num_target_layers: int = 2
@@ -189,6 +192,11 @@ class DrafterConfig(TransformerConfig):
             raise ValueError(f"draft_vocab_size {draft} must lie in 1..{self.vocab_size}")
 
     @property
+    def num_slots(self) -> int:
+        """Slots of a block, the anchor's included."""
+        return self.block_size + (not self.anchor_predicts)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Axis letter -> size, for the declaration of parameters."""
         return super().sizes | {
@@ -209,6 +217,7 @@ class TrainConfig:
         num_layers, block_size, markov_rank, markov_head, confidence, confidence_with_markov,
             intermediate_size, num_heads, num_kv_heads, head_dim: of the drafter; a size of 0 is
             the target's.
+        sliding_window: context positions before its anchor that a block sees; 0 for all.
         draft_vocab_size: 0 for the whole vocabulary, else the most frequent ids of the answers.
         target_layer_ids: empty for five layers spread evenly from 1 to L - 3.
         mask_token_id: -1 looks for an unused special token of the target's tokenizer.
@@ -261,6 +270,7 @@ class TrainConfig:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+    sliding_window: int = 0
     draft_vocab_size: int = 0
     target_layer_ids: tuple[int, ...] = ()
     mask_token_id: int = -1
@@ -303,8 +313,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_integers(-1, "mask_token_id")
         self._check_integers(
-            0, "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "draft_vocab_size",
-            "markov_rank", "steps", "seed", "eval_sequences", "sequences_per_update",
+            0, "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "sliding_window",
+            "draft_vocab_size", "markov_rank", "steps", "seed", "eval_sequences",
+            "sequences_per_update",
         )  # fmt: skip
         self._check_integers(
             1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",

@@ -324,7 +324,7 @@ def test_weights_that_are_not_finite_are_not_written(target_dir, target, tmp_pat
 
 CONFIG_FAULTS = {
     "speculators_model_type": ("eagle3", "speculators_model_type 'eagle3'"),
-    "sample_from_anchor": (None, "sample_from_anchor is missing"),
+    "sample_from_anchor": ("no", "sample_from_anchor is 'no'"),
     "layer_id_offset": (2, "layer_id_offset is 2"),
     "transformer_layer_config": (None, "transformer_layer_config is missing"),
     "aux_hidden_state_layer_ids": ([1, "2"], "must be a list of integers"),

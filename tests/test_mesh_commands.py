@@ -85,7 +85,7 @@ def test_a_mesh_gives_the_text_of_one_device(dspark, prompts, emulated_devices):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "'' is no mesh: give data=N, tensor=N or data=N,tensor=N"),
+        ("", "'' is no mesh: give some of data=N, expert=N and tensor=N"),
         ("8", "'8' is no mesh"),
         ("data", "'data' is no mesh"),
         ("data=0", "'data=0' is no mesh: .* each 1 or more"),

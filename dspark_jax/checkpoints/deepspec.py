@@ -23,12 +23,15 @@ from dspark_jax.checkpoints.hf import HEAD, read_checkpoint, write_checkpoint
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.targets.config_json import count_field, field
+from dspark_jax.models.targets.config_json import BLOCK_TYPE, count_field, field
 from dspark_jax.models.targets.table import DRAFT_BLOCKS, draft_blocks_of
 from dspark_jax.models.vocab import Vocab
 
 EMBEDDING = "embed_tokens.weight"
 D2T = "d2t"
+DSPARK, DFLASH = "DSparkDraftModel", "DFlashDraftModel"
+NESTED = ("block_size", "mask_token_id", "sample_from_anchor", "target_layer_ids")
+ANCHOR_PREDICTS = ("sample_from_anchor", "query_zero_predicts_next")
 
 
 def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
@@ -39,30 +42,67 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     """
     known = {blocks.architecture: blocks for blocks in DRAFT_BLOCKS.values()}
     architectures = config.get("architectures")
-    named = isinstance(architectures, list) and len(architectures) == 1 and architectures[0]
-    if named not in known:
-        raise LoadError(
-            f"architectures {architectures} is not supported: only one of {', '.join(known)}"
-        )
+    name = isinstance(architectures, list) and len(architectures) == 1 and architectures[0]
+    if name == DFLASH:
+        config = _flat_dflash(config)
+    if name in (DFLASH, DSPARK):  # which name the method, and not the layers
+        default, kind = DRAFT_BLOCKS[""], config.get("model_type")
+        blocks = DRAFT_BLOCKS.get(str(kind), default)
+        if blocks is default and kind != BLOCK_TYPE:
+            raise LoadError(f"model_type {kind!r} of the layers is not supported")
+    elif name in known:
+        blocks = known[name]
+    else:
+        every = ", ".join([*known, DSPARK, DFLASH])
+        raise LoadError(f"architectures {architectures} is not supported: only one of {every}")
     reduced = config.get("draft_vocab_size")
     return DrafterConfig(
-        **known[named].read(config),
-        **draft_config(config),
+        **blocks.read(config),
+        **draft_config(config, anchor_predicts=name != DFLASH),
         target_layer_ids=layer_ids(config, "target_layer_ids"),
         num_target_layers=field(config, "num_target_layers", int),
         draft_vocab_size=None if reduced is None else field(config, "draft_vocab_size", int),
-        owns_vocab=field(config, "owns_vocab", bool, True),
+        owns_vocab=field(config, "owns_vocab", bool, name != DFLASH),
     )
 
 
-def draft_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_dflash(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of DFlash as its authors publish it, with its nested part beside the rest.
+
+    Raises:
+        LoadError: something nested that is not understood.
+    """
+    nested = field(config, "dflash_config", dict)
+    plain = {"use_aux_hidden_state": True, "projector_type": "dflash"}
+    for key, value in nested.items():
+        if key not in NESTED and plain.get(key) != value:
+            raise LoadError(f"dflash_config has {key} {value!r}, which is not supported")
+    return {**config, **{key: nested[key] for key in NESTED if key in nested}}
+
+
+def draft_config(config: Mapping[str, Any], *, anchor_predicts: bool = True) -> dict[str, Any]:
     """The fields of ``DrafterConfig`` that all layouts of drafters spell alike.
+
+    Args:
+        config: the configuration. Its ``block_size`` counts slots.
+        anchor_predicts: where it says neither ``sample_from_anchor`` nor, as others call it,
+            ``query_zero_predicts_next``.
 
     Raises:
         LoadError: a field is missing or wrong.
     """
+    said = {key: field(config, key, bool) for key in ANCHOR_PREDICTS if config.get(key) is not None}
+    if len(set(said.values())) > 1:
+        raise LoadError(f"{' and '.join(said)} contradict each other: remove one of them")
+    anchor_predicts = next(iter(said.values()), anchor_predicts)
+    slots = field(config, "block_size", int)
+    if slots == 1 and not anchor_predicts:
+        raise LoadError(
+            "block_size is 1, and the anchor's slot predicts nothing: there is no draft"
+        )
     return {
-        "block_size": field(config, "block_size", int),
+        "block_size": slots - (not anchor_predicts),
+        "anchor_predicts": anchor_predicts,
         "mask_token_id": count_field(config, "mask_token_id"),
         "markov_rank": count_field(config, "markov_rank", 0),
         "markov_head": field(config, "markov_head_type", str, "vanilla"),
@@ -75,12 +115,14 @@ def draft_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def draft_config_dict(cfg: DrafterConfig) -> dict[str, Any]:
     """Inverse of :func:`draft_config`."""
     config: dict[str, Any] = {
-        "block_size": cfg.block_size,
+        "block_size": cfg.num_slots,
         "enable_confidence_head": cfg.confidence,
         "markov_rank": cfg.markov_rank,
         "mask_token_id": cfg.mask_token_id,
         "num_anchors": cfg.num_anchors,
     }
+    if not cfg.anchor_predicts:
+        config["sample_from_anchor"] = False
     if cfg.markov_rank:
         config["markov_head_type"] = cfg.markov_head
     if cfg.confidence:
@@ -147,6 +189,8 @@ def load_drafter(
         LoadError: something is missing, left over, broken or not supported.
     """
     cfg, tensors = read_checkpoint(source, drafter_config)
+    if not {EMBEDDING, HEAD} & tensors.shapes.keys():
+        cfg = replace(cfg, owns_vocab=False)  # whatever it says
     if cfg.draft_vocab_size is None:
         params, vocab = read_params(_declare(cfg), tensors, dtype, mesh)
         return cfg, params, vocab
@@ -191,7 +235,11 @@ def save_drafter(
     """
     if cfg.owns_vocab and vocab is None:
         raise ValueError("owns_vocab is true: give the embedding and the head, or set it to false")
-    owned = replace(vocab, d2t_U=None) if vocab and cfg.owns_vocab else None
+    owned = None
+    if vocab and cfg.owns_vocab:
+        owned = Vocab(
+            vocab.embed_VD, vocab.unembed_VD, embed_scale=cfg.embed_scale, softcap=cfg.softcap
+        )
     tensors = write_params(_declare(cfg), (params, owned))
     if cfg.draft_vocab_size is not None:
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):

@@ -8,7 +8,7 @@ of version 0.9.0 of that library):
   so in ``layer_id_offset``.
 - ``sample_from_anchor`` is the slot convention. True is ours: slot 0, the anchor's, predicts the
   first draft, and ``block_size`` slots give as many drafts. False, or no such field in files that
-  are older than it, means a block of 1 + N slots whose first predicts nothing: another model.
+  are older than it, means a block of 1 + N slots whose first predicts nothing.
 - ``draft_vocab_size`` is always there; where it is less than the vocabulary's size, ``d2t`` holds
   int64 *offsets* (target id = place + d2t[place]) and ``t2d`` a bool for every target token.
 - The target ("verifier") lends its embedding, and its head where the vocabulary is whole; a
@@ -65,11 +65,6 @@ def speculators_config(config: Mapping[str, Any], num_target_layers: int) -> Dra
     """
     if config.get(KIND) != "dspark":
         raise LoadError(f"{KIND} {config.get(KIND)!r} is not supported: only 'dspark'")
-    if config.get("sample_from_anchor") is not True:
-        raise LoadError(
-            f"sample_from_anchor is {config.get('sample_from_anchor', 'missing')}: only drafters "
-            "with true are supported, whose first slot predicts the first draft"
-        )
     offset = field(config, "layer_id_offset", int, LAYER_ID_OFFSET)
     if offset != LAYER_ID_OFFSET:
         raise LoadError(f"layer_id_offset is {offset}: only {LAYER_ID_OFFSET} is known")
@@ -85,7 +80,7 @@ def speculators_config(config: Mapping[str, Any], num_target_layers: int) -> Dra
     ids = layer_ids(config, "aux_hidden_state_layer_ids")
     return DrafterConfig(
         **sizes,
-        **draft_config(config),
+        **draft_config(config, anchor_predicts=False),
         target_layer_ids=tuple(layer - offset for layer in ids),
         num_target_layers=field(config, "num_target_layers", int, num_target_layers),
         draft_vocab_size=None if size == sizes["vocab_size"] else size,
@@ -119,7 +114,7 @@ def speculators_config_dict(
         "dtype": dtype,
         "layer_id_offset": LAYER_ID_OFFSET,
         "num_target_layers": cfg.num_target_layers,
-        "sample_from_anchor": True,
+        "sample_from_anchor": cfg.anchor_predicts,
         "speculators_config": {
             "algorithm": "dspark",
             "default_proposal_method": "greedy",

@@ -87,9 +87,11 @@ def _mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in ("data", "tensor") or axis in sizes or not size.isdecimal() or int(size) < 1:
+        known = axis in ("data", "expert", "tensor") and axis not in sizes
+        if not known or not size.isdecimal() or int(size) < 1:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no mesh: give data=N, tensor=N or data=N,tensor=N, each 1 or more"
+                f"{text!r} is no mesh: give some of data=N, expert=N and tensor=N, with commas "
+                "between, each 1 or more"
             )
         sizes[axis] = int(size)
     return sizes
@@ -348,7 +350,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         type=_mesh,
         default={},
         metavar="data=N,tensor=N",
-        help="devices that share the requests, and the weights (default: one device)",
+        help="devices that share requests, experts (expert=N) and weights (default: one device)",
     )
     _add_processes(command)
 

@@ -77,7 +77,7 @@ def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Ite
     if rows_per_chunk:
         yield rows_per_chunk
     if cfg.drafter is not None and cfg.num_draft:
-        yield form.num_slots * cfg.drafter.block_size
+        yield form.num_slots * cfg.drafter.num_slots
 
 
 def _by_data(form: StateConfig, mesh: Mesh) -> DecodeState:

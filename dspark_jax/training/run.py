@@ -21,7 +21,7 @@ from dspark_jax.checkpoints.conversations import Conversation, read_answered
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.load import Target, open_target, read_drafter
 from dspark_jax.checkpoints.tokenizer import unused_token
-from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig, TrainConfig
+from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
@@ -83,7 +83,8 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
         num_kv_heads=recipe.num_kv_heads or cfg.num_kv_heads,
         head_dim=recipe.head_dim or cfg.head_dim,
         rms_norm_eps=cfg.rms_norm_eps,
-        rope=RopeConfig(theta=cfg.rope.theta),
+        **family_of(cfg).draft_fields(cfg),
+        windows=(recipe.sliding_window,) * recipe.num_layers if recipe.sliding_window else (),
         max_positions=cfg.max_positions,
         block_size=recipe.block_size,
         mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),

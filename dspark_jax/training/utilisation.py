@@ -31,12 +31,12 @@ def drafter_flops(cfg: DrafterConfig, length: int, num_anchors: int) -> float:
     Every product once forward and twice backward, but: the features take no gradient (fc has one
     product backward), the LM head is frozen (one), and the target's side has no backward pass.
     """
-    rows = num_anchors * cfg.block_size
+    rows = num_anchors * cfg.num_slots
     width, rank = cfg.hidden_size, cfg.markov_rank
     vocab = cfg.draft_vocab_size or cfg.vocab_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     dense = width * (2 * q + 2 * kv + 3 * cfg.intermediate_size)
-    attention = 2 * q * (length + cfg.block_size)
+    attention = 2 * q * (length + cfg.num_slots)
     layer = 3 * rows * (dense + attention) + 3 * length * width * 2 * kv
     features = 2 * length * len(cfg.target_layer_ids) * width * width
     head = rows * vocab * (2 * width + 3 * rank) + rows * vocab * width

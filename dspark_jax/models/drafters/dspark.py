@@ -197,8 +197,8 @@ def slot_hidden(
         position_B: int32 their positions.
         kernels: the implementation of ``ragged_attention``.
     """
-    groups = group_runs(None, anchor_B.shape[0], cfg.block_size)
-    limit_T = jnp.repeat(position_B, cfg.block_size)
+    groups = group_runs(None, anchor_B.shape[0], cfg.num_slots)
+    limit_T = jnp.repeat(position_B, cfg.num_slots)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, place: Place) -> jax.Array:
         out_TNH = ragged_attention(
@@ -229,7 +229,7 @@ def _backbone(
 ) -> jax.Array:
     """hidden_BAGD with ``attend(q_BAGNH, k_BAGKH, v_BAGKH, place)`` as the blocks' attention."""
     blocks = draft_blocks_of(cfg)
-    slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
+    slot_G = jnp.arange(cfg.num_slots, dtype=jnp.int32)
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
     shared = blocks.shared(position_BA[..., None] + slot_G, cfg)
@@ -246,4 +246,5 @@ def _backbone(
         return compute(x_BAGD, layer, place.index)
 
     x_BAGD = loop_layers(block, x_BAGD, drafter.layers, blocks.sections(cfg))
+    x_BAGD = x_BAGD[..., -cfg.block_size :, :]
     return rms_norm(x_BAGD, drafter.norm_D, cfg.rms_norm_eps)

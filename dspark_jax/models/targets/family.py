@@ -51,6 +51,10 @@ class TargetFamily(Protocol):
     def architecture(self, cfg: Any) -> str:
         """The class of transformers that computes the same."""
 
+    def draft_fields(self, cfg: Any) -> dict[str, Any]:
+        """Fields of ``DrafterConfig`` of a drafter that is trained for such a target, where they
+        are not what a recipe or the sizes of the target say."""
+
     def declare(self, cfg: Any) -> TargetParams:
         """Declaration of every parameter, layers stacked, under its Hugging Face name."""
 

@@ -14,7 +14,6 @@ Sources: Gemma 2 (2024), Gemma 3 (2025) and Gemma 4 (2026) technical reports.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from dspark_jax.axes import declare as declare_param
-from dspark_jax.config import DrafterConfig, TransformerConfig
+from dspark_jax.config import RopeConfig
 from dspark_jax.models.cache import Room
-from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.layers import Mlp, gated_mlp, matmul
 from dspark_jax.models.layers import project as project_heads
 from dspark_jax.models.moe import Experts, choose_experts, declare_experts, mix_experts
@@ -41,9 +39,9 @@ from dspark_jax.models.reading import (
 from dspark_jax.models.rope import Table, rope_table, rotate
 from dspark_jax.models.stacks import Place, Sections, Stack, make_sections, map_stacks
 from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.gemma_config import DRAFT_LAYERS
 from dspark_jax.models.targets.gemma_config import Config as Config
 from dspark_jax.models.targets.gemma_config import config as config
-from dspark_jax.models.targets.gemma_config import read_drafter, write_drafter
 from dspark_jax.models.vocab import Vocab, embed
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)
@@ -113,6 +111,15 @@ def architecture(cfg: Config) -> str:
     return f"Gemma{cfg.generation}ForCausalLM"
 
 
+def draft_fields(cfg: Config) -> dict[str, Any]:
+    """What a drafter takes over from its target: the vocabulary's scale and cap, and from Gemma 4
+    the layers, too."""
+    fields: dict[str, Any] = {"embed_scale": cfg.hidden_size**0.5, "softcap": cfg.softcap}
+    if cfg.generation == 4:
+        return fields | {"rope": cfg.rope, "value_is_key": cfg.value_is_key, "blocks": DRAFT_LAYERS}
+    return fields | {"rope": RopeConfig(theta=cfg.rope.theta)}
+
+
 def sections(cfg: Config) -> Sections:
     """The layers by their kinds."""
     own = cfg.num_layers - cfg.num_shared
@@ -158,7 +165,7 @@ def declare(cfg: Config) -> TargetParams:
             softcap=cfg.softcap,
         ),
         layers=map_stacks(
-            functools.partial(_declare_stack, cfg, prefix="model.layers"), sections(cfg)
+            functools.partial(declare_stack, cfg, prefix="model.layers"), sections(cfg)
         ),
         norm_D=param("D", "norm.weight", _unit(cfg)),
         extra=tokens,
@@ -170,7 +177,8 @@ def _unit(cfg: Any) -> str:
     return "ones" if cfg.generation == 4 else "zeros"
 
 
-def _declare_stack(cfg: Any, stack: Stack, prefix: str) -> Layer:
+def declare_stack(cfg: Config, stack: Stack, prefix: str) -> Layer:
+    """Declaration of the layers of a stack under the names ``prefix.{layer}``."""
     own, wide = stack.kind.attention, 2 if stack.kind.wide else 1
     sizes = cfg.sizes | {"K": own.num_heads, "H": own.head_dim, "M": wide * cfg.intermediate_size}
 
@@ -256,14 +264,15 @@ def _norm(x_XD: jax.Array, weight_D: jax.Array | None, cfg: Any) -> jax.Array:
 def _enter(
     target: TargetParams, token_X: jax.Array, position_X: jax.Array, cfg: Config
 ) -> tuple[jax.Array, Shared]:
-    x_XD, shared = embed(target.vocab, token_X), _tables(position_X, cfg)
+    x_XD, shared = embed(target.vocab, token_X), tables(position_X, cfg)
     if target.extra is not None:
         own_LXO = token_inputs(target.extra, token_X, x_XD, cfg)
         shared = shared.replace(token_LXO=own_LXO)  # type: ignore[attr-defined]
     return x_XD, shared
 
 
-def _tables(position_X: jax.Array, cfg: Config) -> Shared:
+def tables(position_X: jax.Array, cfg: Config) -> Shared:
+    """RoPE of both kinds of layers at some positions."""
     local = rope_table(position_X, cfg.local_rope, cfg.local_head_dim)
     return Shared(local, rope_table(position_X, cfg.rope, cfg.head_dim))
 
@@ -288,9 +297,10 @@ def token_inputs(
     return jnp.moveaxis(both_XLO * jnp.asarray(2**-0.5, x_XD.dtype), -2, 0)
 
 
-def _project(
-    layer: Layer, x_XD: jax.Array, place: Place, shared: Shared, cfg: Any
+def project(
+    layer: Layer, x_XD: jax.Array, place: Place, shared: Shared, cfg: Config
 ) -> tuple[jax.Array, Any, Any]:
+    """Queries, and keys and values where the layer has its own; see :class:`Blocks`."""
     own = place.kind.attention
     table = shared.local if own.window else shared.full
     h_XD = _norm(x_XD, layer.input_norm_D, cfg)
@@ -300,12 +310,13 @@ def _project(
     q_XNH = rotate(q_XNH, table)
     if own.reads is not None:
         return q_XNH, None, None
-    return q_XNH, *_keys_values(layer, h_XD, table, cfg)
+    return q_XNH, *keys_values(layer, h_XD, table, cfg)
 
 
-def _keys_values(
-    layer: Layer, h_XD: jax.Array, table: Table, cfg: Any
+def keys_values(
+    layer: Layer, h_XD: jax.Array, table: Table, cfg: Config
 ) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [X, K, H] of normalised inputs."""
     k_XKH = project_heads(h_XD, layer.k_DKH)
     v_XKH = k_XKH if layer.v_DKH is None else project_heads(h_XD, layer.v_DKH)
     if layer.k_norm_H is not None:
@@ -315,9 +326,15 @@ def _keys_values(
     return rotate(k_XKH, table), v_XKH
 
 
-def _finish(
-    layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, place: Place, shared: Shared, cfg: Any
+def finish(
+    layer: Layer,
+    x_XD: jax.Array,
+    attended_XNH: jax.Array,
+    place: Place,
+    shared: Shared,
+    cfg: Config,
 ) -> jax.Array:
+    """The residual stream after a layer; see :class:`Blocks`."""
     flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
     out_XD = matmul(flat_XI, layer.o_NHD.reshape(flat_XI.shape[-1], -1))
     x_XD = x_XD + _norm(out_XD, layer.attention_norm_D, cfg)
@@ -355,40 +372,8 @@ def _leave(target: TargetParams, x_XD: jax.Array, cfg: Config) -> jax.Array:
     return _norm(x_XD, target.norm_D, cfg)
 
 
-_BLOCKS = Blocks(sections, _enter, _project, _finish, _leave)
+_BLOCKS = Blocks(sections, _enter, project, finish, _leave)
 
 
 encode = functools.partial(read_sequences, _BLOCKS)
 extend = functools.partial(read_rows, _BLOCKS)
-
-
-@functools.cache
-def _layers_of(cfg: DrafterConfig) -> Config:
-    """A drafter's layers: those of Gemma 4 without a window."""
-    names = [f.name for f in dataclasses.fields(TransformerConfig)]
-    return Config(
-        **{name: getattr(cfg, name) for name in names},
-        value_is_key=cfg.value_is_key,
-        local_rope=cfg.rope,
-        local_heads=cfg.num_kv_heads,
-        local_head_dim=cfg.head_dim,
-    )
-
-
-DRAFT_BLOCKS = DraftBlocks(
-    architecture="Gemma4DSparkModel",
-    read=read_drafter,
-    write=write_drafter,
-    sections=lambda cfg: sections(_layers_of(cfg)),
-    declare=lambda cfg, stack: _declare_stack(_layers_of(cfg), stack, "layers"),
-    shared=lambda position_X, cfg: _tables(position_X, _layers_of(cfg)),
-    project=lambda layer, x_XD, place, shared, cfg: _project(
-        layer, x_XD, place, shared, _layers_of(cfg)
-    ),
-    inject=lambda layer, context_XD, place, shared, cfg: _keys_values(
-        layer, context_XD, shared.full, _layers_of(cfg)
-    ),
-    finish=lambda layer, x_XD, attended_XNH, place, shared, cfg: _finish(
-        layer, x_XD, attended_XNH, place, shared, _layers_of(cfg)
-    ),
-)

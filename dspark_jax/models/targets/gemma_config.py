@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from dspark_jax.config import DrafterConfig, RopeConfig, TargetConfig
+from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models.targets.config_json import (
     count_field,
     field,
     layer_windows,
     rope_config,
-    rope_config_dict,
     size_config,
     window_of,
 )
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
 TEXT = "text_config"
+DRAFT_LAYERS = "gemma4_text"  # name of the layers of drafters
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,16 @@ def config(hf: Mapping[str, Any]) -> Config:
         "generation": generation,
         "local_heads": sizes["num_kv_heads"],
         "local_head_dim": sizes["head_dim"],
-        "softcap": _cap(text, "final_logit_softcapping", 30.0 if generation == 2 else None),
+        "softcap": soft_cap(text, "final_logit_softcapping", 30.0 if generation == 2 else None),
     }
     if generation == 4:
         return Config(**common | _generation_4(text, types, sizes))
     scalar = field(text, "query_pre_attn_scalar", float, 256.0)
     common |= {"scale": scalar**-0.5, "rope": rope_config(text, FULL)}
     if generation == 2:
-        capped = _cap(text, "attn_logit_softcapping", 50.0)
+        capped = soft_cap(text, "attn_logit_softcapping", 50.0)
         return Config(**common, local_rope=common["rope"], score_softcap=capped)
-    capped = _cap(text, "attn_logit_softcapping", None)
+    capped = soft_cap(text, "attn_logit_softcapping", None)
     full, local = _two_ropes(text)
     return Config(**common | {"rope": full, "local_rope": local, "score_softcap": capped})
 
@@ -134,7 +134,7 @@ def _layer_types(text: Mapping[str, Any], layers: int, generation: int) -> list[
     return [*types[:-1], FULL] if generation == 4 and types else types
 
 
-def _cap(text: Mapping[str, Any], key: str, default: float | None) -> float | None:
+def soft_cap(text: Mapping[str, Any], key: str, default: float | None) -> float | None:
     """A soft cap: null is none, and a missing one is what transformers has."""
     if key not in text:
         return default
@@ -226,57 +226,3 @@ def _ropes(text: Mapping[str, Any]) -> dict[str, Any]:
 def full_rope(text: Mapping[str, Any]) -> Any:
     """RoPE of Gemma 4's layers without a window."""
     return rope_config(_ropes(text), FULL)
-
-
-def read_drafter(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``DrafterConfig`` that describe a drafter's layers, whose ``layer_types`` mean
-    nothing: all are without a window.
-
-    Raises:
-        ValueError: a field is missing or wrong, or asks for something that is not supported.
-    """
-    for key in ("enable_moe_block", "hidden_size_per_layer_input", "num_kv_shared_layers"):
-        if hf.get(key):
-            raise ValueError(f"{key} is {hf[key]!r}: drafters have no such layers")
-    sizes = size_config(hf, head_dim=256)
-    heads, width, value_is_key = full_heads(hf, [FULL] * sizes["num_layers"])
-    return {
-        **sizes,
-        "num_kv_heads": heads,
-        "head_dim": width,
-        "rope": full_rope(hf),
-        "value_is_key": value_is_key,
-        "embed_scale": sizes["hidden_size"] ** 0.5,
-        "softcap": _cap(hf, "final_logit_softcapping", None),
-        "blocks": "gemma4_text",
-    }
-
-
-def write_drafter(cfg: DrafterConfig) -> dict[str, Any]:
-    """Inverse of :func:`read_drafter`."""
-    rope = rope_config_dict(cfg.rope)
-    return {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attention_k_eq_v": cfg.value_is_key,
-        "enable_moe_block": False,
-        "final_logit_softcapping": cfg.softcap,
-        "global_head_dim": cfg.head_dim,
-        "head_dim": cfg.head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": cfg.hidden_size,
-        "hidden_size_per_layer_input": 0,
-        "intermediate_size": cfg.intermediate_size,
-        "layer_types": [FULL] * cfg.num_layers,
-        "max_position_embeddings": cfg.max_positions,
-        "model_type": cfg.blocks,
-        "num_attention_heads": cfg.num_heads,
-        "num_global_key_value_heads": cfg.num_kv_heads,
-        "num_hidden_layers": cfg.num_layers,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "num_kv_shared_layers": 0,
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_parameters": {FULL: rope, WINDOWED: {"rope_theta": 1e4, "rope_type": "default"}},
-        "tie_word_embeddings": False,
-        "vocab_size": cfg.vocab_size,
-    }

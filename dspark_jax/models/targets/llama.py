@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from dspark_jax import axes
-from dspark_jax.config import TargetConfig, TransformerConfig
+from dspark_jax.config import RopeConfig, TargetConfig, TransformerConfig
 from dspark_jax.models.cache import Room
 from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.layers import (
@@ -126,6 +126,11 @@ def architecture(cfg: Config) -> str:
     if cfg.qkv_bias and not cfg.out_bias:
         return "Qwen2ForCausalLM"
     return "MistralForCausalLM" if cfg.windows else "LlamaForCausalLM"
+
+
+def draft_fields(cfg: TargetConfig) -> dict[str, Any]:
+    """What a drafter takes over from its target: the base of RoPE."""
+    return {"rope": RopeConfig(theta=cfg.rope.theta)}
 
 
 def layer_sections(cfg: TransformerConfig, rotary: Sequence[bool] = ()) -> Sections:

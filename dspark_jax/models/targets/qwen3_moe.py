@@ -35,6 +35,7 @@ from dspark_jax.models.stacks import Place, Sections, Stack, make_sections, map_
 from dspark_jax.models.targets.config_json import block_config, count_field, field, window_of
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.llama import declare_model, enter, leave, project
+from dspark_jax.models.targets.llama import draft_fields as draft_fields
 
 
 @dataclass(frozen=True)

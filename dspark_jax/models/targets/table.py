@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.draft_blocks import DraftBlocks
-from dspark_jax.models.targets import gemma, llama, qwen3_moe
+from dspark_jax.models.targets import gemma, gemma_drafter, llama, qwen3_moe
 from dspark_jax.models.targets.family import TargetFamily
+from dspark_jax.models.targets.gemma_config import DRAFT_LAYERS
 
 # ``model_type`` of a config.json, or ``general.architecture`` of a GGUF file -> its family.
 FAMILIES: Mapping[str, TargetFamily] = {
@@ -29,7 +30,7 @@ FAMILIES: Mapping[str, TargetFamily] = {
 # The layers of drafters' blocks, by ``DrafterConfig.blocks``.
 DRAFT_BLOCKS: Mapping[str, DraftBlocks] = {
     "": llama.DRAFT_BLOCKS,
-    "gemma4_text": gemma.DRAFT_BLOCKS,
+    DRAFT_LAYERS: gemma_drafter.DRAFT_BLOCKS,
 }
 
 # GGUF files of these hold the rows of q and k in pairs, for interleaved RoPE.
