@@ -20,7 +20,7 @@ from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import suppress, unembed
 from dspark_jax.scheduler.seconds import Seconds
 from pallas_kernels import random
-from tests.test_families import CONFIGS, SIZES
+from tests.test_families import CONFIGS, MOST, SIZES
 
 PROMPTS = [[3], [5, 9, 2], list(range(1, 40)), [7] * 20]
 NEW = 24
@@ -39,9 +39,8 @@ ENGINE = EngineConfig(
     chunk_buckets=(1,),
 )
 # Compilation makes these slow: by default the family with the most kinds of layers speaks for all.
-DEFAULT = "gemma4 of small models"
 each_family = pytest.mark.parametrize(
-    "name", [DEFAULT, *(pytest.param(name, marks=pytest.mark.full) for name in CONFIGS)]
+    "name", [MOST, *(pytest.param(name, marks=pytest.mark.full) for name in CONFIGS)]
 )
 
 
