@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dspark_jax.axes import map_params
 from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.hf import target_config
 from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.config import DrafterConfig
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.generate import config_for
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import Config as LlamaConfig
-from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.models.targets.table import family_of
 
 PRINTABLE = sorted(set(string.printable) - set("\t\n\r\v\f"))
 CONTEXT = 512
@@ -79,11 +80,15 @@ def random_params(seed, declared):
     return map_params(draw, declared)
 
 
-def write_target(directory: Path, cfg: LlamaConfig = TARGET) -> Path:
-    """A Hugging Face directory: random weights, one token a character, and an end."""
+def write_target(directory: Path, cfg: LlamaConfig = TARGET, **fields) -> Path:
+    """A Hugging Face directory: random weights, one token a character, and an end.
+
+    Args:
+        directory: that is made.
+        cfg: sizes.
+        fields: of ``config.json``, of other families, too.
+    """
     directory.mkdir(parents=True)
-    params = random_params(20, declare_target(cfg))
-    save_file(write_params(declare_target(cfg), params), directory / "model.safetensors")
     config = {
         "model_type": "llama",
         "vocab_size": cfg.vocab_size,
@@ -95,7 +100,11 @@ def write_target(directory: Path, cfg: LlamaConfig = TARGET) -> Path:
         "head_dim": cfg.head_dim,
         "max_position_embeddings": cfg.max_positions,
         "tie_word_embeddings": cfg.tied,
-    }
+    } | fields
+    cfg = target_config(config)
+    declared = family_of(cfg).declare(cfg)
+    tensors = write_params(declared, random_params(20, declared))
+    save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     vocabulary = {text: index for index, text in enumerate([*PRINTABLE, "<end>", "<mask>"])}
     tokenizer = Tokenizer(BPE(vocabulary, []))
