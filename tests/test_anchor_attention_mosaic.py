@@ -194,7 +194,7 @@ def drafter_gradient(cfg, positions, anchors):
     """(function, shapes...): the gradient of a drafter's weights and context from its blocks."""
 
     def total(params, embed_VD, k_LBSKH, v_LBSKH, position_BA):
-        context = of_sequences(k_LBSKH, v_LBSKH)
+        context = (of_sequences(k_LBSKH, v_LBSKH),)
         vocab = Vocab(embed_VD, None, None)
         hidden_BAGD = block_hidden(
             params, vocab, position_BA, position_BA, context, cfg, kernels="mosaic_gpu"

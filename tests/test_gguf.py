@@ -165,8 +165,8 @@ def test_defaults_of_missing_metadata(tmp_path):
 EXTRA = {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
 UNSUPPORTED = {
     "experts": ({"expert_count": 8}, {}, "expert_count is 8"),
-    "windows": ({"attention.sliding_window": 64}, {}, "attention.sliding_window is 64"),
-    "another RoPE": ({"rope.scaling.type": "yarn"}, {}, "'yarn' is not supported"),
+    "another RoPE": ({"rope.scaling.type": "longrope"}, {}, "'longrope' is not supported"),
+    "experts": ({"expert_count": 8}, {}, "llama.expert_count is 8"),
     "partial RoPE": ({"rope.dimension_count": 8}, {}, "rope.dimension_count 8"),
     "other divisors": ({}, {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}, "llama3"),
     "a missing key": ({"embedding_length": None}, {}, "llama.embedding_length is missing"),
@@ -240,3 +240,127 @@ def test_a_damaged_header_is_refused_or_harmless(intact, data):
     broken.write_bytes(content)
     with contextlib.suppress(LoadError):
         load_gguf_target(broken, jnp.float32)
+
+
+def family_values(case, config):
+    """What llama.cpp's converters say of a family beside what all say, and their architecture."""
+    full = config.get("per_layer_config", {}).get("3", {})
+    slides = [name == "sliding_attention" for name in config.get("layer_types", ())]
+    window = {"attention.sliding_window": config.get("sliding_window") or 0}
+    ropes = config["rope_parameters"]
+    if case == "smollm3":
+        return "smollm3", {}
+    if case == "mistral_window":
+        return "llama", window
+    if case == "llama_linear":
+        return "llama", {"rope.scaling.type": "linear", "rope.scaling.factor": ropes["factor"]}
+    if case == "llama_yarn":
+        length = ropes["original_max_position_embeddings"]
+        scaling = {"rope.scaling.type": "yarn", "rope.scaling.factor": ropes["factor"]}
+        return "llama", scaling | {"rope.scaling.original_context_length": length}
+    if case == "qwen3_moe":
+        counts = {"expert_count": 8, "expert_used_count": 2}
+        return "qwen3moe", counts | {"expert_feed_forward_length": config["moe_intermediate_size"]}
+    if case == "gemma2":
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        return "gemma2", window | {key: config[key] for key in caps}
+    if case == "gemma3":
+        return "gemma3", window | {"attention.sliding_window_pattern": 4}
+    values = window | {
+        "attention.sliding_window_pattern": slides,
+        "attention.key_length": full["head_dim"],
+        "attention.key_length_swa": config["head_dim"],
+        "attention.shared_kv_layers": 0,
+        "final_logit_softcapping": config["final_logit_softcapping"],
+        "rope.freq_base_swa": 1e4,
+    }
+    if "num_key_value_heads" in full:
+        heads = [config["num_key_value_heads"], full["num_key_value_heads"]]
+        values["attention.head_count_kv"] = [heads[not slide] for slide in slides]
+    if config["enable_moe_block"]:
+        values |= {"expert_count": 8, "expert_used_count": 2}
+        values["expert_feed_forward_length"] = config["moe_intermediate_size"]
+    return "gemma4", values
+
+
+def family_tensors(arch, config, stored):
+    """The tensors as llama.cpp's converters name and change them."""
+    names = gguf.get_tensor_name_map(
+        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
+        config["num_hidden_layers"],
+    )
+    whole, experts = {}, {}
+    for name, value in stored.items():
+        if arch in ("llama", "smollm3"):
+            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+            for part, key in heads.items():
+                if f".{part}." in name:
+                    value = interleave(value, config[key])
+        if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+            value = value + 1
+        layer = name.split(".")[2] if ".layers." in name else ""
+        if ".mlp.experts." in name:
+            *_, expert, part, _ = name.split(".")
+            experts.setdefault(f"blk.{layer}.ffn_{part[:-5]}_exps.weight", {})[int(expert)] = value
+        elif name.endswith("router.scale"):
+            whole[f"blk.{layer}.ffn_gate_inp.scale"] = value
+        elif name.endswith("per_expert_scale"):
+            whole[f"blk.{layer}.ffn_down_exps.scale"] = value
+        elif name.endswith("layer_scalar"):
+            whole[f"blk.{layer}.layer_output_scale.weight"] = value
+        else:
+            name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            # gguf-py has no name for the MLP of a layer without experts among others with them.
+            whole[known or f"blk.{layer}.ffn_{name.split('.')[-2][:-5]}.weight"] = value
+    stacked = {name: np.stack([parts[e] for e in sorted(parts)]) for name, parts in experts.items()}
+    if arch == "gemma4":
+        turning = config["per_layer_config"]["3"]["head_dim"] // 8
+        divisors = np.full(4 * turning, 1e30, np.float32)
+        divisors[:turning] = 1
+        stacked["rope_freqs.weight"] = divisors
+    return whole | stacked
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mistral_window", "llama_linear", "llama_yarn", "smollm3", "qwen3_moe", "gemma2", "gemma3",
+        "gemma4", "gemma4_moe",
+    ],
+)  # fmt: skip
+def test_files_of_other_families(case, tmp_path):
+    folder = GOLDEN / case / "checkpoint"
+    config = json.loads((folder / "config.json").read_text())
+    arch, values = family_values(case, config)
+    ropes = config["rope_parameters"]
+    common = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.key_length": config.get("head_dim", 12),
+        "rope.freq_base": float(ropes.get("full_attention", ropes)["rope_theta"]),
+    }
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
+    for key, value in (common | values).items():
+        add = {str: writer.add_string, float: writer.add_float32, list: writer.add_array}
+        add.get(type(value), writer.add_uint32)(f"{arch}.{key}", value)
+    stored = load_file(folder / "model.safetensors")
+    for name, value in family_tensors(arch, config, stored).items():
+        writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    cfg, target = load_gguf_target(tmp_path / "model.gguf", jnp.float32)
+    expected_cfg, expected = load_hf_target(folder, jnp.float32)
+    if case == "gemma2":  # whose scale no file has: the width of a head
+        assert cfg.scale == 16**-0.5
+        cfg = replace(cfg, scale=expected_cfg.scale)
+    assert replace(cfg, rms_norm_eps=expected_cfg.rms_norm_eps) == expected_cfg
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), target, expected)

@@ -16,33 +16,16 @@ import gguf
 import numpy as np
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.hf import EMBEDDING, HEAD
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, split_experts
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.models.rope import rope_frequencies
 from dspark_jax.models.targets.config_json import rope_config_dict
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.targets.table import FAMILIES, GGUF_PAIRS, family_of
+from dspark_jax.models.targets.gguf_dialects import DIALECTS, GLOBAL_NAMES, Dialect
+from dspark_jax.models.targets.table import FAMILIES, family_of
 
 ROPE_FACTORS = "rope_freqs.weight"
-GLOBAL_NAMES = {
-    "token_embd.weight": EMBEDDING,
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD,
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+NOT_ROTATED = 1e20  # divisors above it stop a channel
 # What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
 BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
 
@@ -75,12 +58,12 @@ class GgufFile(gguf.GGUFReader):
     def data(self, mapped: np.ndarray) -> None:
         self._data = _Bytes(mapped)
 
-    def value(self, key: str, kind: type, default: Any = None) -> Any:
+    def value(self, key: str, kind: Any, default: Any = None) -> Any:
         """A metadata value.
 
         Args:
             key: its key.
-            kind: the type that it must have; an integer will do for a float.
+            kind: the type that it must have, or several; an integer will do for a float.
             default: what a missing key gives; None is a default, too.
 
         Raises:
@@ -96,7 +79,7 @@ class GgufFile(gguf.GGUFReader):
         if kind is float and isinstance(value, int):
             return float(value)
         if not isinstance(value, kind):
-            raise LoadError(f"metadata {key} is not of type {kind.__name__}")
+            raise LoadError(f"metadata {key} is not of type {getattr(kind, '__name__', kind)}")
         return value
 
 
@@ -159,21 +142,14 @@ def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
 
 
 def _config(file: GgufFile) -> TargetConfig:
-    name = file.value("general.architecture", str)
-    if name not in FAMILIES:
-        raise LoadError(
-            f"general.architecture {name!r} is not supported: use a model of {', '.join(FAMILIES)}"
-        )
+    name, dialect = _dialect(file)
 
-    def get(key: str, default: int | float | None = None, kind: type = int) -> Any:
+    def get(key: str, default: Any = None, kind: Any = int) -> Any:
         value = file.value(f"{name}.{key}", kind, default)
         if value is None:
             raise LoadError(f"metadata {name}.{key} is missing")
         return value
 
-    for key in ("expert_count", "attention.sliding_window"):
-        if get(key, 0):
-            raise LoadError(f"{name}.{key} is {get(key)}: such models are not supported")
     shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
@@ -182,46 +158,74 @@ def _config(file: GgufFile) -> TargetConfig:
             raise LoadError(
                 f"{name}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
             )
-    return FAMILIES[name].config(
-        {
-            "model_type": name,
-            "vocab_size": shapes.get("token_embd.weight", (0,))[0],
-            "hidden_size": width,
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", kind=float),
-            "rope_parameters": rope_config_dict(_rope(file, name, head_dim)),
-            "max_position_embeddings": get("context_length"),
-            "attention_bias": "blk.0.attn_output.bias" in shapes,
-            "tie_word_embeddings": "output.weight" not in shapes,
-        }
-    )
+    config = {
+        "model_type": dialect.model_type,
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length", kind=(int, list)),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads, (int, list)),
+        "head_dim": head_dim,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", kind=float),
+        "max_position_embeddings": get("context_length"),
+        "attention_bias": "blk.0.attn_output.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+        "tie_word_embeddings": "output.weight" not in shapes,
+    }
+    config |= dialect.fields(get, shapes)
+    rope = _rope(file, name, head_dim)
+    if dialect.by_window:
+        local = {"rope_theta": config.pop("rope_local_base"), "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    if get("expert_count", 0) and "num_experts" not in config:
+        raise LoadError(f"{name}.expert_count is {get('expert_count')}: not supported")
+    return FAMILIES[dialect.model_type].config(config | {"rope_parameters": rope})
 
 
-def _rope(file: GgufFile, name: str, head_dim: int) -> RopeConfig:
-    """RoPE parameters; Llama-3 scaling is recognised by the divisors that it leaves."""
+def _dialect(file: GgufFile) -> tuple[str, Dialect]:
+    """The architecture of a file, and how its files are read."""
+    name = file.value("general.architecture", str)
+    if name not in DIALECTS:
+        raise LoadError(
+            f"general.architecture {name!r} is not supported: use a model of {', '.join(DIALECTS)}"
+        )
+    return name, DIALECTS[name]
+
+
+def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
+    """``rope_parameters``; Llama-3 scaling and a part that is not rotated are recognised by the
+    divisors that they leave."""
     theta = file.value(f"{name}.rope.freq_base", float, 10000.0)
     kind = file.value(f"{name}.rope.scaling.type", str, "none")
-    if kind != "none" or file.value(f"{name}.rope.scale_linear", float, 1.0) != 1.0:
-        raise LoadError(f"{name}.rope.scaling of type {kind!r} is not supported")
+    factor = file.value(f"{name}.rope.scaling.factor", float, 0.0)
+    factor = factor or file.value(f"{name}.rope.scale_linear", float, 1.0)
     if not theta > 0:
         raise LoadError(f"{name}.rope.freq_base is {theta}: it must be positive")
-    plain = RopeConfig(theta=theta)
+    plain = {"rope_theta": theta, "rope_type": "default"}
+    if kind == "yarn":
+        length = file.value(f"{name}.rope.scaling.original_context_length", int)
+        scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        attention = file.value(f"{name}.rope.scaling.attn_factor", float)
+        return plain | scaled | ({} if attention is None else {"attention_factor": attention})
+    if kind not in ("none", "linear"):
+        raise LoadError(f"{name}.rope.scaling of type {kind!r} is not supported")
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
-        return plain
+        return plain if factor == 1.0 else plain | {"rope_type": "linear", "factor": factor}
     wanted = gguf.dequantize(divisors[0].data, divisors[0].tensor_type).reshape(-1)
-    frequency = rope_frequencies(plain, head_dim)
+    rotated = wanted == 1.0
+    if (wanted[~rotated] > NOT_ROTATED).all() and rotated.any() and not rotated.all():
+        share = int(rotated.sum()) / len(rotated)
+        return plain | {"rope_type": "proportional", "partial_rotary_factor": share}
+    frequency = rope_frequencies(RopeConfig(theta), head_dim)
     # Every Llama-3 model has the band 1..4; the original context is a power of two.
     for positions in (2**power for power in range(4, 21)):
         rope = RopeConfig(theta, "llama3", float(wanted.max()), 1.0, 4.0, positions)
         if wanted.shape == frequency.shape and np.allclose(
             frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
         ):
-            return rope
+            return rope_config_dict(rope)
     raise LoadError(f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported")
 
 
@@ -232,31 +236,41 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 
 def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
     """The file's tensors under their Hugging Face names, dequantised when read."""
+    _, dialect = _dialect(file)
     by_name = {
-        _hf_name(tensor.name): tensor for tensor in file.tensors if tensor.name != ROPE_FACTORS
+        _hf_name(tensor.name, dialect): tensor
+        for tensor in file.tensors
+        if tensor.name != ROPE_FACTORS
     }
-    pairs = file.value("general.architecture", str) in GGUF_PAIRS
 
     def read(name: str) -> np.ndarray:
         tensor = by_name[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
-        if pairs and ".q_proj." in name:
+        if dialect.shift and name.endswith("norm.weight"):
+            return values - np.float32(dialect.shift)
+        if dialect.pairs and ".q_proj." in name:
             return _halves(values, cfg.num_heads)
-        if pairs and ".k_proj." in name:
+        if dialect.pairs and ".k_proj." in name:
             return _halves(values, cfg.num_kv_heads)
         return values
 
-    return Tensors(origin, {name: _shape(tensor) for name, tensor in by_name.items()}, read)
+    shapes = {name: _shape(tensor) for name, tensor in by_name.items()}
+    return split_experts(Tensors(origin, shapes, read))
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, dialect: Dialect) -> str:
     """A GGUF tensor name as Hugging Face calls it; unknown names stay and are left over."""
     if name in GLOBAL_NAMES:
         return GLOBAL_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in LAYER_NAMES:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias|scale)", name)
+    if match is None:
         return name
-    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    whole = f"{match[2]}.{match[3]}"
+    if whole in dialect.parts:
+        return f"model.layers.{match[1]}.{dialect.parts[whole]}"
+    if match[2] not in dialect.names:
+        return name
+    return f"model.layers.{match[1]}.{dialect.names[match[2]]}.{match[3]}"
 
 
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -9,6 +9,7 @@ checked against the declaration before they are read, and whatever is wrong with
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -288,31 +289,34 @@ def text_part(tensors: Tensors) -> Tensors:
 def split_experts(tensors: Tensors) -> Tensors:
     """A checkpoint that has all experts of a layer in one tensor, as one with a tensor for each.
 
-    ``x.experts.gate_up_proj`` [E, 2 M, D] holds the gates' rows first; ``x.experts.down_proj`` is
-    [E, D, M].
+    ``x.experts.gate_up_proj`` [E, 2 M, D] holds the gates' rows first; it may come as two.
+    ``x.experts.down_proj`` is [E, D, M].
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, int, slice]] = {}
     for name, shape in tensors.shapes.items():
-        found = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?", name)
+        found = re.fullmatch(r"(.*\.experts)\.(\w+_proj)(?:\.weight)?", name)
         if not found or len(shape) != 3:
             shapes[name] = shape
             continue
         experts, rows, width = shape
         half = rows // 2
         parts = {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
-        if found[2] == "down_proj":
-            parts = {"down_proj": slice(0, rows)}
+        if found[2] != "gate_up_proj":
+            parts = {found[2]: slice(0, rows)}
         for expert, (part, cut) in itertools.product(range(experts), parts.items()):
             one = f"{found[1]}.{expert}.{part}.weight"
             shapes[one] = (len(range(rows)[cut]), width)
             places[one] = (name, expert, cut)
 
+    # The experts of a tensor are read one after the other.
+    read_whole = functools.lru_cache(maxsize=1)(tensors.read)
+
     def read(name: str) -> np.ndarray:
         if name not in places:
             return tensors.read(name)
         whole, expert, cut = places[name]
-        return tensors.read(whole)[expert, cut]
+        return read_whole(whole)[expert, cut]
 
     return Tensors(tensors.origin, shapes, read) if places else tensors
 

@@ -73,7 +73,6 @@ def anchor_attention(
     arguments = q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA
     _check(*arguments)
     if implementation == "xla":
-        scale = q_BAGNH.shape[-1] ** -0.5 if scale is None else scale
         return checkpoint_name(xla.attend_blocks(*arguments, window, scale), SAVED)
     problem = dispatch.version_problem()
     if problem:

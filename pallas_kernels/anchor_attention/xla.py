@@ -19,11 +19,12 @@ def attend_blocks(
     own: tuple[jax.Array, jax.Array],
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
-    window: int | None,
-    scale: float,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """[B, A, G, N, H] of as many blocks at a time as memory bears; the backward pass computes the
     scores again. The cost is A x G x (S + G), never (A x G)^2."""
+    scale = q_BAGNH.shape[-1] ** -0.5 if scale is None else scale
     attend = functools.partial(_attend_all, window, scale)
     return by_sequences(attend, q_BAGNH, k_BSKH, v_BSKH, *own, anchor_BA, keep_BA)
 

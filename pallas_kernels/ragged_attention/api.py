@@ -77,7 +77,6 @@ def ragged_attention(
         RuntimeError: the implementation does not run on this jax.
     """
     dispatch.check_name(implementation)
-    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
     _check(q_TNH, k_BKSH, v_BKSH, groups, limit_T, layer, own, window)
     q_PCNH, limit_PC = groups.gather(q_TNH), groups.gather(limit_T)
     if implementation == "xla":
@@ -97,7 +96,7 @@ def ragged_attention(
         raise ValueError(f"softcap is {softcap}: mosaic_gpu has no form with it, choose xla")
     attend = functools.partial(mosaic_gpu.attend_groups, window=window)
     own_scale = q_TNH.shape[-1] ** -0.5
-    if scale != own_scale:
+    if scale not in (None, own_scale):
         q_PCNH = (q_PCNH.astype(jnp.float32) * (scale / own_scale)).astype(q_PCNH.dtype)
     arguments = q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, own
     return groups.scatter(_over_heads(attend, heads_axis, *arguments))

@@ -18,8 +18,8 @@ def attend_groups(
     limit_PC: jax.Array,
     own: tuple[jax.Array, jax.Array] | None,
     window: int | None,
-    scale: float,
-    softcap: float | None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """[P, C, N, H]: groups of rows against one slot's cache each; 0 where a row sees nothing."""
     groups, rows, heads, width = q_PCNH.shape
@@ -27,6 +27,7 @@ def attend_groups(
     if slot_P is not None:
         k_BKSH, v_BKSH = (cache.at[slot_P].get(mode="clip") for cache in (k_BKSH, v_BKSH))
     q = q_PCNH.reshape(groups, rows, kv_heads, heads // kv_heads, width)
+    scale = width**-0.5 if scale is None else scale
 
     def capped(score: jax.Array) -> jax.Array:
         return score if softcap is None else softcap * jnp.tanh(score / softcap)

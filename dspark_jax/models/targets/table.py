@@ -10,7 +10,7 @@ from dspark_jax.models.targets import gemma, gemma_drafter, llama, qwen3_moe
 from dspark_jax.models.targets.family import TargetFamily
 from dspark_jax.models.targets.gemma_config import DRAFT_LAYERS
 
-# ``model_type`` of a config.json, or ``general.architecture`` of a GGUF file -> its family.
+# ``model_type`` of a config.json -> its family.
 FAMILIES: Mapping[str, TargetFamily] = {
     "llama": llama,
     "mistral": llama,
@@ -32,9 +32,6 @@ DRAFT_BLOCKS: Mapping[str, DraftBlocks] = {
     "": llama.DRAFT_BLOCKS,
     DRAFT_LAYERS: gemma_drafter.DRAFT_BLOCKS,
 }
-
-# GGUF files of these hold the rows of q and k in pairs, for interleaved RoPE.
-GGUF_PAIRS = frozenset({"llama"})
 
 _BY_CONFIG = {family.Config: family for family in FAMILIES.values()}
 
