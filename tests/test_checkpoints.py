@@ -25,6 +25,8 @@ from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import DrafterConfig, RopeConfig
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.vocab import Vocab
+from tests import tiny_model
+from tests.tiny_model import random_params
 
 DATA = Path(__file__).parent / "data"
 DRAFTERS = (
@@ -348,3 +350,84 @@ def test_a_reduced_vocabulary_takes_its_rows_of_the_targets_head(tied, fitting):
     np.testing.assert_array_equal(bound.d2t_U, d2t_U)
     with pytest.raises(ValueError, match="d2t is missing"):
         bind_vocab(cfg, None, target_cfg, vocab)
+
+
+def write_variant(directory, cfg, **changes):
+    """A drafter with random weights, whose configuration is then changed."""
+    save_drafter(directory, cfg, random_params(3, declare_drafter(cfg)))
+    edit_config(directory, **changes)
+    return directory
+
+
+PLAIN = replace(tiny_model.DRAFTER, markov_rank=0, confidence=False)
+
+
+def test_dflash_as_its_authors_publish_it(tmp_path):
+    """Settings are nested, the anchor's slot predicts nothing, the vocabulary is the target's."""
+    nested = {"mask_token_id": PLAIN.mask_token_id, "target_layer_ids": [-1, 0]}
+    directory = write_variant(
+        tmp_path / "drafter",
+        replace(PLAIN, anchor_predicts=False),
+        architectures=["DFlashDraftModel"],
+        dflash_config=nested,
+        sample_from_anchor=None,
+        owns_vocab=None,
+        mask_token_id=None,
+        target_layer_ids=None,
+    )
+    cfg, _, vocab = load_drafter(directory)
+    assert vocab is None
+    assert cfg == replace(PLAIN, anchor_predicts=False)
+    assert (cfg.block_size, cfg.num_slots) == (3, 4)
+    save_drafter(tmp_path / "copy", *load_drafter(directory))
+    assert load_drafter(tmp_path / "copy")[0] == cfg
+    edit_config(directory, dflash_config=nested | {"linear_context": {}})
+    assert "dflash_config has linear_context {}" in refusal(load_drafter, directory)
+
+
+def test_the_method_s_name_in_the_place_of_the_layers(tmp_path):
+    directory = write_variant(
+        tmp_path / "drafter", tiny_model.DRAFTER, architectures=["DSparkDraftModel"]
+    )
+    assert load_drafter(directory)[0] == tiny_model.DRAFTER
+    edit_config(directory, model_type="mamba")
+    assert "model_type 'mamba' of the layers" in refusal(load_drafter, directory)
+
+
+@pytest.mark.parametrize("key", ["sample_from_anchor", "query_zero_predicts_next"])
+def test_an_anchor_that_predicts_nothing_is_said_in_two_ways(tmp_path, key):
+    directory = write_variant(tmp_path / "drafter", tiny_model.DRAFTER, **{key: False})
+    cfg, _, _ = load_drafter(directory)
+    assert (cfg.anchor_predicts, cfg.block_size, cfg.num_slots) == (False, 2, 3)
+    edit_config(directory, sample_from_anchor=False, query_zero_predicts_next=True)
+    assert "contradict each other" in refusal(load_drafter, directory)
+    edit_config(directory, query_zero_predicts_next=None, block_size=1)
+    assert "there is no draft" in refusal(load_drafter, directory)
+
+
+def test_windows_of_draft_layers_survive_a_round_trip(tmp_path):
+    cfg = replace(tiny_model.DRAFTER, num_layers=2, windows=(16, 0))
+    directory = write_variant(tmp_path / "drafter", cfg)
+    assert load_drafter(directory)[0] == cfg
+    edit_config(directory, sliding_window=0)
+    assert "sliding_window is 0" in refusal(load_drafter, directory)
+
+
+def test_drafts_of_a_block_whose_anchor_predicts_nothing_are_those_behind_it():
+    from dspark_jax.models import cache as kv
+    from dspark_jax.models.drafters.dspark import block_hidden, declare_context
+
+    longer = replace(PLAIN, block_size=4)
+    params, vocab = random_params(3, declare_drafter(longer)), tiny_vocab()
+    context = jax.tree.map(
+        lambda b: jnp.ones(b.shape), declare_context(longer, kv.Room(2, 16, 4, jnp.float32))
+    )
+    places = jnp.array([[3], [5]]), jnp.array([[6], [2]])
+    whole = block_hidden(params, vocab, *places, context, longer)
+    drafts = block_hidden(params, vocab, *places, context, replace(PLAIN, anchor_predicts=False))
+    np.testing.assert_array_equal(drafts, whole[:, :, 1:])
+
+
+def tiny_vocab():
+    embed_VD = np.random.default_rng(0).normal(size=(PLAIN.vocab_size, PLAIN.hidden_size))
+    return Vocab(jnp.asarray(embed_VD, jnp.float32))

@@ -10,11 +10,13 @@ from dspark_jax.config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
-# Target, its layers and the feature layers of the released drafters.
+# Target, its layers, the feature layers of the released drafters, and their mask.
 RELEASED = {
-    "qwen3_4b_dspark": ("Qwen/Qwen3-4B", 36, (1, 9, 17, 25, 33)),
-    "qwen3_8b_dspark": ("Qwen/Qwen3-8B", 36, (1, 9, 17, 25, 33)),
-    "qwen3_14b_dspark": ("Qwen/Qwen3-14B", 40, (1, 10, 19, 28, 37)),
+    "qwen3_4b_dspark": ("Qwen/Qwen3-4B", 36, (1, 9, 17, 25, 33), 151669),
+    "qwen3_8b_dspark": ("Qwen/Qwen3-8B", 36, (1, 9, 17, 25, 33), 151669),
+    "qwen3_14b_dspark": ("Qwen/Qwen3-14B", 40, (1, 10, 19, 28, 37), 151669),
+    "qwen3_30b_a3b_dspark": ("Qwen/Qwen3-30B-A3B", 48, (1, 12, 23, 34, 45), 151669),
+    "gemma4_12b_dspark": ("google/gemma-4-12b-it", 48, (5, 17, 29, 41, 46), 4),
 }
 
 
@@ -35,11 +37,11 @@ def test_a_recipe_says_how_it_is_run_and_what_came_of_it(path):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_recipes_of_released_drafters_have_their_settings(name):
-    target, num_layers, layer_ids = RELEASED[name]
+    target, num_layers, layer_ids, mask = RELEASED[name]
     config = recipe(name)
     assert (config.target, config.target_layer_ids) == (target, layer_ids)
-    assert layer_ids[-1] == num_layers - 3
-    assert (config.num_layers, config.block_size, config.mask_token_id) == (5, 7, 151669)
+    assert layer_ids[-1] <= num_layers - 2
+    assert (config.num_layers, config.block_size, config.mask_token_id) == (5, 7, mask)
     assert (config.markov_rank, config.markov_head, config.confidence) == (256, "vanilla", True)
     assert (config.ce_weight, config.l1_weight, config.confidence_weight) == (0.1, 0.9, 1.0)
     assert (config.loss_decay, config.learning_rate, config.warmup_fraction) == (4.0, 6e-4, 0.04)

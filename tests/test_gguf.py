@@ -166,7 +166,6 @@ EXTRA = {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
 UNSUPPORTED = {
     "experts": ({"expert_count": 8}, {}, "expert_count is 8"),
     "another RoPE": ({"rope.scaling.type": "longrope"}, {}, "'longrope' is not supported"),
-    "experts": ({"expert_count": 8}, {}, "llama.expert_count is 8"),
     "partial RoPE": ({"rope.dimension_count": 8}, {}, "rope.dimension_count 8"),
     "other divisors": ({}, {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}, "llama3"),
     "a missing key": ({"embedding_length": None}, {}, "llama.embedding_length is missing"),
