@@ -202,6 +202,10 @@ def save_speculators(
     Raises:
         ValueError: parameters or vocabulary do not fit the configuration.
     """
+    if cfg.blocks:
+        raise ValueError(
+            f"the drafter's layers are {cfg.blocks}: only {BLOCK_TYPE}'s can be written"
+        )
     tensors = write_params(declare_drafter(cfg), params)
     if cfg.draft_vocab_size not in (None, cfg.vocab_size):
         if vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
