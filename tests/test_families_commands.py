@@ -1,10 +1,14 @@
 """A tiny random model of every family through the commands: answers, training, text, export."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dspark_jax.cli import command as cli
+from dspark_jax.config import TrainConfig
+from dspark_jax.training import fit
 from tests.tiny_model import BLOCK, write_target
 
 LAYERS = {"num_hidden_layers": 4}
@@ -98,3 +102,40 @@ def test_answers_training_text_and_export(name, tmp_path, capsys, own_cache):
         dspark(capsys, *command, "--drafter", tmp_path / "exported", "--policy", "block")
     )
     assert (again["text"], again["rounds"]) == (drafted["text"], drafted["rounds"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_training_step_on_a_mesh_is_that_of_one_device(name, tmp_path, emulated_devices):
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": "say it"},
+                {"role": "assistant", "content": "".join(random.choice(list("abc"), 30))},
+            ]
+        }
+        for _ in range(16)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = TrainConfig(
+        target=str(write_target(tmp_path / "target", **FAMILIES[name])),
+        data=str(tmp_path / "data.jsonl"),
+        num_layers=1,
+        block_size=3,
+        markov_rank=8,
+        target_layer_ids=(-1, 0),
+        max_length=48,
+        length_buckets=(48,),
+        tokens_per_batch=8 * 48,
+        num_anchors=4,
+        steps=2,
+        eval_sequences=0,
+        log_every=1,
+    )
+    losses = []
+    for out, mesh in (("one", {}), ("many", {"data_parallel": 2, "fsdp": 2, "tensor_parallel": 2})):
+        fit.fit(replace(recipe, out=str(tmp_path / out), **mesh))
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(*losses, rtol=1e-4)

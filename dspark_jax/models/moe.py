@@ -9,6 +9,7 @@ device does so for its own experts, and the results are added.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,37 +103,51 @@ def mix_experts(
     Returns:
         [X, D] in the dtype of ``x_XD``; summed in float32.
     """
-    rows = x_XD.reshape(-1, x_XD.shape[-1])
-    chosen, weight = (a.reshape(len(rows), -1) for a in (expert_XC, weight_XC.astype(jnp.float32)))
-    (axis,) = MESH_RULES["E"]
-    num_experts = experts.gate_EDM.shape[-3]
-    split = devices.split_over([axis], num_experts) if axis in devices.free_axes() else None
-    mix = functools.partial(_mix, activation=activation, axis=axis if split else None)
-    if split:
-        lead = (None,) if experts.layer is not None else ()
-        by_expert: Any = Experts(*(P(*lead, split),) * 3, None if experts.layer is None else P())
-        mix = jax.shard_map(
-            mix,
-            in_specs=(by_expert, P(), P(), P()),
-            out_specs=P(),
-            axis_names={axis},
-            check_vma=False,
-        )
-    return mix(experts, rows, chosen, weight).astype(x_XD.dtype).reshape(x_XD.shape)
+    free = devices.free_axes()
+    if math.prod(free.values()) == 1:
+        return _mix(experts, x_XD, expert_XC, weight_XC, activation=activation)
+    if experts.layer is not None:  # or all layers would be gathered
+        parts = experts.gate_EDM, experts.up_EDM, experts.down_EMD
+        experts = Experts(*(part[experts.layer] for part in parts))
+    num_experts, _, width = experts.gate_EDM.shape
+    by_expert = devices.split_over(MESH_RULES["E"], num_experts)
+    by_width = devices.split_over(MESH_RULES["M"], width)
+    # Whole sequences are split over their first axis; rows of a batch are everywhere.
+    rows = P(devices.split_over(MESH_RULES["B"], len(x_XD)) if x_XD.ndim > 2 else None)
+    wide = P(by_expert, None, by_width)
+    mix = functools.partial(
+        _mix,
+        activation=activation,
+        by_expert=by_expert,
+        summed=(by_expert or ()) + (by_width or ()),
+    )
+    split = jax.shard_map(
+        mix,
+        in_specs=(Experts(wide, wide, P(by_expert, by_width)), rows, rows, rows),
+        out_specs=rows,
+        axis_names=set(free),
+        check_vma=False,
+    )
+    mixed_XD: jax.Array = split(experts, x_XD, expert_XC, weight_XC)
+    return mixed_XD
 
 
 def _mix(
     experts: Experts,
-    x_TD: jax.Array,
-    expert_TC: jax.Array,
-    weight_TC: jax.Array,
+    x_XD: jax.Array,
+    expert_XC: jax.Array,
+    weight_XC: jax.Array,
     *,
     activation: Callable[[jax.Array], jax.Array],
-    axis: str | None,
+    by_expert: tuple[str, ...] | None = None,
+    summed: tuple[str, ...] = (),
 ) -> jax.Array:
-    """float32 [T, D] of these experts, which are some of all on a mesh axis."""
+    """The same by one device, whose experts and widths are some of all on mesh axes."""
+    x_TD = x_XD.reshape(-1, x_XD.shape[-1])
+    expert_TC = expert_XC.reshape(len(x_TD), -1)
+    weight_TC = weight_XC.reshape(expert_TC.shape).astype(jnp.float32)
     num_experts, num_pairs = experts.gate_EDM.shape[-3], expert_TC.size
-    first = 0 if axis is None else jax.lax.axis_index(axis) * num_experts
+    first = jax.lax.axis_index(by_expert) * num_experts if by_expert else 0
     own_A = (expert_TC - first).reshape(-1)
     own_A = jnp.where((own_A >= 0) & (own_A < num_experts), own_A, num_experts)
     tile = min(MAX_TILE, 1 << max(0, (num_pairs - 1) // num_experts).bit_length())
@@ -162,4 +177,5 @@ def _mix(
 
     start_TD = jnp.zeros(x_TD.shape, jnp.float32)
     out_TD = jax.lax.fori_loop(0, end_E[-1], one_tile, start_TD)
-    return out_TD if axis is None else jax.lax.psum(out_TD, axis)
+    out_TD = jax.lax.psum(out_TD, summed) if summed else out_TD
+    return out_TD.astype(x_XD.dtype).reshape(x_XD.shape)
