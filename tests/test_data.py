@@ -130,25 +130,8 @@ def golden(request):
     conversations = [
         Conversation(tuple(case["conversations"]), case["name"]) for case in found["cases"]
     ]
-    if request.param == "gemma4":  # it puts an unsupervised thinking block before every answer
-        block = "<|channel>thought\n<channel|>"
-        chat = ChatFormat("<|turn>model\n" + block, "<turn|>\n")
-        openings = {"assistant": block, "user": "", "system": ""}
-        return (
-            found,
-            tokenizer,
-            chat,
-            [
-                dataclasses.replace(
-                    one,
-                    turns=tuple(
-                        turn | {"content": openings[turn["role"]] + turn["content"]}
-                        for turn in one.turns
-                    ),
-                )
-                for one in conversations
-            ],
-        )
+    if request.param == "gemma4":  # with an unsupervised thinking block before every answer
+        return found, tokenizer, find_chat_format(tokenizer), conversations
     # It puts a system turn first where there is none.
     system = ({"role": "system", "content": "You are a helpful assistant."},)
     return (
@@ -165,7 +148,7 @@ def golden(request):
 def test_ids_and_masks_are_the_references(golden):
     found, tokenizer, chat, conversations = golden
     for case, one in zip(found["cases"], conversations, strict=True):
-        assert render(tokenizer, one.turns) == case["rendered_text"]
+        assert render(tokenizer, chat.opened(one.turns)) == case["rendered_text"]
         token_S, mask_S = encode_conversation(one, tokenizer, chat, 0)
         length = case["max_length"]
         assert token_S[:length].tolist() == case["input_ids"], case["name"]

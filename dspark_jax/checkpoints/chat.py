@@ -23,6 +23,10 @@ from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 
+# As in the reference this block alone is put before answers: thinking blocks of other forms belong to
+# the answer, or are left out.
+EMPTY_CHANNEL = "<|channel>thought\n<channel|>"
+
 # Contents that no template contains or changes.
 PROBE: tuple[Turn, ...] = (
     {"role": "user", "content": "firstquestion"},
@@ -39,10 +43,23 @@ class ChatFormat:
     Attributes:
         header: opens an answer, for instance ``"<|im_start|>assistant\\n"``.
         end: ends it, for instance ``"<|im_end|>\\n"``.
+        opening: the end of the header, where the target's answers follow one that the template
+            leaves out of what was said before: the empty thinking block of Gemma 4.
     """
 
     header: str
     end: str
+    opening: str = ""
+
+    def opened(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns with the opening before every answer that has none."""
+
+        def open_turn(turn: Turn) -> Turn:
+            if turn["role"] != "assistant" or turn["content"].startswith(self.opening):
+                return turn
+            return turn | {"content": self.opening + turn["content"]}
+
+        return [open_turn(turn) for turn in turns]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """First character, and the one behind the last, of every answer with its end."""
@@ -50,8 +67,11 @@ class ChatFormat:
         return (match.span(1) for match in re.finditer(pattern, text, re.DOTALL))
 
 
-def render(tokenizer: Any, turns: Sequence[Turn], *, open_answer: bool = False) -> str:
+def render(
+    tokenizer: Any, turns: Sequence[Turn], *, open_answer: bool = False, **variables: Any
+) -> str:
     """The text of a conversation; ``open_answer`` adds what the target's next answer follows.
+    ``variables`` are the template's.
 
     transformers runs the template, a program that came with the model, in a sandbox.
 
@@ -62,7 +82,7 @@ def render(tokenizer: Any, turns: Sequence[Turn], *, open_answer: bool = False) 
         raise LoadError("the target has no chat template: give every answer's response_ids")
     try:
         text = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=open_answer, tokenize=False
+            list(turns), add_generation_prompt=open_answer, tokenize=False, **variables
         )
     except Exception as error:  # a template raises whatever it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -84,9 +104,16 @@ def find_chat_format(tokenizer: Any) -> ChatFormat:
     # only one of them opens with belongs to the answer.
     columns = zip(*(text.removeprefix(asked) for text in texts), strict=False)
     header = "".join(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
-    if not header:  # the end of a question is all that opens an answer
+    opening = ""
+    if header:  # what an answer without a thought follows, unless the template writes it itself
+        silent = render(tokenizer, PROBE[:1], open_answer=True, enable_thinking=False)
+        thoughtless = silent == asked + header + EMPTY_CHANNEL
+        if thoughtless and not once.startswith(silent):
+            opening = EMPTY_CHANNEL
+    else:  # the end of a question is all that opens an answer
         header = asked.partition(question)[2]
-    chat = ChatFormat(header, once.rpartition(answer)[2])
+    chat = ChatFormat(header + opening, once.rpartition(answer)[2], opening)
+    header, twice = chat.header, render(tokenizer, chat.opened(PROBE))
     found = [twice[first:last] for first, last in chat.spans(twice)] if header and chat.end else []
     wanted = [turn["content"] + chat.end for turn in PROBE[1::2]]
     understood = twice.count(header) == len(found) == len(wanted)
@@ -154,7 +181,7 @@ def encode_conversation(
         token_S = np.array(chat_prompt_ids(tokenizer, prompt), np.int32)
         mask_S = np.zeros(len(token_S), bool)
     else:
-        text = render(tokenizer, prompt, open_answer=True)
+        text = render(tokenizer, chat.opened(prompt), open_answer=True)
         token_S, start_S = tokens_of(text, tokenizer)
         mask_S = answer_mask(text, start_S, chat)
     ids, count = list(conversation.response_ids), len(tokenizer)
@@ -174,7 +201,7 @@ def _encode_text(
     conversation: Conversation, tokenizer: Any, chat: ChatFormat
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation of which only the text is known; an answer that was cut has no end."""
-    text = render(tokenizer, conversation.turns)
+    text = render(tokenizer, chat.opened(conversation.turns))
     token_S, start_S = tokens_of(text, tokenizer)
     mask_S, kept = answer_mask(text, start_S, chat), len(token_S)
     if conversation.turns[-1]["role"] == "assistant" and not conversation.finished:
