@@ -23,8 +23,8 @@ from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 
-# As in the reference this block alone is put before answers: thinking blocks of other forms belong to
-# the answer, or are left out.
+# As in the reference this block alone is put before answers: thinking blocks of other forms belong
+# to the answer, or are left out.
 EMPTY_CHANNEL = "<|channel>thought\n<channel|>"
 
 # Contents that no template contains or changes.
