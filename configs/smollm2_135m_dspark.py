@@ -19,7 +19,8 @@ Hardware and time: 2 CPU cores (AVX-512 with bfloat16 products), shared with oth
     --set seed=7, 0.49 M blocks in 45 minutes beside other work. A fifth (steps=80, seed=8) and a
     sixth (seed=9, 69 of 70 steps), each from the mean before it, at learning_rate=5e-4: 0.63 M and
     0.52 M blocks. The seventh (seed=10, 80 steps) and eighth (seed=11, 77 steps) likewise, 0.6 M
-    each; of these 0.6 of the new mean and 0.4 of the one before. The shipped file is rounded to bfloat16, 25 MB.
+    each; of these 0.6 of the new mean and 0.4 of the one before. The shipped file is rounded to
+    bfloat16, 25 MB.
 Result: expected accepted length on 24 held-out answers (mixed temperatures), by training blocks:
     1.50 after 61 k, 1.49 after 111 k, 1.56 after 156 k, 1.59 after 196 k (end of the first part);
     1.58 after 298 k, 1.71 after 400 k, 1.82 after 496 k, 1.87 after 601 k, 1.93 after 684 k and at
