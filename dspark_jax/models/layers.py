@@ -147,9 +147,7 @@ def project_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [X, N, H], keys and values [X, K, H] of normalised inputs; rotated, where there is a
     table."""
-    q_XNH = project(x_XD, layer.q_DNH)
-    if layer.q_bias_NH is not None:
-        q_XNH = q_XNH + layer.q_bias_NH
+    q_XNH = add(project(x_XD, layer.q_DNH), layer.q_bias_NH)
     if layer.q_norm_H is not None:
         q_XNH = rms_norm(q_XNH, layer.q_norm_H, cfg.rms_norm_eps)
     k_XKH, v_XKH = project_kv(layer, x_XD, table, cfg)
@@ -167,9 +165,8 @@ def project_kv(
     layer: Layer, x_XD: jax.Array, table: Table | None, cfg: TransformerConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values [X, K, H]; the keys normalised, where there is a norm, and rotated."""
-    k_XKH, v_XKH = project(x_XD, layer.k_DKH), project(x_XD, layer.v_DKH)
-    if layer.k_bias_KH is not None:
-        k_XKH, v_XKH = k_XKH + layer.k_bias_KH, v_XKH + layer.v_bias_KH
+    k_XKH = add(project(x_XD, layer.k_DKH), layer.k_bias_KH)
+    v_XKH = add(project(x_XD, layer.v_DKH), layer.v_bias_KH)
     if layer.k_norm_H is not None:
         k_XKH = rms_norm(k_XKH, layer.k_norm_H, cfg.rms_norm_eps)
     return k_XKH if table is None else rotate(k_XKH, table), v_XKH
@@ -239,10 +236,10 @@ def cap(x_X: jax.Array, softcap: float | None) -> jax.Array:
     return x_X if softcap is None else softcap * jnp.tanh(x_X / softcap)
 
 
-def output(layer: Any, attended_XNH: jax.Array) -> jax.Array:
-    """The output projection of attention [X, D], with its bias where there is one."""
+def output(attended_XNH: jax.Array, o_NHD: jax.Array) -> jax.Array:
+    """The output projection of attention, [X, D]."""
     flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
-    return add(matmul(flat_XI, layer.o_NHD.reshape(flat_XI.shape[-1], -1)), layer.o_bias_D)
+    return matmul(flat_XI, o_NHD.reshape(flat_XI.shape[-1], -1))
 
 
 def add(x_X: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -260,8 +257,15 @@ def gated_mlp(
 
 
 def finish_layer(
-    layer: Layer, x_XD: jax.Array, attended_XNH: jax.Array, cfg: TransformerConfig
+    layer: Layer,
+    x_XD: jax.Array,
+    attended_XNH: jax.Array,
+    cfg: TransformerConfig,
+    mlp: Callable[[Any, jax.Array], jax.Array] = gated_mlp,
 ) -> jax.Array:
-    """The rest of a block after attention: output projection, residual, gated MLP, residual."""
-    x_XD = x_XD + output(layer, attended_XNH)
-    return x_XD + gated_mlp(layer.mlp, rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps))
+    """The rest of a block after attention: output projection, residual, MLP, residual.
+
+    ``mlp`` is what ``layer.mlp`` holds the weights of.
+    """
+    x_XD = x_XD + add(output(attended_XNH, layer.o_NHD), layer.o_bias_D)
+    return x_XD + mlp(layer.mlp, rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps))

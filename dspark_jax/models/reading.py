@@ -123,7 +123,7 @@ def read_sequences(
 
 def _read_layers(sections: Sections) -> list[int]:
     """The layers whose keys and values others read."""
-    found = {stack.kind.attention.reads for section in sections for stack in section}
+    found = set(map_stacks(lambda stack: stack.kind.attention.reads, sections))
     return sorted(found - {None})
 
 

@@ -62,7 +62,8 @@ class Whole:
         raise NotImplementedError
 
 
-def _is_whole(tree: Tree) -> bool:
+def is_whole(tree: Tree) -> bool:
+    """Whether a scan leaves it in its stack."""
     return isinstance(tree, Whole)
 
 
@@ -94,14 +95,19 @@ def _rounds(kinds: Sequence[Hashable], period: int) -> int:
     return count
 
 
+def stacks_of(sections: Sections) -> tuple[Stack, ...]:
+    """All stacks in their order."""
+    return tuple(stack for section in sections for stack in section)
+
+
 def map_stacks(function: Callable[[Stack], Tree], sections: Sections) -> tuple[Tree, ...]:
     """A tuple with ``function(stack)`` for every stack."""
-    return tuple(function(stack) for section in sections for stack in section)
+    return tuple(map(function, stacks_of(sections)))
 
 
 def place_of(sections: Sections, layer: int) -> Place:
     """Where a layer is."""
-    stacks = [stack for section in sections for stack in section]
+    stacks = stacks_of(sections)
     number = next(n for n, stack in enumerate(stacks) if layer in stack.layers)
     stack = stacks[number]
     return Place(stack.kind, number, stack.layers.index(layer), layer)
@@ -162,8 +168,8 @@ def _scan(
     numbers: range,
 ) -> Tree:
     """One section, a period at a time."""
-    leaves, structure = jax.tree.flatten(stacks, is_leaf=_is_whole)
-    whole = {n: leaf for n, leaf in enumerate(leaves) if _is_whole(leaf)}
+    leaves, structure = jax.tree.flatten(stacks, is_leaf=is_whole)
+    whole = {n: leaf for n, leaf in enumerate(leaves) if is_whole(leaf)}
     sliced = [None if n in whole else leaf for n, leaf in enumerate(leaves)]
 
     def step(carry: Tree, xs: tuple[list[Tree], jax.Array]) -> tuple[Tree, None]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dspark_jax.axes import abstract_params, declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.stacks import Whole
+from dspark_jax.models.stacks import is_whole
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
@@ -268,12 +268,12 @@ def read_target(
 
         def gather(layer: Any, stack: int) -> Any:
             def constrain(part: Any, sharding: Any) -> Any:
-                if isinstance(part, Whole):  # which is gathered where a part of it is read
+                if is_whole(part):  # which is gathered where a part of it is read
                     return part
                 return jax.lax.with_sharding_constraint(part, sharding)
 
             shardings = layout.layer[stack]
-            return jax.tree.map(constrain, layer, shardings, is_leaf=lambda x: isinstance(x, Whole))
+            return jax.tree.map(constrain, layer, shardings, is_leaf=is_whole)
 
         read = partial(read, fetch=gather)
     hidden_BSD, feature_BSFD = read()

@@ -22,7 +22,15 @@ from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
 from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.reading import Cache, declare_caches
-from dspark_jax.models.stacks import Place, Stack, is_unstacked, loop_layers, map_stacks, place_of
+from dspark_jax.models.stacks import (
+    Place,
+    Stack,
+    is_unstacked,
+    loop_layers,
+    map_stacks,
+    place_of,
+    stacks_of,
+)
 from dspark_jax.models.targets.table import draft_blocks_of
 from dspark_jax.models.vocab import Vocab, embed
 from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
@@ -108,7 +116,7 @@ def inject(
         k, v = zip(*map(one, layers), strict=True)
         return k, v
 
-    stacks = map_stacks(lambda stack: stack, blocks.sections(cfg))
+    stacks = stacks_of(blocks.sections(cfg))
     return tuple(map(project, stacks, drafter.layers))
 
 
@@ -128,7 +136,7 @@ def extend_context(
             cache = kv.write(cache, index, slot_T, position_T, k, v, window)
         return cache
 
-    stacks = map_stacks(lambda stack: stack, draft_blocks_of(cfg).sections(cfg))
+    stacks = stacks_of(draft_blocks_of(cfg).sections(cfg))
     return tuple(map(write, stacks, context, inject(drafter, feature_TFD, position_T, cfg)))
 
 

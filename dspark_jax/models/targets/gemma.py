@@ -25,7 +25,7 @@ from flax import struct
 from dspark_jax.axes import declare as declare_param
 from dspark_jax.config import RopeConfig
 from dspark_jax.models.cache import Room
-from dspark_jax.models.layers import Mlp, gated_mlp, matmul
+from dspark_jax.models.layers import Mlp, declare_mlp, gated_mlp, matmul, output
 from dspark_jax.models.layers import project as project_heads
 from dspark_jax.models.moe import Experts, choose_experts, declare_experts, mix_experts
 from dspark_jax.models.reading import (
@@ -225,11 +225,7 @@ def declare_stack(cfg: Config, stack: Stack, prefix: str) -> Layer:
         k_norm_H=norm("self_attn.k_norm", "H") if normed and keys else None,
         attention_norm_D=norm("post_attention_layernorm"),
         mlp_norm_D=norm("pre_feedforward_layernorm"),
-        mlp=Mlp(
-            param("DM", "mlp.gate_proj.weight", "M"),
-            param("DM", "mlp.up_proj.weight", "M"),
-            param("MD", "mlp.down_proj.weight", "D"),
-        ),
+        mlp=declare_mlp(sizes, prefix, stack.layers),
         output_norm_D=norm("post_feedforward_layernorm"),
         scalar_X=param("X", "layer_scalar", init="ones") if cfg.generation == 4 else None,
         mixture=mixture,
@@ -335,9 +331,7 @@ def finish(
     cfg: Config,
 ) -> jax.Array:
     """The residual stream after a layer; see :class:`Blocks`."""
-    flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
-    out_XD = matmul(flat_XI, layer.o_NHD.reshape(flat_XI.shape[-1], -1))
-    x_XD = x_XD + _norm(out_XD, layer.attention_norm_D, cfg)
+    x_XD = x_XD + _norm(output(attended_XNH, layer.o_NHD), layer.attention_norm_D, cfg)
     out_XD = gated_mlp(layer.mlp, _norm(x_XD, layer.mlp_norm_D, cfg), _gelu)
     if layer.mixture is not None:
         mixed_XD = mix(layer.mixture, x_XD, *route(layer.mixture, x_XD, cfg), cfg)

@@ -18,8 +18,6 @@ from dspark_jax.models.layers import (
     declare_layers,
     finish_layer,
     matmul,
-    output,
-    rms_norm,
 )
 from dspark_jax.models.moe import Experts, choose_experts, declare_experts, mix_experts
 from dspark_jax.models.reading import (
@@ -150,11 +148,13 @@ def _finish(
 ) -> jax.Array:
     if not place.kind.sparse:
         return finish_layer(layer, x_XD, attended_XNH, cfg)
-    x_XD = x_XD + output(layer, attended_XNH)
-    h_XD = rms_norm(x_XD, layer.mlp_norm_D, cfg.rms_norm_eps)
-    logits_XE = matmul(h_XD, layer.mlp.router_DE)
-    chosen = choose_experts(logits_XE, cfg.num_chosen, normalise=cfg.normalise)
-    return x_XD + mix_experts(layer.mlp.experts, h_XD, *chosen, jax.nn.silu)
+
+    def mix(mixture: Mixture, h_XD: jax.Array) -> jax.Array:
+        logits_XE = matmul(h_XD, mixture.router_DE)
+        chosen = choose_experts(logits_XE, cfg.num_chosen, normalise=cfg.normalise)
+        return mix_experts(mixture.experts, h_XD, *chosen, jax.nn.silu)
+
+    return finish_layer(layer, x_XD, attended_XNH, cfg, mix)
 
 
 _BLOCKS = Blocks(sections, enter, project, _finish, leave)
