@@ -9,7 +9,7 @@ import pytest
 from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.training import fit
-from tests.tiny_model import BLOCK, write_target
+from tests.tiny_model import BLOCK, write_letters, write_target
 
 LAYERS = {"num_hidden_layers": 4}
 WINDOWS = ["sliding_attention", "full_attention"] * 2
@@ -107,20 +107,10 @@ def test_answers_training_text_and_export(name, tmp_path, capsys, own_cache):
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_training_step_on_a_mesh_is_that_of_one_device(name, tmp_path, emulated_devices):
-    random = np.random.default_rng(0)
-    rows = [
-        {
-            "conversations": [
-                {"role": "user", "content": "say it"},
-                {"role": "assistant", "content": "".join(random.choice(list("abc"), 30))},
-            ]
-        }
-        for _ in range(16)
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_letters(tmp_path / "data.jsonl", 16)
     recipe = TrainConfig(
         target=str(write_target(tmp_path / "target", **FAMILIES[name])),
-        data=str(tmp_path / "data.jsonl"),
+        data=str(data),
         num_layers=1,
         block_size=3,
         markov_rank=8,

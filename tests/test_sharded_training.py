@@ -23,7 +23,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.overrides import override
 from dspark_jax.training import data, fit, run
-from tests.tiny_model import TARGET, write_target
+from tests.tiny_model import TARGET, write_letters, write_target
 
 # What the tiny target has too few of, and an odd number of.
 SHARED = dataclasses.replace(TARGET, num_kv_heads=2, vocab_size=128)
@@ -38,20 +38,10 @@ MESHES = {
 def recipe(tmp_path_factory):
     """Twenty steps of eight sequences, over a whole vocabulary that eight devices can share."""
     folder = tmp_path_factory.mktemp("sharded")
-    random = np.random.default_rng(0)
-    rows = [
-        {
-            "conversations": [
-                {"role": "user", "content": "say it"},
-                {"role": "assistant", "content": "".join(random.choice(list("abc"), 30))},
-            ]
-        }
-        for _ in range(40)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_letters(folder / "data.jsonl", 40)
     return TrainConfig(
         target=str(write_target(folder / "target", SHARED)),
-        data=str(folder / "data.jsonl"),
+        data=str(data),
         out=str(folder / "one"),
         num_layers=1,
         block_size=3,

@@ -118,6 +118,22 @@ def write_target(directory: Path, cfg: LlamaConfig = TARGET, **fields) -> Path:
     return directory
 
 
+def write_letters(path: Path, count: int) -> Path:
+    """Conversations whose answers are 30 random letters each."""
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": "say it"},
+                {"role": "assistant", "content": "".join(random.choice(list("abc"), 30))},
+            ]
+        }
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_drafter(directory: Path, cfg: DrafterConfig = DRAFTER) -> Path:
     """A drafter with random weights in the reference layout."""
     save_drafter(directory, cfg, random_params(21, declare_drafter(cfg)))
