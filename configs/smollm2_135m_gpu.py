@@ -81,7 +81,7 @@ from dspark_jax.evaluation.prompts import read_prompts
 from dspark_jax.overrides import override
 from dspark_jax.training.fit import batches_of, evaluate, fit
 from dspark_jax.training.records import sha256
-from dspark_jax.training.run import check_kernels, open_source, start_run
+from dspark_jax.training.run import Run, check_kernels, open_source, start_run
 
 logger = logging.getLogger("gpu")
 
@@ -148,20 +148,19 @@ def bench(args: argparse.Namespace, end: float) -> None:
     todo = [name for name in KERNELS if not (work / f"bench-{name}.json").exists()]
     for name in todo:
         limit = max(0.0, end - time.time()) / (1 if name == todo[-1] else 2)
-        command = [sys.executable, "-m", f"pallas_kernels.{name}.bench", "--json"]
-        command += ["--only", args.only]
+        command = [sys.executable, "-m", f"pallas_kernels.{name}.bench"]
+        command += ["--out", str((work / f"bench-{name}.json").resolve())]
+        command += [word for text in args.only for word in ("--only", text)]
         try:
             with (work / f"bench-{name}.log").open("wb") as log:
-                found = subprocess.run(
-                    command, stdout=subprocess.PIPE, stderr=log, timeout=limit, check=True,
+                subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=True,
                     cwd=Path(__file__).parent.parent,
-                ).stdout  # fmt: skip
+                )  # fmt: skip
         except subprocess.SubprocessError as problem:
             missing.append(f"{name} ({type(problem).__name__})")
-            continue
-        write_atomically(work / f"bench-{name}.json", found)
     if missing:
-        raise RuntimeError(f"no times of {', '.join(missing)}: bench-KERNEL.log says why")
+        raise RuntimeError(f"cases are missing of {', '.join(missing)}: bench-KERNEL.log says why")
 
 
 def answers(args: argparse.Namespace, end: float) -> None:
@@ -189,19 +188,22 @@ def train(args: argparse.Namespace, end: float) -> None:
     if not (work / "drafter").exists():
         end -= EXPORT_S
         if (work / "recipe.json").exists():
-            steps = read_json(work / "recipe.json", "recipe")["steps"]
+            steps, run = read_json(work / "recipe.json", "recipe")["steps"], None
         else:
             write_data(work, args.answered)
-            seconds = probe(recipe)
+            run = start_run(recipe, open_source(recipe))
+            seconds = probe(run)
             steps = plan_steps(end - time.time(), *seconds, recipe.eval_every)
-            logger.info("%.1f s to the first step, %.3f a step, %.3f an evaluation", *seconds)
+            logger.info("%d steps of %.3f s, %.3f an evaluation", steps, *seconds)
+            planned = dataclasses.replace(run.recipe, steps=steps)
+            run = dataclasses.replace(run, recipe=planned, total=steps)
         recipe = dataclasses.replace(recipe, steps=steps)
         # At the end of the time fit saves its state and leaves.
         timer = threading.Timer(end - time.time(), os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
         try:
-            fit(recipe)
+            fit(recipe, run)
         except KeyboardInterrupt as problem:
             if time.time() < end:
                 raise
@@ -227,24 +229,21 @@ def write_data(work: Path, answered: Sequence[str]) -> None:
     write_atomically(work / "data.jsonl", b"".join(parts))
 
 
-def probe(recipe: TrainConfig) -> tuple[float, float, float]:
-    """Seconds until the first step, of a step, and of an evaluation, as measured here.
+def probe(run: Run) -> tuple[float, float]:
+    """Seconds of a step and of an evaluation, as measured here; the run's own state is left alone.
 
     Everything runs twice: the first time has the compilation in it.
     """
-    recipe = dataclasses.replace(recipe, steps=PROBE_BATCHES)
-    run, ready_s = timed(lambda: start_run(recipe, open_source(recipe)))
-    state, step_s, evaluation_s = run.state, 0.0, 0.0
+    state, step_s, evaluation_s = jax.tree.map(jnp.copy, run.state), 0.0, 0.0
     for batch in itertools.islice(batches_of(run, 0), PROBE_BATCHES):
-        placed = place(batch, run.programs.sequences)
-        (state, _), first_s = timed(run.programs.step, state, run.frozen, placed)
-        (state, _), second_s = timed(run.programs.step, state, run.frozen, placed)
-        ready_s, step_s = ready_s + first_s - second_s, step_s + second_s / PROBE_BATCHES
+        for _ in range(2):
+            placed = place(batch, run.programs.sequences)
+            (state, _), second_s = timed(run.programs.step, state, run.frozen, placed, run.rate)
+        step_s += second_s / PROBE_BATCHES
     if run.held_out:
-        first_s = timed(evaluate, run, state, "")[1]
-        evaluation_s = timed(evaluate, run, state, "")[1]
-        ready_s += first_s - evaluation_s
-    return ready_s, step_s, evaluation_s
+        for _ in range(2):
+            evaluation_s = timed(evaluate, run, state, "")[1]
+    return step_s, evaluation_s
 
 
 def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -254,9 +253,9 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return result, time.time() - began
 
 
-def plan_steps(left: float, ready_s: float, step_s: float, evaluation_s: float, every: int) -> int:
+def plan_steps(left: float, step_s: float, evaluation_s: float, every: int) -> int:
     """How many steps end within the seconds left, at least one."""
-    return max(1, int(MARGIN * (left - ready_s) / (step_s + evaluation_s / every)))
+    return max(1, int(MARGIN * left / (step_s + evaluation_s / every)))
 
 
 def save_rounded(work: Path, cfg: Any, params: Any, own: Any) -> None:
@@ -354,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model-parts", nargs="+", default=[], metavar="FILE", help="of the default model")
     add("--stage", default="bench,answers,train", metavar="NAME,NAME", help="default %(default)s")
     add("--minutes", type=float, default=12.5, metavar="F", help="of everything")
-    add("--only", default="", metavar="TEXT", help="benchmark cases whose name has it")
+    add("--only", action="append", default=[], metavar="TEXT", help="of the benchmarks' cases")
     add("--limit", type=int, metavar="N", help="answer the first N prompts")
     add("--slots", type=int, default=512, metavar="N", help="answered together")
     add("--positions", type=int, default=447, metavar="N", help="of a prompt and its answer")

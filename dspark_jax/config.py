@@ -242,8 +242,8 @@ class TrainConfig:
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
         eval_every, checkpoint_every, log_every: in steps.
         keep_checkpoints: how many checkpoints stay.
-        init_drafter: drafter to start from (directory, hub id or ``"default"``), whose sizes and
-            draft vocabulary must be the recipe's; empty for fresh weights.
+        init_drafter: drafter to start from (directory, hub id or ``"default"``), of the recipe's
+            sizes, or with fewer layers: new ones add nothing at first. Empty for fresh weights.
         data_parallel, fsdp, tensor_parallel: sizes of the device mesh: parts of an update's
             sequences, parts of these that share one copy of all weights, and parts of heads, MLP
             and vocabulary. Loss and metrics do not depend on them.

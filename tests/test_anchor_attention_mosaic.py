@@ -16,6 +16,7 @@ from dspark_jax.models.drafters.dspark import block_hidden, declare_drafter
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import run
+from dspark_jax.training.optimizer import learning_rate
 from dspark_jax.training.step import Batch, Frozen, TrainState
 from pallas_kernels import dispatch
 from pallas_kernels.anchor_attention.api import anchor_attention
@@ -180,13 +181,13 @@ def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stan
         kernels="mosaic_gpu", num_anchors=4, block_size=cfg.block_size, max_length=16,
         length_buckets=(16,), tokens_per_batch=8 * 16, data_parallel=2, fsdp=2, tensor_parallel=2,
     )  # fmt: skip
-    programs = run.programs_of(target_cfg, cfg, recipe, 10)
+    programs = run.programs_of(target_cfg, cfg, recipe)
     target = abstract_params(declare_target(target_cfg))
     params = abstract_params(declare_drafter(cfg))
-    state = TrainState(jnp.int32(0), params, jax.eval_shape(programs.optimizer.init, params))
+    state = TrainState(jnp.int32(0), params, jax.eval_shape(programs.init, params))
     frozen = Frozen(target, Vocab(target.vocab.embed_VD, target.vocab.unembed_VD), None)
     batch = Batch(jax.ShapeDtypeStruct((8, 16), jnp.int32), jax.ShapeDtypeStruct((8, 16), bool))
-    programs.step.trace(state, frozen, batch)
+    programs.step.trace(state, frozen, batch, learning_rate(recipe, 10))
     assert stand_in == {(2, 1)}
 
 

@@ -20,6 +20,7 @@ FIELDS = {
     "flops",
     "floor_share",
     "ratio_to_xla",
+    "difference",
 }
 
 
@@ -44,7 +45,9 @@ def rates(monkeypatch):
 
 
 def test_report_is_the_device_and_a_row_an_implementation(rates):
-    found = json.loads(benchmark.command("", works(), ["--json", "--only", "small"]))
+    found = json.loads(
+        benchmark.command("", works(), ["--json", "--only", "small", "--only", "none"])
+    )
     assert found["device"] == "cpu"
     assert "choose xla" in found["left_out"]
     assert [(row["case"], row["implementation"]) for row in found["rows"]] == [
@@ -67,6 +70,44 @@ def test_table_says_what_was_left_out(rates):
     assert [line.split()[:2] for line in lines[2:]] == [
         [case, name] for case in ("small", "other") for name in ("xla", "twice")
     ]
+
+
+def test_kernels_are_compared_with_xla_on_the_device_that_times_them(rates, monkeypatch):
+    monkeypatch.setattr(benchmark.dispatch, "IMPLEMENTATIONS", ("xla", "kernel"))
+    ways = {
+        "kernel": Way(lambda x: (x + 1, x < 0), make_inputs),
+        "xla": Way(lambda x: (x + 2, x < 0), make_inputs),
+        "library": Way(lambda x: x.sum(), make_inputs),
+    }
+    kernel, xla, library = benchmark.measure(Work("one", 1000, 1, ways), 1e9, 1e10)
+    assert (kernel["difference"], xla["difference"], library["difference"]) == (0.5, 0.0, None)
+    assert benchmark.difference(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 4])) == 0.25
+
+
+def test_an_implementation_that_fails_leaves_the_others_alone(rates, tmp_path):
+    def broken(x):
+        raise NotImplementedError("heads of\n96")
+
+    ways = {"xla": Way(broken, make_inputs), "library": Way(jnp.sin, make_inputs)}
+    path = tmp_path / "found.json"
+    said = benchmark.command("", [Work("one", 1000, 1, ways)], ["--out", str(path)])
+    xla, library = json.loads(path.read_text())["rows"]
+    assert xla == {"case": "one", "implementation": "xla", "error": "heads of 96"}
+    assert library["ratio_to_xla"] is None
+    assert "failed: heads of 96" in said
+
+
+def test_what_was_measured_is_in_the_file_before_the_next_case(rates, tmp_path):
+    path = tmp_path / "found.json"
+
+    def then_interrupted():
+        yield next(works())
+        assert len(json.loads(path.read_text())["rows"]) == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.command("", then_interrupted(), ["--out", str(path)])
+    assert len(json.loads(path.read_text())["rows"]) == 2
 
 
 def test_floor_is_the_larger_of_bytes_and_flops():

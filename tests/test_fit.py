@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -21,7 +22,9 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.request import Request
-from dspark_jax.training import data, fit, records, run
+from dspark_jax.training import data, fit, records, run, step
+from dspark_jax.training.anchors import block_labels
+from dspark_jax.training.losses import draft_blocks
 from dspark_jax.training.records import MetricsLog
 from tests.tiny_model import TARGET, write_target
 
@@ -421,11 +424,45 @@ def test_a_run_starts_from_another_drafter(recipe, whole, tmp_path):
     fit.fit(again)
     for name, value in weights_of(whole).items():
         np.testing.assert_allclose(weights_of(tmp_path / "on")[name], value, atol=1e-6)
-    other = elsewhere(recipe, tmp_path / "other", init_drafter=source, block_size=2)
-    with pytest.raises(ValueError, match=r"init_drafter .*block_size: 2 -> 3.*change"):
+    other = elsewhere(recipe, tmp_path / "other", init_drafter=source, markov_rank=2)
+    with pytest.raises(ValueError, match=r"init_drafter .*markov_rank: 2 -> 4.*change"):
         fit.fit(other)
     with pytest.raises(ValueError, match=r"init_drafter .*bigram_init and local_init to false"):
         elsewhere(recipe, tmp_path, init_drafter=source, bigram_init=True)
+
+
+def test_a_run_starts_from_a_shallower_drafter(recipe, whole, tmp_path):
+    """New layers change nothing before they are trained; a shorter block is a part of it."""
+    source, deep = str(whole / "drafter"), recipe.num_layers + 2
+    changes = {"init_drafter": source, "num_layers": deep, "block_size": recipe.block_size - 1}
+    grown = elsewhere(recipe, tmp_path / "on", **changes)
+    before, after = (
+        run.start_run(each, run.open_source(each))
+        for each in (elsewhere(recipe, tmp_path, init_drafter=source), grown)
+    )
+    assert after.cfg.num_layers == deep
+    first = next(fit.batches_of(before, 0))
+    with pytest.raises(ValueError, match=r"num_layers: 1 -> "):
+        run.check_same_sizes("deep", before.cfg, after.cfg)
+    blocks = []
+    for ready in (before, after):
+        feature_BSFD = step.target_outputs(ready.frozen, first, ready.target_cfg, ready.cfg)[0]
+        anchor_BA = jnp.full((len(first.token_BS), 1), 3)
+        keep_BA = jnp.ones_like(anchor_BA, bool)
+        labels = block_labels(
+            jnp.asarray(first.token_BS), jnp.asarray(first.loss_mask_BS), anchor_BA, keep_BA,
+            after.cfg.block_size,
+        )  # fmt: skip
+        cfg = dataclasses.replace(ready.cfg, block_size=after.cfg.block_size)
+        outputs = draft_blocks(
+            ready.state.params, ready.frozen.vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg
+        )
+        blocks.append(np.asarray(outputs.hidden_BAGD))
+    np.testing.assert_allclose(blocks[1], blocks[0], atol=1e-5)
+    fit.fit(grown, after)
+    assert float(
+        np.abs(weights_of(tmp_path / "on")[f"layers.{deep - 1}.mlp.down_proj.weight"]).max()
+    )
 
 
 @pytest.mark.full

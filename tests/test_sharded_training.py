@@ -95,7 +95,7 @@ def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_d
     mesh = dataclasses.replace(recipe, **MESHES[name])
     ready = run.start_run(mesh, read_answered(mesh.data))
     batch = next(data.batches_from(ready.train_set, ready.recipe, 0))
-    compiled = ready.programs.step.lower(ready.state, ready.frozen, batch).compile()
+    compiled = ready.programs.step.lower(ready.state, ready.frozen, batch, ready.rate).compile()
     share = SHARED.vocab_size // mesh.tensor_parallel
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     results = re.findall(rf"= (.*?) (?:{kinds})\(", compiled.as_text())

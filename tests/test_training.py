@@ -310,7 +310,7 @@ def test_laws_computed_once_a_batch_change_nothing(
         RECIPE, updates_per_batch=6, sequences_per_update=micro_batches,
         micro_batches=micro_batches, tokens_per_batch=2 * LENGTH,
     )  # fmt: skip
-    optimizer = make_optimizer(recipe, 6)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 6))
     monkeypatch.setattr("dspark_jax.training.teacher.LAW_ROWS", 7)
     found = []
     for elements in (LAW_ELEMENTS, 0):
@@ -394,7 +394,7 @@ def test_optimiser_follows_the_recorded_weights(kind):
     recipe = dataclasses.replace(
         RECIPE, learning_rate=0.006, warmup_fraction=0.1, clip_norm=1e9 if bfloat16 else 1.0
     )
-    optimizer = make_optimizer(recipe, 30)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 30))
     params = {name: jnp.asarray(record[f"init/{name}"]) for name in names}
     state = optimizer.init(params)
 
@@ -423,7 +423,7 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
     count = 3
     batch, target = jax.tree.map(lambda x: x[:1], (batch, target))
     recipe = dataclasses.replace(RECIPE, updates_per_batch=count)
-    optimizer = make_optimizer(recipe, 4 * count)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 4 * count))
     state = TrainState(jnp.int32(5), params, jax.jit(optimizer.init)(params))
     static = {"target_cfg": TARGET, "cfg": DRAFTER}
     train = jax.jit(partial(step.train_step, recipe=recipe, optimizer=optimizer, **static))
@@ -456,7 +456,7 @@ def test_updates_of_a_batch_are_so_many_optimiser_updates(frozen, params, batch,
 def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(frozen, params, batch):
     """Too large a learning rate: the first update still has its numbers, the second has not."""
     recipe = dataclasses.replace(RECIPE, updates_per_batch=3, learning_rate=1e38, clip_norm=1e9)
-    optimizer = make_optimizer(recipe, 3)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 3))
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     static = {"target_cfg": TARGET, "cfg": DRAFTER, "recipe": recipe, "optimizer": optimizer}
     _, metrics = jax.jit(partial(step.train_step, **static))(state, frozen, batch)
@@ -468,7 +468,7 @@ def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(froze
 def test_the_running_mean_is_that_of_the_weights_after_each_update(frozen, params, batch):
     """Four updates; the weights themselves are those of a run without a mean."""
     recipe = dataclasses.replace(RECIPE, average_decay=0.2)
-    optimizer = make_optimizer(recipe, 4)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 4))
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
 
     def run(state, recipe, steps):

@@ -21,7 +21,7 @@ from dspark_jax.models.drafters import dspark as drafter_module
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import losses, step
-from dspark_jax.training.optimizer import make_optimizer
+from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.step import Batch, Frozen
 from dspark_jax.training.teacher import make_teacher
 from dspark_jax.training.utilisation import drafter_flops
@@ -46,7 +46,7 @@ def update(params, optimizer_state, frozen, batch, feature_BSFD, hidden_BSD, cfg
     key = jax.random.key(0)
     blocks = step.choose_blocks(batch, (feature_BSFD, teacher), key, 0.0, cfg, recipe)
     gradients, metrics = gradient(params, frozen, blocks, cfg, recipe)
-    optimizer = make_optimizer(recipe, 100)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 100))
     change, optimizer_state = optimizer.update(gradients, optimizer_state, params)
     return optax.apply_updates(params, change), optimizer_state, metrics["loss"]
 
@@ -113,7 +113,9 @@ def arguments_of(cfg, length, num_anchors):
 
     width = cfg.hidden_size
     params = abstract_params(declare_drafter(cfg))
-    optimizer_state = jax.eval_shape(make_optimizer(recipe, 100).init, params)
+    optimizer_state = jax.eval_shape(
+        make_optimizer(recipe, learning_rate(recipe, 100)).init, params
+    )
     vocab = Vocab(shape(cfg.vocab_size, width), shape(cfg.vocab_size, width))
     batch = Batch(shape(1, length, dtype=jnp.int32), shape(1, length, dtype=bool))
     feature = shape(1, length, len(cfg.target_layer_ids), width)
@@ -219,7 +221,9 @@ def test_the_straightforward_step_computes_the_same(small_chunks):
     )
     params, _, frozen, _, feature, hidden = arguments
     batch = Batch(random.integers(0, 99, (1, 64)).astype(np.int32), np.arange(64)[None] > 20)
-    optimizer_state = make_optimizer(static["recipe"], 100).init(params)
+    optimizer_state = make_optimizer(static["recipe"], learning_rate(static["recipe"], 100)).init(
+        params
+    )
     found = [
         jax.jit(partial(update, gradient=gradient, **static))(
             params, optimizer_state, frozen, batch, feature, hidden

@@ -24,7 +24,6 @@ from dspark_jax.progress import progress
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
-from dspark_jax.training.optimizer import learning_rate
 from dspark_jax.training.records import (
     MetricsLog,
     check_finite,
@@ -123,8 +122,7 @@ class Meter:
     def __init__(self, run: Run) -> None:
         """Start the clock."""
         self._run = run
-        updates = run.total * run.recipe.updates_per_batch
-        self._schedule = learning_rate(run.recipe, updates)
+        self._rate = run.rate
         devices = run.programs.sequences.mesh.devices.flatten()
         peak = peak_flops(devices[0], run.recipe.dtype)
         self._peak = None if peak is None else peak * len(devices)
@@ -139,7 +137,7 @@ class Meter:
         self._tokens += values["tokens"]
         self._flops += step_flops(run.target_cfg, run.cfg, run.recipe, batch)
         seconds = time.monotonic() - self._began
-        rate = self._schedule(jnp.float32(step * run.recipe.updates_per_batch - 1))
+        rate = self._rate(jnp.float32(step * run.recipe.updates_per_batch - 1))
         speed = {
             "learning_rate": float(rate),
             "blocks_per_s": round(self._blocks / seconds, 2),
@@ -150,8 +148,13 @@ class Meter:
         return speed
 
 
-def fit(recipe: TrainConfig) -> Path:
+def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
     """Train a drafter, or go on where an interrupted run stopped.
+
+    Args:
+        recipe: what to train, and on what.
+        run: of :func:`~dspark_jax.training.run.start_run` for this recipe, whose state is used up;
+            None makes it ready here.
 
     Returns:
         The directory of the exported drafter, ``out/drafter``.
@@ -165,10 +168,10 @@ def fit(recipe: TrainConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out} is a file: name a directory")
     check_kernels(recipe)
-    source = open_source(recipe)
+    ready = open_source(recipe) if run is None else run
     record = recipe_record(recipe)
     check_same_recipe(out / "recipe.json", record)
-    run = start_run(recipe, source)
+    run = ready if isinstance(ready, Run) else start_run(recipe, ready)
     state, total = run.state, run.total
     # Every process takes every step; one of them writes, and the checkpoints are everybody's.
     writes = jax.process_index() == 0
@@ -189,7 +192,7 @@ def fit(recipe: TrainConfig) -> Path:
         for step in range(start + 1, total + 1):
             batch = next(batches)
             state, metrics = run.programs.step(
-                state, run.frozen, place(batch, run.programs.sequences)
+                state, run.frozen, place(batch, run.programs.sequences), run.rate
             )
             values = plain(metrics)
             remedy = (

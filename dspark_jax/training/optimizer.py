@@ -6,12 +6,38 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import struct
 
 from dspark_jax.config import TrainConfig
 
 
-def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
+@struct.dataclass
+class LearningRate:
+    """An ``optax.Schedule`` whose numbers are arrays: programs serve runs of any length.
+
+    Attributes:
+        peak: the recipe's learning rate.
+        warmup, decay: updates.
+        scale: 1 + cos(pi / decay), by which the cosine is divided; 0 for the shortest runs.
+    """
+
+    peak: np.float32
+    warmup: np.float32
+    decay: np.float32
+    scale: np.float32
+
+    def __call__(self, count: jax.Array) -> jax.Array:
+        """float32, of update number ``count`` (from 0)."""
+        ramp = (count + 1) / jnp.maximum(self.warmup, 1)
+        turn = jnp.minimum(count - self.warmup, self.decay) / self.decay
+        cosine = 1.0 + jnp.cos(jnp.pi * turn)
+        falling = jnp.where(self.scale > 0, cosine / jnp.where(self.scale > 0, self.scale, 1), 1.0)
+        return self.peak * jnp.where(count < self.warmup, ramp, falling)
+
+
+def learning_rate(recipe: TrainConfig, total_steps: int) -> LearningRate:
     """Linear warm-up, then cosine to 0, with the reference's constants.
 
     With W = int(warmup_fraction * total) and T = total - W, step i < W has lr (i + 1) / W, and
@@ -20,20 +46,13 @@ def learning_rate(recipe: TrainConfig, total_steps: int) -> optax.Schedule:
     """
     warmup = int(recipe.warmup_fraction * total_steps)
     decay = max(total_steps - warmup, 1)
-    scale = 1.0 + math.cos(math.pi / decay)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        ramp = (count + 1) / max(warmup, 1)
-        cosine = 1.0 + jnp.cos(jnp.pi * jnp.minimum(count - warmup, decay) / decay)
-        factor = jnp.where(count < warmup, ramp, cosine / scale if scale > 0 else 1.0)
-        return recipe.learning_rate * factor
-
-    return schedule
+    numbers = (recipe.learning_rate, warmup, decay, 1.0 + math.cos(math.pi / decay))
+    return LearningRate(*map(np.float32, numbers))
 
 
-def make_optimizer(recipe: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
+def make_optimizer(recipe: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm; its state does not depend on ``rate``."""
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(learning_rate(recipe, total_steps), weight_decay=recipe.weight_decay),
+        optax.adamw(rate, weight_decay=recipe.weight_decay),
     )

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import gather, init_params, make_mesh, place
@@ -29,8 +28,9 @@ from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
 from dspark_jax.training.cache import MANIFEST, CacheReader
 from dspark_jax.training.features import cache_spec, cached_sequences
+from dspark_jax.training.growth import with_layers_of
 from dspark_jax.training.local_heads import start_with_local_heads
-from dspark_jax.training.optimizer import make_optimizer
+from dspark_jax.training.optimizer import LearningRate, learning_rate, make_optimizer
 from dspark_jax.training.step import (
     Frozen,
     TrainState,
@@ -57,6 +57,14 @@ UNREAD: dict[str, Any] = {
     "init_drafter": "",
     "cache": "",
     "cache_gb": 0.0,
+    "steps": 0,
+    "epochs": 1.0,
+    "learning_rate": 1.0,
+    "warmup_fraction": 0.0,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "log_every": 1,
+    "keep_checkpoints": 1,
 }
 
 # Sequences come from conversations, or out of a cache.
@@ -172,8 +180,11 @@ def starting_point(
         found, params, own, _ = read_drafter(target.cfg, recipe.init_drafter)
         check_same_sizes(recipe.init_drafter, cfg, found)
         ids = None if own is None or own.d2t_U is None else np.asarray(own.d2t_U)
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), ids
-    params = init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        if found.num_layers < cfg.num_layers:
+            params = with_layers_of(params, fresh_params(recipe, cfg))
+        return params, ids
+    params = fresh_params(recipe, cfg)
     d2t_U = t2d_V = None
     if cfg.draft_vocab_size is not None:
         d2t_U = data.frequent_tokens(train_set, cfg.draft_vocab_size)
@@ -199,13 +210,21 @@ def starting_point(
     return params, d2t_U
 
 
+def fresh_params(recipe: TrainConfig, cfg: DrafterConfig) -> DrafterParams:
+    """Random weights, float32."""
+    return init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+
+
 def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
-    """Refuse a drafter that is not of the recipe's sizes.
+    """Refuse a drafter that is not of the recipe's sizes; it may be shallower, where all layers
+    are alike, and of another block length.
 
     Raises:
         ValueError: names the fields that differ.
     """
-    free = {"owns_vocab", "max_positions", "num_anchors"}
+    free = {"owns_vocab", "max_positions", "num_anchors", "block_size"}
+    if found.num_layers < wanted.num_layers and len({*wanted.windows, *found.windows}) < 2:
+        free |= {"num_layers", "windows"}
     differ = [
         f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
         for field in dataclasses.fields(DrafterConfig)
@@ -251,11 +270,18 @@ def mesh_of(recipe: TrainConfig) -> Mesh:
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted steps of a recipe, its optimiser, and where the arguments of a step live."""
+    """The jitted steps of a recipe, and where their arguments live.
+
+    Attributes:
+        step: takes state, frozen, batch and the run's learning rate.
+        evaluate: takes weights, frozen and batch.
+        init: the optimiser's state for weights.
+        state, frozen, sequences, whole: shardings; the last of what is on every device.
+    """
 
     step: Any
     evaluate: Any
-    optimizer: optax.GradientTransformation
+    init: Any
     state: Any
     frozen: Any
     sequences: NamedSharding
@@ -273,26 +299,29 @@ def on_mesh(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 @cache
-def programs_of(
-    target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig, num_updates: int
-) -> Programs:
+def programs_of(target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig) -> Programs:
     """The programs of a recipe, in which ``UNREAD`` settings do not matter.
 
     Raises:
         ValueError: see :func:`mesh_of`.
     """
     mesh = mesh_of(recipe)
-    optimizer = make_optimizer(recipe, num_updates)
+    optimizer = make_optimizer(recipe, learning_rate(recipe, 1))  # for the form of its state
     whole = NamedSharding(mesh, PartitionSpec())
     state, frozen, sequences = step_shardings(
         target_cfg, cfg, optimizer, mesh, averaged=recipe.average_decay > 0
     )
     layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
     static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
+
+    def train(state: TrainState, frozen: Frozen, batch: Any, rate: LearningRate) -> Any:
+        optimizer = make_optimizer(recipe, rate)
+        return train_step(state, frozen, batch, optimizer=optimizer, layout=layout, **static)
+
     step = jax.jit(
-        on_mesh(partial(train_step, optimizer=optimizer, layout=layout, **static), mesh),
+        on_mesh(train, mesh),
         donate_argnums=0,
-        in_shardings=(state, frozen, sequences),
+        in_shardings=(state, frozen, sequences, whole),
         out_shardings=(state, whole),
     )
     # A held-out batch may have fewer sequences than the mesh has parts.
@@ -301,7 +330,8 @@ def programs_of(
         in_shardings=(state.params, frozen, whole),
         out_shardings=whole,
     )
-    return Programs(step, evaluate, optimizer, state, frozen, sequences, whole)
+    init = jax.jit(optimizer.init, out_shardings=state.optimizer)
+    return Programs(step, evaluate, init, state, frozen, sequences, whole)
 
 
 @dataclass(frozen=True)
@@ -318,6 +348,11 @@ class Run:
     programs: Programs
     frozen: Frozen
     state: TrainState
+
+    @property
+    def rate(self) -> LearningRate:
+        """Of all its updates."""
+        return learning_rate(self.recipe, self.total * self.recipe.updates_per_batch)
 
 
 def start_run(recipe: TrainConfig, source: Source) -> Run:
@@ -345,11 +380,9 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
         own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
     frozen = Frozen(target.params, vocab, t2d_V)
-    programs = programs_of(
-        target.cfg, cfg, dataclasses.replace(recipe, **UNREAD), total * recipe.updates_per_batch
-    )
+    programs = programs_of(target.cfg, cfg, dataclasses.replace(recipe, **UNREAD))
     params = place(params, programs.state.params)
-    moments = jax.jit(programs.optimizer.init, out_shardings=programs.state.optimizer)(params)
+    moments = programs.init(params)
     average = jax.tree.map(jnp.copy, params) if recipe.average_decay else None  # both are donated
     state = TrainState(place(np.int32(0), programs.state.step), params, moments, average)
     frozen = place(frozen, programs.frozen)
