@@ -51,6 +51,11 @@ def load(pairs: list[tuple[Any, Any]], barrier: Any) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def load_rows(source: Any) -> jax.Array:
+    """One value for each row of a tile, out of memory: too few to be worth a copy beside."""
+    return plgpu.load(source, layout=BY_ROW, optimized=False)
+
+
 def store(pairs: list[tuple[Any, Any]]) -> None:
     """Copies what was written to shared memory into memory, all at once."""
     plgpu.commit_smem()

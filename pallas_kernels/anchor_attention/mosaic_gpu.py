@@ -263,8 +263,8 @@ def _forward_kernel(
     rows = pl.ds(tile * TILE, TILE)
     part = sequence, head, rows
     tc.load([(q_ref.at[part], q_smem), (begin_ref.at[part], out_smem)], barrier)
-    limit_M = plgpu.layout_cast(limit_ref[sequence, rows], BY_ROW)
-    highest_M = plgpu.layout_cast(begin_lse_ref[sequence, head, rows], BY_ROW)
+    limit_M = tc.load_rows(limit_ref.at[sequence, rows])
+    highest_M = tc.load_rows(begin_lse_ref.at[sequence, head, rows])
     total_M = plgpu.layout_cast(jnp.full((TILE,), 1, jnp.float32), BY_ROW)
     out_MH = plgpu.layout_cast(out_smem[...], plgpu.Layout.WGMMA).astype(jnp.float32)
 
@@ -306,9 +306,7 @@ def _backward_q_kernel(
     rows = pl.ds(tile * TILE, TILE)
     part = sequence, head, rows
     tc.load([(q_ref.at[part], q_smem), (dout_ref.at[part], dout_smem)], barrier)
-    lse_M, delta_M, limit_M = (
-        plgpu.layout_cast(row_ref[sequence, head, i, rows], BY_ROW) for i in range(3)
-    )
+    lse_M, delta_M, limit_M = (tc.load_rows(row_ref.at[sequence, head, i, rows]) for i in range(3))
     limit_M = limit_M.astype(jnp.int32)
 
     def sum_up(dq_sum: Any) -> jax.Array:

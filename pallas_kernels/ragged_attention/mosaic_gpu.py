@@ -171,7 +171,7 @@ def _kernel(
     rows = pl.ds(tile * TILE, TILE)
 
     tc.load([(q_ref.at[group, head, rows], q_smem)], barrier)
-    limit_M = plgpu.layout_cast(limit_ref[group, rows], BY_ROW)
+    limit_M = tc.load_rows(limit_ref.at[group, rows])
 
     def step(indices: Any, k_smem: Any, v_smem: Any, carry: Any) -> Any:
         position_MS = tc.position(start + indices[0], 1)
