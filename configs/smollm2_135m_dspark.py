@@ -1,4 +1,6 @@
-"""The default drafter for SmolLM2-135M-Instruct, shipped in `dspark_jax/pretrained/`.
+"""A drafter for SmolLM2-135M-Instruct on a CPU; what ships went on from it on a GPU.
+
+configs/smollm2_135m_gpu.py made the drafter in `dspark_jax/pretrained/` of this one's.
 
 Command: dspark train configs/smollm2_135m_dspark.py --set data=responses.jsonl
     and a second part, which goes on from the drafter of the first:
@@ -19,8 +21,7 @@ Hardware and time: 2 CPU cores (AVX-512 with bfloat16 products), shared with oth
     --set seed=7, 0.49 M blocks in 45 minutes beside other work. A fifth (steps=80, seed=8) and a
     sixth (seed=9, 69 of 70 steps), each from the mean before it, at learning_rate=5e-4: 0.63 M and
     0.52 M blocks. The seventh (seed=10, 80 steps) and eighth (seed=11, 77 steps) likewise, 0.6 M
-    each; of these 0.6 of the new mean and 0.4 of the one before. The shipped file is rounded to
-    bfloat16, 25 MB.
+    each; of these 0.6 of the new mean and 0.4 of the one before.
 Result: expected accepted length on 24 held-out answers (mixed temperatures), by training blocks:
     1.50 after 61 k, 1.49 after 111 k, 1.56 after 156 k, 1.59 after 196 k (end of the first part);
     1.58 after 298 k, 1.71 after 400 k, 1.82 after 496 k, 1.87 after 601 k, 1.93 after 684 k and at
@@ -30,7 +31,7 @@ Result: expected accepted length on 24 held-out answers (mixed temperatures), by
     anchors, 50, 48, 43 and 41 % of the drafts at each position accepted. The fourth goes on from
     there, as the running mean of its weights: 2.11 after 0.49 M blocks (2.3 M in all), 53, 50, 45
     and 42 %. The fifth: 2.19 (2.9 M), the sixth: 2.24 (3.5 M), the seventh: 2.28 (4.1 M), the
-    eighth: 2.31 (4.8 M), 59, 55, 49 and 45 %; that is what is shipped.
+    eighth: 2.31 (4.8 M), 59, 55, 49 and 45 %.
 
 The draft vocabulary covers 97.6 % (math), 95.3 % (code) and 92.9 % (chat) of held-out answer
 tokens; 8,192 ids would cover 97.0, 94.3 and 90.9.
