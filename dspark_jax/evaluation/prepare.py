@@ -124,14 +124,14 @@ def prepare(
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     settings = {name: getattr(limits, name) for name in names}
     check_recipe(out, recipe | settings | {"seed": seed})
-    mine = range(share.process, len(conversations), share.processes)
+    mine = [one for one in conversations if one.place % share.processes == share.process]
     path = share.path(out)
     with open_lines(path) as (file, lines):
         if path == out:
             take_over_parts(out, file, lines)
         elsewhere = read_lines(out)[0] if path != out and out.exists() else {}
-        todo = [number for number in mine if number not in lines and number not in elsewhere]
-        dialogues = [begin(number, conversations[number]) for number in todo]
+        todo = [one for one in mine if one.place not in lines and one.place not in elsewhere]
+        dialogues = [begin(one.place, one) for one in todo]
         ask = make_asker(decoder, lambda _: limits, seed, engine.config.positions)
         before = len(mine) - len(todo)
         with progress(total=len(mine), initial=before, unit="line", desc="prepare") as bar:

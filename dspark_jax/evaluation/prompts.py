@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.conversations import json_lines
+from dspark_jax.checkpoints.conversations import is_text
+from dspark_jax.checkpoints.lines import json_lines
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.request import Request
@@ -38,6 +39,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         ValueError: the file cannot be read or holds no prompt, or a line is not a prompt; the
             message names file and line.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: read at least 1 line of {path}")
     prompts = [
         Prompt(_prompt_text(row, origin), origin)
         for origin, row in itertools.islice(json_lines(path), limit)
@@ -92,4 +95,8 @@ def _prompt_text(row: Any, origin: str) -> str:
         raise ValueError(f'{origin}: needs a string "prompt", or a list of strings "turns"')
     if not text.strip():
         raise ValueError(f"{origin}: the prompt is empty: write some text")
+    if not is_text(text):
+        raise ValueError(
+            f"{origin}: the prompt holds half of a surrogate pair, which is no character: mend it"
+        )
     return text

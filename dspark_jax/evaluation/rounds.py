@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.checkpoints.conversations import json_lines
+from dspark_jax.checkpoints.lines import json_lines
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import config_for
