@@ -23,7 +23,8 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
             raise ValueError("PROMPT and --prompts exclude each other: give one of them")
         return read_prompts(args.prompts)
     text, origin = args.prompt, "PROMPT"
-    if text == "-" or (text is None and not sys.stdin.isatty()):
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    if text == "-" or (text is None and piped):
         text, origin = _stdin(), "stdin"
     if text is None:
         raise ValueError("no prompt: give PROMPT or --prompts FILE.jsonl, or pipe text in")
@@ -36,8 +37,10 @@ def _stdin() -> str:
     """All that is piped in, without a byte-order mark.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is closed, or not UTF-8.
     """
+    if sys.stdin is None:
+        raise ValueError("stdin: closed: pipe a prompt in, or give PROMPT")
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
