@@ -9,6 +9,7 @@ may be missing (:func:`every_line` and :func:`account_for`).
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,7 @@ def every_line(path: str | Path) -> Iterator[Line]:
     # Brackets on lines of their own: a list with a value a line, damaged somewhere.
     blank = (b"", codecs.BOM_UTF8, *((b"[", b"]") if _first(data) == b"[" else ()))
     # Not splitlines: it also cuts at separators that JSON allows inside a string.
-    for number, text in enumerate(data.split(b"\n"), 1):
+    for number, text in enumerate(io.BytesIO(data), 1):
         if text.strip() not in blank:
             yield Line(f"{path}:{number}", *_parse(text.strip().removesuffix(b",")))
 
@@ -148,7 +149,8 @@ def _read(path: str | Path) -> bytes:
 
 def _first(data: bytes) -> bytes:
     """The first line that is not blank."""
-    return data.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].strip()
+    texts = (line.removeprefix(codecs.BOM_UTF8).strip() for line in io.BytesIO(data))
+    return next(filter(None, texts), b"")
 
 
 def _listed(data: bytes) -> list[Any] | None:
