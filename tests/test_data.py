@@ -171,6 +171,14 @@ def test_calls_are_learnt_and_what_tools_say_is_not(tokenizer):
     assert tokenizer.decode(token_S[mask_S][:-3]) == call
 
 
+@pytest.mark.parametrize("written", ["c.function.arguments", "'' + c.function.arguments"])
+def test_templates_that_take_arguments_as_text_get_them_so(tokenizer, written):
+    tokenizer.chat_template = TOOLS.replace("c.function.arguments | tojson", written)
+    token_S, mask_S = encode_conversation(TOOL_USE, tokenizer, find_chat_format(tokenizer), 0)
+    call = '[weather {"at": "sea"}]<end>'
+    assert tokenizer.decode(token_S[mask_S]) == f"{call}Take a hat.<end>"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [

@@ -11,6 +11,7 @@ An answer whose own token ids are known is not rendered: they follow the rendere
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _encode_text(
     turns, known = conversation.turns, conversation.response_ids is None
     variables: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
     if conversation.uses_tools:
-        _check_tools(conversation, tokenizer, chat)
+        turns = _turns_with_tools(conversation, tokenizer, chat)
     shown = chat.opened(turns if known else turns[:-1])
     text = render(tokenizer, shown, open_answer=not known, **variables)
     token_S, start_S = tokens_of(text, tokenizer)
@@ -216,13 +217,47 @@ def _encode_text(
     return token_S[:kept], mask_S[:kept]
 
 
-def _check_tools(conversation: Conversation, tokenizer: Any, chat: ChatFormat) -> None:
+def _turns_with_tools(
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat
+) -> tuple[Turn, ...]:
+    """The turns with their calls as the template takes them: with arguments that are objects, or
+    JSON.
+
+    Raises:
+        LoadError: it takes neither.
+    """
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    objects = conversation.turns
+    texts: tuple[Turn, ...] = tuple(
+        {**turn, "tool_calls": [*map(written, turn["tool_calls"])]}
+        if "tool_calls" in turn
+        else turn
+        for turn in objects
+    )
+    try:
+        _check_tools(objects, conversation.tools, tokenizer, chat)
+    except LoadError as error:
+        try:
+            _check_tools(texts, conversation.tools, tokenizer, chat)
+        except LoadError:
+            raise error from None
+        return texts
+    return objects
+
+
+def _check_tools(
+    turns: Sequence[Turn], given: Sequence[Any], tokenizer: Any, chat: ChatFormat
+) -> None:
     """Whether the template writes tools, calls and results, and answers can be told from results.
 
     Raises:
         LoadError: it does not.
     """
-    turns, tools = conversation.turns, list(conversation.tools) or None
+    tools = list(given) or None
 
     def text_of(turns: Sequence[Turn], tools: list[Any] | None) -> str | None:
         try:
@@ -246,6 +281,9 @@ def _check_tools(conversation: Conversation, tokenizer: Any, chat: ChatFormat) -
     ):
         if there and text == whole:
             raise LoadError(f"the chat template leaves {what} out")
+    calls = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])]
+    if any(str(one) in whole for one in calls if one and isinstance(one, dict)):
+        raise LoadError("the chat template writes the arguments of calls as Python does")
     # Answers do not hold what tools say, or that would be learnt.
     answers, count = answers_of(whole), sum(turn["role"] == "assistant" for turn in turns)
     if len(answers) != count or (silent is not None and answers_of(silent) != answers):
