@@ -25,7 +25,7 @@ from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.request import Prompt, Request, key_of, seed_of
+from dspark_jax.engine.request import Prompt, Request, key_of, seed_of, within_context
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stream import Event
 from dspark_jax.rules import AcceptanceRule, Rule
@@ -141,6 +141,7 @@ class Model:
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
             requests += made
+        requests = within_context(requests, self.decoder.target.max_positions)
         return requests, seed_of(root_2)
 
     @contextlib.contextmanager

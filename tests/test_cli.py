@@ -182,8 +182,9 @@ def test_the_prompt_may_come_from_stdin(dspark, monkeypatch):
     words = ("generate", "--max-new-tokens", 4)
     expected = dspark(*words, "hello")[:2]
     for prompt in ((), ("-",)):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
-        assert dspark(*words, *prompt)[:2] == expected
+        for text in (b"hello", b"\xef\xbb\xbfhello"):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+            assert dspark(*words, *prompt)[:2] == expected
 
 
 def test_a_stop_string_ends_the_text(dspark):
@@ -235,8 +236,13 @@ def test_a_missing_or_empty_prompt_is_refused(dspark, monkeypatch):
     monkeypatch.setattr(load, "load_target", None)
     assert_refused(dspark("generate", ""), "prompt is empty")
     assert_refused(dspark("generate", " \n "), "prompt is empty")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert_refused(dspark("generate"), "stdin", "prompt is empty")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait")))
+    assert_refused(dspark("generate", "-"), "stdin: not UTF-8 (byte 0xe9 at 3)")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_refused(dspark("generate", "-"), "stdin: closed")
+    assert_refused(dspark("generate"), "no prompt")
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
@@ -264,12 +270,12 @@ def test_a_broken_line_of_prompts_is_named(dspark, write, monkeypatch, line, exp
 def test_a_broken_file_of_prompts_is_named(dspark, write, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "load_target", None)
     binary = tmp_path / "binary.jsonl"
-    binary.write_bytes(b"\xff\xfe")
+    binary.write_bytes(b"\xff\xfe{")
     for file, expected in (
         (tmp_path / "missing.jsonl", "no such file"),
         (write("empty.jsonl", "\n\n"), "no prompts"),
         (tmp_path, "not readable"),
-        (binary, "not readable"),
+        (binary, "begins as UTF-16"),
     ):
         assert_refused(dspark("generate", "--prompts", file), str(file), expected)
 

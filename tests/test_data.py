@@ -1,4 +1,4 @@
-"""Training data: forms of conversations, chat templates and loss masks, buckets, order."""
+"""Training data: chat templates and loss masks, buckets, order."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.chat import ChatFormat, encode_conversation, find_chat_format, render
-from dspark_jax.checkpoints.conversations import Conversation, read_answered, read_conversations
+from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer
 from dspark_jax.config import TrainConfig
@@ -18,7 +18,7 @@ from dspark_jax.training import data
 
 DATA = Path(__file__).parent / "data"
 RECIPE = TrainConfig(max_length=64, tokens_per_batch=256, min_loss_tokens=8)
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u2028c\x85d"}
+USER = {"role": "user", "content": "a"}
 
 
 @pytest.fixture
@@ -26,97 +26,11 @@ def tokenizer():
     return load_tokenizer(DATA / "tokenizer_qwen_plain")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_file(*rows):
-        path = tmp_path / "data.jsonl"
-        texts = [
-            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
-        ]
-        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return path
-
-    return write_file
-
-
 def conversation(*texts, **values):
     """User and assistant in turns."""
     roles = itertools.cycle(("user", "assistant"))
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     return Conversation(tuple(turns), "d:1", **values)
-
-
-# Files.
-
-
-def test_every_form_is_read_into_one(write):
-    turns = [{"role": "system", "content": "s"}, USER, ANSWER]
-    share = [
-        {"from": "system", "value": "s", "weight": 1},
-        {"from": "human", "value": "a"},
-        {"from": "gpt", "value": ANSWER["content"]},
-    ]
-    path = write(
-        {"prompt": "a"},
-        {"turns": ["a", "b"], "domain": "chat"},
-        "",
-        {"conversations": turns, "response_ids": [3, 4], "finish": "length"},
-        {"conversations": share},
-        {"messages": turns, "prompt": "ignored"},
-    )
-    read = read_conversations(path)
-    plain = [[USER], [USER, USER | {"content": "b"}], turns, turns, turns]
-    assert [list(one.turns) for one in read] == plain
-    assert [one.origin for one in read] == [f"{path}:{line}" for line in (1, 2, 4, 5, 6)]
-    assert [one.response_ids for one in read] == [None, None, (3, 4), None, None]
-    assert [one.finished for one in read] == [True, True, False, True, True]
-    assert read_conversations(path, limit=2) == read[:2]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ([], "must be a JSON object"),
-        ({}, 'needs "conversations"'),
-        ({"prompt": 3}, 'needs "conversations"'),
-        ({"turns": []}, 'needs "conversations"'),
-        ({"turns": ["a", None]}, 'needs "conversations"'),
-        ({"prompt": "half a character"}, 'needs "conversations"'),
-        ({"conversations": []}, "list of turns"),
-        ({"messages": "ab"}, "list of turns"),
-        ({"conversations": [USER, {"role": "assistant"}]}, 'strings "role" and "content"'),
-        ({"conversations": [USER | {"content": 3}, ANSWER]}, 'strings "role" and'),
-        ({"conversations": [3, ANSWER]}, "must be an object"),
-        ({"messages": [USER | {"role": "tool"}]}, "the role of a turn is 'tool'"),
-        ({"messages": [USER, USER | {"role": "system"}]}, "system turn must be the first"),
-        ({"messages": [USER, ANSWER], "response_ids": "ab"}, "list of token ids"),
-        ({"messages": [USER, ANSWER], "response_ids": [1, 2.5]}, "list of token ids"),
-        ({"messages": [USER, ANSWER], "response_ids": [True]}, "list of token ids"),
-        ({"messages": [USER, ANSWER, USER], "response_ids": [1]}, "the last turn is the user's"),
-        ({"messages": [USER, ANSWER], "finish": 1}, '"finish" must be a string'),
-    ],
-)
-def test_a_line_that_is_no_conversation_is_named(write, row, expected):
-    if row == {"prompt": "half a character"}:
-        row = '{"prompt": "\\ud800"}'
-    path = write({"conversations": [USER, ANSWER]}, "", row)
-    with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{re.escape(expected)}"):
-        read_conversations(path)
-
-
-def test_training_needs_answers_to_questions(write, tmp_path):
-    for row, expected in (
-        ({"prompt": "a"}, "has no answer: dspark prepare"),
-        ({"messages": [ANSWER, USER]}, "the first turn must be the user's"),
-        ({"messages": [USER | {"role": "system"}, ANSWER]}, "the first turn must be the user's"),
-    ):
-        with pytest.raises(ValueError, match=rf"data\.jsonl:2: {expected}"):
-            read_answered(write({"messages": [USER, ANSWER, USER]}, row))
-    for path in (tmp_path, tmp_path / "none.jsonl", write("", "")):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            read_answered(path)
 
 
 # The recorded masks of the reference.
@@ -221,6 +135,84 @@ def test_a_template_that_is_not_understood_is_refused(tokenizer, template, expec
         find_chat_format(tokenizer)
 
 
+# Tools: rendered where the template takes them, and results are nobody's answer.
+
+TOOLS = (
+    "{% for t in tools or [] %}({{ t.name }}){% endfor %}{% for m in messages %}"
+    "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "sea"}}}
+TOOL_USE = Conversation(
+    (
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Take a hat."},
+    ),
+    "d:1",
+    tools=({"name": "weather"},),
+)
+
+
+def test_calls_are_learnt_and_what_tools_say_is_not(tokenizer):
+    tokenizer.chat_template = TOOLS
+    chat = find_chat_format(tokenizer)
+    token_S, mask_S = encode_conversation(TOOL_USE, tokenizer, chat, 0)
+    call = '[weather {"at": "sea"}]<end>'
+    assert tokenizer.decode(token_S) == (
+        f"(weather)<user>a<end><assistant>{call}<tool>sunny<end><assistant>Take a hat.<end>"
+    )
+    assert tokenizer.decode(token_S[mask_S]) == f"{call}Take a hat.<end>"
+    known = dataclasses.replace(TOOL_USE, response_ids=(90, 91))
+    token_S, mask_S = encode_conversation(known, tokenizer, chat, 2)
+    assert token_S[-3:].tolist() == [90, 91, 2]
+    assert tokenizer.decode(token_S[mask_S][:-3]) == call
+
+
+@pytest.mark.parametrize("written", ["c.function.arguments", "'' + c.function.arguments"])
+def test_templates_that_take_arguments_as_text_get_them_so(tokenizer, written):
+    tokenizer.chat_template = TOOLS.replace("c.function.arguments | tojson", written)
+    token_S, mask_S = encode_conversation(TOOL_USE, tokenizer, find_chat_format(tokenizer), 0)
+    call = '[weather {"at": "sea"}]<end>'
+    assert tokenizer.decode(token_S[mask_S]) == f"{call}Take a hat.<end>"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("({{ t.name }})", "", "leaves the tools out"),
+        ("m.tool_calls or []", "[]", "leaves calls of tools out"),
+        ("<{{ m.role }}>{{ m.content }}", "<{{ m.role }}>{{ m.content if m.role != 'tool' }}",
+         "leaves what tools say out"),
+        # A call that is not closed goes on into what the tool says.
+        ("<end>{% endfor %}{% if", "{{ '<end>' if not m.tool_calls }}{% endfor %}{% if",
+         "does not set answers off from what tools say"),
+        ("{% for m in", "{{ raise_exception('no tools') if tools }}{% for m in", "no tools"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_take_tools_costs_the_line(
+    tokenizer, caplog, before, after, expected
+):
+    assert before in TOOLS
+    tokenizer.chat_template = TOOLS.replace(before, after)
+    plain = conversation("a", "one two three four five")
+    kept, _ = data.tokenize([TOOL_USE, plain], tokenizer, 0, RECIPE)
+    assert tokenizer.decode(kept[0].token_S[kept[0].loss_mask_S]) == "one two three four five<end>"
+    assert len(kept) == 1
+    assert re.search(
+        rf"1 of 2 lines left out: the chat template .*{expected} \(line 1\)", caplog.text
+    )
+
+
+def test_two_questions_in_a_row_are_no_answer(tokenizer):
+    tokenizer.chat_template = MISTRAL
+    asked = Conversation((USER, USER, {"role": "assistant", "content": "b"}), "d:1")
+    token_S, mask_S = encode_conversation(asked, tokenizer, find_chat_format(tokenizer), 0)
+    assert tokenizer.decode(token_S[mask_S]) == " b</s>"
+
+
 # Answers whose own ids are known.
 
 
@@ -250,18 +242,25 @@ def test_an_answers_own_ids_follow_the_prompt(tokenizer):
     text = only("a", "x y z", "b", "one two three", finished=False)
     assert tokenizer.decode(text.token_S[text.loss_mask_S]) == "x y z<|im_end|>\none two three"
     for bad in (419, -1, 2**70):
-        with pytest.raises(ValueError, match=rf"d:1: {bad} in .*0\.\.418"):
+        with pytest.raises(ValueError, match=r"d: 1 of 1 lines .*0\.\.418.* \(line 1\)"):
             only("a", "xyz", response_ids=(1, bad))
 
 
-def test_a_base_model_learns_from_ids_alone(tokenizer):
+def test_a_base_model_learns_from_ids_alone(tokenizer, caplog):
     tokenizer.chat_template = None
     known = conversation("a", "b", response_ids=(90,) * 9)
     (one,), _ = data.tokenize([known], tokenizer, 2, RECIPE)
     assert one.token_S.tolist() == [*tokenizer.encode("a"), *[90] * 9, 2]
-    for talk in (conversation("a", "b"), conversation("a", "b", "c", "d", response_ids=(90,))):
-        with pytest.raises(LoadError, match="no chat template: give every answer's response_ids"):
-            data.tokenize([known, talk], tokenizer, 2, RECIPE)
+    # Behind earlier answers that cannot be found, the last one alone.
+    longer = conversation("a", "b", "c", "d", response_ids=(91,) * 9)
+    (one,), _ = data.tokenize([longer], tokenizer, 2, RECIPE)
+    assert one.token_S.tolist() == [*tokenizer.encode("a\nb\nc"), *[91] * 9, 2]
+    assert one.loss_mask_S.sum() == 10
+    text = conversation("a", "b")
+    with pytest.raises(ValueError, match="no chat template: give every answer's response_ids"):
+        data.tokenize([text], tokenizer, 2, RECIPE)
+    assert len(data.tokenize([known, text], tokenizer, 2, RECIPE)[0]) == 1
+    assert "d: 1 of 2 lines left out: the target has no chat template" in caplog.text
 
 
 # Shapes and order.

@@ -8,6 +8,7 @@ import pytest
 
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.reader import Generation
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import doctor
 from dspark_jax.evaluation.doctor import PAIRS, PROMPTS, Stretch, predict_speedups
 from dspark_jax.evaluation.rounds import RecordedRequest
@@ -176,13 +177,21 @@ def test_the_report_is_a_table_or_json(models, monkeypatch, capsys):
 def test_what_cannot_be_diagnosed_is_refused(models, capsys):
     assert cli.main(["doctor", *models[0]]) == 2
     assert "give --drafter" in capsys.readouterr().err
-    assert cli.main(["doctor", *models[0], *models[1], "--max-new-tokens", "200"]) == 2
-    assert "smaller max_new_tokens" in capsys.readouterr().err
     assert cli.main(["doctor", *models[0], *models[1], "--max-new-tokens", "7"]) == 2
     assert "max_new_tokens is 7: give at least 8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--concurrency", "1,x"])
     assert "'x' is not a whole number" in capsys.readouterr().err
+
+
+def test_a_limit_beyond_the_context_is_cut_and_said(caplog):
+    requests = [Request((1,) * length) for length in (10, 70)]
+    assert doctor._within_context(requests, 100, 10) == 10
+    assert not caplog.records
+    assert doctor._within_context(requests, 100, 11) == 10
+    assert "max_new_tokens is 11, and the target's context of 100" in caplog.text
+    with pytest.raises(ValueError, match="context of 90 leaves room for 20 tokens"):
+        doctor._within_context(requests, 90, 8)
 
 
 @pytest.mark.full

@@ -200,6 +200,10 @@ def test_a_prompt_that_fills_the_context_is_left_out(run, decoder, source, tmp_p
     (row,) = rows_of(tmp_path / "out.jsonl")
     assert (row["id"], len(row["conversations"])) == (1, 2)
     assert f"2 left out; the first: {source}:1: the prompt has " in caplog.text
+    source.write_text(json.dumps({"prompt": long}))
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"out\.jsonl: none of the 1 conversations could be"):
+        run()
 
 
 def test_a_conversation_that_the_template_refuses_is_left_out(run, decoder, tmp_path, caplog):
@@ -286,6 +290,16 @@ def test_however_it_is_split_the_result_is_the_same(run, whole, tmp_path):
     assert run(share=Share(2, 5)).requests == []  # nothing is left for anybody
 
 
+def test_a_bad_line_moves_no_other(run, source, whole, tmp_path):
+    rows = whole.splitlines(keepends=True)
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(["{\n", *lines[1:]]))
+    run(stop_after=2, slots=1)
+    run(share=Share(1, 2))
+    run()
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(rows[1:])
+
+
 def test_a_larger_limit_goes_on(run, source, whole, tmp_path):
     run(conversations=read_questions(source, limit=4))
     assert len(rows_of(tmp_path / "out.jsonl")) == 4
@@ -334,14 +348,6 @@ def test_two_processes_do_not_write_the_same_file(run, tmp_path):
     for process, processes in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"process is {process}"):
             Share(process, processes)
-
-
-def test_there_must_be_something_to_answer(tmp_path):
-    path = tmp_path / "in.jsonl"
-    for row in ({"turns": ["a", " "]}, {"messages": [{"role": "system", "content": "s"}]}):
-        path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(row))
-        with pytest.raises(ValueError, match=r"in\.jsonl:2: the prompt is empty"):
-            read_questions(path)
 
 
 # The command, on a model as small as can be.

@@ -9,7 +9,7 @@ from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import speed
-from dspark_jax.evaluation.prompts import Prompt
+from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.results import accept_rates
 from dspark_jax.evaluation.speed import Pair, Timed, summarise
 from tests.tiny_model import BLOCK, few_sizes
@@ -151,4 +151,4 @@ def test_a_prompt_that_does_not_fit_is_named(models):
     decoder = make_decoder((target.cfg, target.params), None, target.tokenizer)
     prompts = [Prompt("short", "p.jsonl:1"), Prompt("x" * 600, "p.jsonl:2")]
     with pytest.raises(ValueError, match=r"p\.jsonl:2: the prompt has 603 tokens"):
-        speed.make_requests(prompts, decoder, Request((0,)), 0)
+        make_requests(prompts, decoder, Request((0,)), 0)

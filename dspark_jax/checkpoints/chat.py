@@ -11,6 +11,7 @@ An answer whose own token ids are known is not rendered: they follow the rendere
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,13 +58,18 @@ class ChatFormat:
         def open_turn(turn: Turn) -> Turn:
             if turn["role"] != "assistant" or turn["content"].startswith(self.opening):
                 return turn
-            return turn | {"content": self.opening + turn["content"]}
+            return {**turn, "content": self.opening + turn["content"]}
 
         return [open_turn(turn) for turn in turns]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """First character, and the one behind the last, of every answer with its end."""
-        pattern = f"{re.escape(self.header)}(.*?{re.escape(self.end)})"
+        """First character, and the one behind the last, of every answer with its end.
+
+        Where what opens an answer is there twice, as behind two questions in a row, the answer is
+        behind the second.
+        """
+        header, end = re.escape(self.header), re.escape(self.end)
+        pattern = f"{header}((?:(?!{header}).)*?{end})"
         return (match.span(1) for match in re.finditer(pattern, text, re.DOTALL))
 
 
@@ -94,8 +100,14 @@ def find_chat_format(tokenizer: Any) -> ChatFormat:
     """What the target's template writes around an answer.
 
     Raises:
-        LoadError: there is no template, or its answers cannot be told from the rest.
+        LoadError: there is no template, its answers cannot be told from the rest, or the tokenizer
+            cannot tell where its tokens lie in a text.
     """
+    if not tokenizer.is_fast:
+        raise LoadError(
+            "the target's tokenizer cannot tell where its tokens lie in a text: give it as a "
+            "tokenizer.json, or give every answer's response_ids"
+        )
     question, answer = PROBE[0]["content"], PROBE[1]["content"]
     asked = render(tokenizer, PROBE[:1])
     once, twice = render(tokenizer, PROBE[:2]), render(tokenizer, PROBE)
@@ -127,16 +139,7 @@ def find_chat_format(tokenizer: Any) -> ChatFormat:
 
 
 def tokens_of(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A rendered text as ids int32 [S], and the character that each token begins with, int64 [S].
-
-    Raises:
-        LoadError: the tokenizer cannot tell where its tokens lie in the text.
-    """
-    if not tokenizer.is_fast:
-        raise LoadError(
-            "the target's tokenizer cannot tell where its tokens lie in a text: give it as a "
-            "tokenizer.json, or give conversations with one answer each, and its response_ids"
-        )
+    """A rendered text as ids int32 [S], and the character each token begins with, int64 [S]."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start_S = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
     return np.array(encoded["input_ids"], np.int32), start_S
@@ -153,7 +156,8 @@ def answer_mask(text: str, start_S: np.ndarray, chat: ChatFormat) -> np.ndarray:
 def needs_format(conversation: Conversation) -> bool:
     """Whether the answers must be found in the text: not where there is one, with its ids."""
     earlier = [turn["role"] for turn in conversation.turns[:-1]]
-    return conversation.response_ids is None or "assistant" in earlier
+    known = conversation.response_ids is not None and not conversation.uses_tools
+    return not known or "assistant" in earlier
 
 
 def encode_conversation(
@@ -164,32 +168,30 @@ def encode_conversation(
     Args:
         conversation: with at least one answer.
         tokenizer: the target's.
-        chat: what surrounds an answer; None where :func:`needs_format` says no.
+        chat: what surrounds an answer; None where that is not understood, or :func:`needs_format`
+            says no. Then the last answer alone is supervised, and its ids must be known.
         end_id: the token that ends an answer whose own ids are known.
 
     Returns:
         token_S int32 and loss_mask_S bool.
 
     Raises:
-        ValueError: the template refuses the conversation, or an id is no token of the target.
+        ValueError: the template refuses the conversation or leaves its tools out, or an id is no
+            token of the target.
     """
-    if conversation.response_ids is None:
-        assert chat is not None
-        return _encode_text(conversation, tokenizer, chat)
-    *prompt, _ = conversation.turns
     if chat is None or not needs_format(conversation):
-        token_S = np.array(chat_prompt_ids(tokenizer, prompt), np.int32)
+        assert conversation.response_ids is not None
+        token_S = np.array(chat_prompt_ids(tokenizer, conversation.turns[:-1]), np.int32)
         mask_S = np.zeros(len(token_S), bool)
     else:
-        text = render(tokenizer, chat.opened(prompt), open_answer=True)
-        token_S, start_S = tokens_of(text, tokenizer)
-        mask_S = answer_mask(text, start_S, chat)
+        token_S, mask_S = _encode_text(conversation, tokenizer, chat)
+    if conversation.response_ids is None:
+        return token_S, mask_S
     ids, count = list(conversation.response_ids), len(tokenizer)
     if ids and not 0 <= min(ids) <= max(ids) < count:
-        bad = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(
-            f'{bad} in "response_ids" is no token of the target, whose ids are '
-            f"0..{count - 1}: were these the answers of another model?"
+            f'an id in "response_ids" is no token of the target, whose ids are 0..{count - 1}: '
+            "were these the answers of another model?"
         )
     if conversation.finished:
         ids.append(end_id)
@@ -200,10 +202,89 @@ def encode_conversation(
 def _encode_text(
     conversation: Conversation, tokenizer: Any, chat: ChatFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation of which only the text is known; an answer that was cut has no end."""
-    text = render(tokenizer, chat.opened(conversation.turns))
+    """What is known of a conversation as text: all of it, or all but the last answer. An answer
+    that was cut has no end."""
+    turns, known = conversation.turns, conversation.response_ids is None
+    variables: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
+    if conversation.uses_tools:
+        turns = _turns_with_tools(conversation, tokenizer, chat)
+    shown = chat.opened(turns if known else turns[:-1])
+    text = render(tokenizer, shown, open_answer=not known, **variables)
     token_S, start_S = tokens_of(text, tokenizer)
     mask_S, kept = answer_mask(text, start_S, chat), len(token_S)
-    if conversation.turns[-1]["role"] == "assistant" and not conversation.finished:
+    if known and turns[-1]["role"] == "assistant" and not conversation.finished:
         kept = int(np.searchsorted(start_S, len(text.removesuffix(chat.end))))
     return token_S[:kept], mask_S[:kept]
+
+
+def _turns_with_tools(
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat
+) -> tuple[Turn, ...]:
+    """The turns with their calls as the template takes them: with arguments that are objects, or
+    JSON.
+
+    Raises:
+        LoadError: it takes neither.
+    """
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    objects = conversation.turns
+    texts: tuple[Turn, ...] = tuple(
+        {**turn, "tool_calls": [*map(written, turn["tool_calls"])]}
+        if "tool_calls" in turn
+        else turn
+        for turn in objects
+    )
+    try:
+        _check_tools(objects, conversation.tools, tokenizer, chat)
+    except LoadError as error:
+        try:
+            _check_tools(texts, conversation.tools, tokenizer, chat)
+        except LoadError:
+            raise error from None
+        return texts
+    return objects
+
+
+def _check_tools(
+    turns: Sequence[Turn], given: Sequence[Any], tokenizer: Any, chat: ChatFormat
+) -> None:
+    """Whether the template writes tools, calls and results, and answers can be told from results.
+
+    Raises:
+        LoadError: it does not.
+    """
+    tools = list(given) or None
+
+    def text_of(turns: Sequence[Turn], tools: list[Any] | None) -> str | None:
+        try:
+            return render(tokenizer, chat.opened(turns), tools=tools)
+        except LoadError:  # what it misses it reads
+            return None
+
+    def answers_of(text: str | None) -> list[str]:
+        return [] if text is None else [text[first:last] for first, last in chat.spans(text)]
+
+    whole = render(tokenizer, chat.opened(turns), tools=tools)
+    mute: list[Turn] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    blank: list[Turn] = [
+        {**turn, "content": "nothing"} if turn["role"] == "tool" else turn for turn in turns
+    ]
+    silent = text_of(blank, tools)
+    for what, there, text in (
+        ("the tools", tools is not None, text_of(turns, None)),
+        ("calls of tools", any("tool_calls" in turn for turn in turns), text_of(mute, tools)),
+        ("what tools say", blank != list(turns), silent),
+    ):
+        if there and text == whole:
+            raise LoadError(f"the chat template leaves {what} out")
+    calls = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])]
+    if any(str(one) in whole for one in calls if one and isinstance(one, dict)):
+        raise LoadError("the chat template writes the arguments of calls as Python does")
+    # Answers do not hold what tools say, or that would be learnt.
+    answers, count = answers_of(whole), sum(turn["role"] == "assistant" for turn in turns)
+    if len(answers) != count or (silent is not None and answers_of(silent) != answers):
+        raise LoadError("the chat template does not set answers off from what tools say")

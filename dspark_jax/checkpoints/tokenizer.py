@@ -123,7 +123,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
     return tokenizer
 
 
-def chat_prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+def chat_prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
     Args:

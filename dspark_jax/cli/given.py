@@ -23,13 +23,30 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
             raise ValueError("PROMPT and --prompts exclude each other: give one of them")
         return read_prompts(args.prompts)
     text, origin = args.prompt, "PROMPT"
-    if text == "-" or (text is None and not sys.stdin.isatty()):
-        text, origin = sys.stdin.read(), "stdin"
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    if text == "-" or (text is None and piped):
+        text, origin = _stdin(), "stdin"
     if text is None:
         raise ValueError("no prompt: give PROMPT or --prompts FILE.jsonl, or pipe text in")
     if not text.strip():
         raise ValueError(f"{origin}: the prompt is empty: write some text")
     return [Prompt(text, origin)]
+
+
+def _stdin() -> str:
+    """All that is piped in, without a byte-order mark.
+
+    Raises:
+        ValueError: it is closed, or not UTF-8.
+    """
+    if sys.stdin is None:
+        raise ValueError("stdin: closed: pipe a prompt in, or give PROMPT")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): convert it"
+        ) from None
 
 
 def limits_of(args: argparse.Namespace, **changes: float) -> Request:

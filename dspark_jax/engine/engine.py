@@ -26,7 +26,7 @@ from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Reader
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, within_context
 from dspark_jax.engine.seats import Tenant
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stats import Stats
@@ -118,8 +118,8 @@ class Engine:
         request = request.resolve(self._encode, self._stop_ids)
         request.check(*self._limits)
         self.config.check(request, self._limits[0])
-        room = self._limits[0] - len(request.prompt_ids)
-        reader = Reader(request, min(request.max_new_tokens, room), self._tokenizer)
+        (request,) = within_context([request], self._limits[0])
+        reader = Reader(request, request.max_new_tokens, self._tokenizer)
         reader.result.lossless = self.config.lossless
         mailbox = Mailbox(reader)
         sampled = known_acceptance(self.config.acceptance), request.temperature

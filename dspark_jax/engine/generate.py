@@ -9,7 +9,7 @@ from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, within_context
 from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.profile import Profile
 from pallas_kernels.dispatch import Implementation
@@ -48,6 +48,7 @@ def generate(
     """
     if not requests:
         return []
+    requests = within_context(requests, decoder.target.max_positions)
     config = config_for(
         decoder,
         requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.sampling import check_sampling
+
+logger = logging.getLogger(__name__)
 
 # A user's message, or the turns of a conversation with "role" and "content".
 Prompt = str | Sequence[Mapping[str, str]]
@@ -136,6 +139,29 @@ class Request:
                     f"{name} has the id {largest}, and the target's ids are 0..{vocab_size - 1}: "
                     "use the target's own tokenizer"
                 )
+
+
+def within_context(requests: Sequence[Request], context: int) -> list[Request]:
+    """Requests whose texts end with the target's context at the latest; says how many were cut.
+
+    Args:
+        requests: in ids; those without room for a token are left as they are, to be refused.
+        context: positions of the target's context.
+    """
+    room = [context - len(request.prompt_ids) for request in requests]
+    cut = [i for i, request in enumerate(requests) if request.max_new_tokens > room[i] > 0]
+    if not cut:
+        return list(requests)
+    asked, least = max(requests[i].max_new_tokens for i in cut), min(room[i] for i in cut)
+    logger.warning(
+        "max_new_tokens is %d, and the target's context of %d leaves %d of %d texts less room "
+        "(%d tokens at least): they end there",
+        *(asked, context, len(cut), len(requests), least),
+    )
+    fitted = list(requests)
+    for i in cut:
+        fitted[i] = replace(requests[i], max_new_tokens=room[i])
+    return fitted
 
 
 def _turns(value: Any) -> tuple[Mapping[str, str], ...]:

@@ -19,7 +19,7 @@ from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
-from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_request_sets
 from dspark_jax.evaluation.results import (
     accept_rates,
     format_rates,
@@ -66,12 +66,11 @@ def bench_acceptance(
         FloatingPointError: the target's logits are not finite.
     """
     assert decoder.drafter is not None
+    asked = make_request_sets(sets, decoder, limits, seed)
     requests = {
-        (name, temperature): make_requests(
-            prompts, decoder, dataclasses.replace(limits, temperature=temperature), seed
-        )
-        for temperature in temperatures
-        for name, prompts in sets.items()
+        (name, value): [dataclasses.replace(one, temperature=value) for one in asked[name]]
+        for value in temperatures
+        for name in sets
     }
     everybody = [request for group in requests.values() for request in group]
     config = config_for(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ from dspark_jax.scheduler.calibration import Calibration
 from dspark_jax.scheduler.choice import DELAY
 from dspark_jax.scheduler.shape import Shape, Sizes
 
+logger = logging.getLogger(__name__)
+
 # Of our own writing, the domains in turns: math, code, chat.
 PROMPTS = (
     "A baker sells 14 loaves in the morning and twice as many in the afternoon. Each costs 3 "
@@ -59,6 +62,7 @@ PROMPTS = (
 REPLAYS = 5  # of the profile
 PAIRS = 3  # stretches of every text that both engines decode in turns, at each concurrency
 ROUNDS = 512  # of a replayed policy, about
+AHEAD = 3  # times the decoded tokens are what every text might have
 LEAST = 8  # tokens of a text that say anything
 
 
@@ -93,9 +97,11 @@ def diagnose(
     shards = num_shards(decoder.mesh)
     concurrencies = sorted({round_up(count, shards) for count in concurrencies})
     prompts = [Prompt(text, f"built-in prompt {i}") for i, text in enumerate(PROMPTS, 1)]
+    asked = make_requests(prompts, decoder, Request((0,), max_new_tokens=1), seed=0)
+    max_new_tokens = _within_context(asked, decoder.target.max_positions, max_new_tokens)
     # Longer than what is decoded, so that nobody ends early.
-    limits = Request((0,), max_new_tokens=3 * max_new_tokens)
-    requests = make_requests(prompts, decoder, limits, seed=0)
+    longer = AHEAD * max_new_tokens
+    requests = [dataclasses.replace(request, max_new_tokens=longer) for request in asked]
     config = _engine_config(decoder, requests, concurrencies)
     plain_config = dataclasses.replace(config, policy="none")
     profile, plain = measure_profiles([(decoder, config), (decoder, plain_config)], REPLAYS)
@@ -128,17 +134,30 @@ def diagnose(
     }
 
 
+def _within_context(requests: Sequence[Request], context: int, max_new_tokens: int) -> int:
+    """As many new tokens as there is room for behind every prompt; says where that is fewer."""
+    room = context - max(len(request.prompt_ids) for request in requests)
+    most = room // AHEAD
+    if most < LEAST:
+        raise ValueError(
+            f"the target's context of {context} leaves room for {room} tokens behind the built-in "
+            f"prompts, and the doctor needs {AHEAD * LEAST}: name a target with a longer one"
+        )
+    if max_new_tokens > most:
+        logger.warning(
+            "max_new_tokens is %d, and the target's context of %d leaves room for %d of each text: "
+            "they end there",
+            *(max_new_tokens, context, most),
+        )
+    return min(max_new_tokens, most)
+
+
 def _engine_config(
     decoder: Decoder, requests: Sequence[Request], concurrencies: Sequence[int]
 ) -> EngineConfig:
     """An engine for these requests, with few sizes."""
     assert decoder.drafter is not None
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-    if longest > decoder.target.max_positions:
-        raise ValueError(
-            f"the texts take {longest} positions and the target's context has "
-            f"{decoder.target.max_positions}: give a smaller max_new_tokens"
-        )
     return EngineConfig(
         slots=concurrencies[-1],
         positions=longest,

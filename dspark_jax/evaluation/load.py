@@ -32,7 +32,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profile
-from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_request_sets
 from dspark_jax.evaluation.results import sound
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import make_policy
@@ -99,11 +99,10 @@ def bench_load(
     """
     assert decoder.drafter is not None
     names = fitting_policies(policies, decoder.drafter.block_size)
-    groups = [make_requests(sets[name], decoder, limits, seed) for name in sets]
+    groups = make_request_sets(sets, decoder, limits, seed).values()
     requests = [r for turn in itertools.zip_longest(*groups) for r in turn if r is not None]
-    positions = max(len(request.prompt_ids) for request in requests) + limits.max_new_tokens
     config = EngineConfig(
-        positions=min(positions, decoder.target.max_positions),
+        positions=max(len(one.prompt_ids) + one.max_new_tokens for one in requests),
         acceptance=acceptance,
         kernels=kernels,
         stop_ids=max(1, len(limits.stop_ids)),

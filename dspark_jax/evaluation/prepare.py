@@ -36,7 +36,7 @@ from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, within_context
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
@@ -118,20 +118,21 @@ def prepare(
         The file that was written: ``out``, or this process's part of it.
 
     Raises:
-        ValueError: the output belongs to something else, or another process is writing it.
+        ValueError: the output belongs to something else, or another process is writing it, or
+            nothing could be answered.
         FloatingPointError: the target's logits are not finite; what was finished stays.
     """
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     settings = {name: getattr(limits, name) for name in names}
     check_recipe(out, recipe | settings | {"seed": seed})
-    mine = range(share.process, len(conversations), share.processes)
+    mine = [one for one in conversations if one.place % share.processes == share.process]
     path = share.path(out)
     with open_lines(path) as (file, lines):
         if path == out:
             take_over_parts(out, file, lines)
         elsewhere = read_lines(out)[0] if path != out and out.exists() else {}
-        todo = [number for number in mine if number not in lines and number not in elsewhere]
-        dialogues = [begin(number, conversations[number]) for number in todo]
+        todo = [one for one in mine if one.place not in lines and one.place not in elsewhere]
+        dialogues = [begin(one.place, one) for one in todo]
         ask = make_asker(decoder, lambda _: limits, seed, engine.config.positions)
         before = len(mine) - len(todo)
         with progress(total=len(mine), initial=before, unit="line", desc="prepare") as bar:
@@ -139,6 +140,8 @@ def prepare(
                 lines[dialogue.number] = line_of(dialogue)
                 file.write(lines[dialogue.number])
                 file.flush()
+        if mine and not any(one.place in lines or one.place in elsewhere for one in mine):
+            raise ValueError(f"{path}: none of the {len(mine)} conversations could be answered")
         if list(lines) != sorted(lines):
             write_atomically(path, b"".join(lines[number] for number in sorted(lines)).decode())
     return path
@@ -206,6 +209,7 @@ def engine_for(decoder: Decoder, limits: Request, slots: int, **options: Any) ->
         slots: conversations decoded together, rounded up to a multiple of the data shards.
         **options: of ``EngineConfig``.
     """
+    within_context([limits], decoder.target.max_positions)  # says so before anything is compiled
     config = config_for(decoder, [limits] * slots, slots=slots, **options)
     positions, rounds = decoder.target.max_positions, config.position_buckets[0]
     buckets = [rounds * 2**i for i in range(32) if rounds * 2**i < positions + rounds]

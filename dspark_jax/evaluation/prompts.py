@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.conversations import json_lines
+from dspark_jax.checkpoints.conversations import is_text
+from dspark_jax.checkpoints.lines import json_lines
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, within_context
 from pallas_kernels import random
 
 
@@ -38,6 +39,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         ValueError: the file cannot be read or holds no prompt, or a line is not a prompt; the
             message names file and line.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: read at least 1 line of {path}")
     prompts = [
         Prompt(_prompt_text(row, origin), origin)
         for origin, row in itertools.islice(json_lines(path), limit)
@@ -58,28 +61,37 @@ def read_prompt_sets(paths: Sequence[str], limit: int | None = None) -> dict[str
 def make_requests(
     prompts: Sequence[Prompt], decoder: Decoder, limits: Request, seed: int
 ) -> list[Request]:
-    """A request for every prompt; number i has the key ``fold_in(seed_key(seed), i)``.
+    """A request for every prompt: those of a single set of :func:`make_request_sets`."""
+    return make_request_sets({"": prompts}, decoder, limits, seed)[""]
+
+
+def make_request_sets(
+    sets: Mapping[str, Sequence[Prompt]], decoder: Decoder, limits: Request, seed: int
+) -> dict[str, list[Request]]:
+    """A request for every prompt; number i of a set has the key ``fold_in(seed_key(seed), i)``.
 
     Args:
-        prompts: the user's messages.
+        sets: the user's messages by the names of their sets.
         decoder: whose tokenizer and context length are used.
-        limits: all but prompt and key.
+        limits: all but prompt and key; where the context leaves less room, it is cut and said.
         seed: root of the keys.
 
     Raises:
         ValueError: a prompt is empty or too long; the message says where it was read.
     """
-    keys_B2 = np.asarray(random.fold_in(random.seed_key(seed), jnp.arange(len(prompts))))
+    most = max(map(len, sets.values()))
+    keys_B2 = np.asarray(random.fold_in(random.seed_key(seed), jnp.arange(most)))
     requests = []
-    for prompt, key_2 in zip(prompts, keys_B2, strict=True):
+    for place, prompt in ((i, one) for prompts in sets.values() for i, one in enumerate(prompts)):
         try:
             ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
-            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request = dataclasses.replace(limits, prompt_ids=ids, key=keys_B2[place])
             request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.origin}: {error}") from None
         requests.append(request)
-    return requests
+    fitted = iter(within_context(requests, decoder.target.max_positions))
+    return {name: list(itertools.islice(fitted, len(sets[name]))) for name in sets}
 
 
 def _prompt_text(row: Any, origin: str) -> str:
@@ -92,4 +104,8 @@ def _prompt_text(row: Any, origin: str) -> str:
         raise ValueError(f'{origin}: needs a string "prompt", or a list of strings "turns"')
     if not text.strip():
         raise ValueError(f"{origin}: the prompt is empty: write some text")
+    if not is_text(text):
+        raise ValueError(
+            f"{origin}: the prompt holds half of a surrogate pair, which is no character: mend it"
+        )
     return text

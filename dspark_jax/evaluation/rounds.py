@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.checkpoints.conversations import json_lines
+from dspark_jax.checkpoints.lines import json_lines
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import config_for
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.output import check_recipe, open_lines
-from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_request_sets
 from dspark_jax.evaluation.results import served
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.calibration import ACCEPTANCES
@@ -96,10 +96,10 @@ def record_rounds(
         raise ValueError("the drafter has no confidence head: there is nothing to record")
     ways = dict.fromkeys((a if t else acceptances[0], t) for a in acceptances for t in temperatures)
     origins = [prompt.origin for prompts in sets.values() for prompt in prompts]
+    asked = [*itertools.chain(*make_request_sets(sets, decoder, limits, seed).values())]
     for way, (acceptance, temperature) in enumerate(ways):
-        own = dataclasses.replace(limits, temperature=temperature)
-        groups = [make_requests(prompts, decoder, own, seed) for prompts in sets.values()]
-        requests = dict(enumerate(itertools.chain(*groups), way * len(origins)))
+        own = [dataclasses.replace(request, temperature=temperature) for request in asked]
+        requests = dict(enumerate(own, way * len(origins)))
         todo = {number: r for number, r in requests.items() if number not in done}
         if not todo:
             continue

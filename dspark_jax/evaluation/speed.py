@@ -24,7 +24,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.timing import measure_profiles
-from dspark_jax.evaluation.prompts import Prompt, make_requests
+from dspark_jax.evaluation.prompts import Prompt, make_request_sets
 from dspark_jax.evaluation.results import (
     accept_rates,
     format_rates,
@@ -89,7 +89,7 @@ def bench_speed(
         FloatingPointError: the target's logits are not finite.
     """
     assert decoder.drafter is not None
-    requests = {name: make_requests(sets[name], decoder, limits, seed) for name in sets}
+    requests = make_request_sets(sets, decoder, limits, seed)
     flat = [request for group in requests.values() for request in group]
     config = config_for(
         decoder, flat, policy=policy, acceptance=acceptance, kernels=kernels, slots=1

@@ -17,6 +17,8 @@ import numpy as np
 
 from dspark_jax.checkpoints.chat import encode_conversation, find_chat_format, needs_format
 from dspark_jax.checkpoints.conversations import Conversation
+from dspark_jax.checkpoints.lines import account_for
+from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import TrainConfig
 from dspark_jax.training.cache import CachedSample
 from dspark_jax.training.step import Batch
@@ -64,20 +66,33 @@ def tokenize(
         many were dropped for having fewer.
 
     Raises:
-        ValueError: the tokenizer cannot take a conversation; the message says where it was read.
+        ValueError: the tokenizer cannot take the conversations, or more of them than
+            :func:`~dspark_jax.checkpoints.lines.account_for` leaves out; the message says where
+            they were read.
     """
-    chat = find_chat_format(tokenizer) if any(map(needs_format, conversations)) else None
-    kept = []
+    chat, problem = None, ""
+    if any(map(needs_format, conversations)):
+        try:
+            chat = find_chat_format(tokenizer)
+        except LoadError as error:  # an answer whose own ids are known is learnt all the same
+            problem = str(error)
+    kept, bad, short = [], list[tuple[str, str]](), 0
     for conversation in conversations:
         try:
+            if problem and (conversation.response_ids is None or conversation.uses_tools):
+                raise LoadError(problem)
             token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id)
         except ValueError as error:
-            raise ValueError(f"{conversation.origin}: {error}") from None
+            bad.append((conversation.origin, str(error)))
+            continue
         cut = slice(recipe.max_length)
         sequence = TokenSequence(token_S[cut], mask_S[cut], origin=conversation.origin)
         if sequence.loss_mask_S.sum() >= recipe.min_loss_tokens:
             kept.append(sequence)
-    return kept, len(conversations) - len(kept)
+        else:
+            short += 1
+    account_for(bad, len(conversations))
+    return kept, short
 
 
 def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarray:
