@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 
 from dspark_jax.checkpoints import load
 from dspark_jax.checkpoints.conversations import read_answered, read_questions
-from dspark_jax.checkpoints.tokenizer import load_tokenizer
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer
 from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.reader import Generation
@@ -54,7 +55,9 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoder(target):
     sizes = SimpleNamespace(max_positions=CONTEXT, vocab_size=1000)
-    return SimpleNamespace(tokenizer=load_tokenizer(target), target=sizes)
+    tokenizer = load_tokenizer(target)
+    encode = partial(chat_prompt_ids, tokenizer)
+    return SimpleNamespace(tokenizer=tokenizer, target=sizes, encode=encode)
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from dspark_jax.characters import check_characters
+from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -24,12 +27,22 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
         return read_prompts(args.prompts)
     text, origin = args.prompt, "PROMPT"
     if text == "-" or (text is None and not sys.stdin.isatty()):
-        text, origin = sys.stdin.read(), "stdin"
+        text, origin = _read_stdin(), "stdin"
     if text is None:
         raise ValueError("no prompt: give PROMPT or --prompts FILE.jsonl, or pipe text in")
     if not text.strip():
         raise ValueError(f"{origin}: the prompt is empty: write some text")
     return [Prompt(text, origin)]
+
+
+def _read_stdin() -> str:
+    """All of it; a terminal's encoding may let bytes through that are no text."""
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: not readable as text ({error})") from None
+    check_characters("stdin", text)
+    return text
 
 
 def limits_of(args: argparse.Namespace, **changes: float) -> Request:
@@ -55,8 +68,17 @@ def load_model(args: argparse.Namespace) -> Model:
     """The models that are asked for."""
     from dspark_jax.model import load
 
-    given = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
+    given: dict[str, Any] = vars(rendering_of(args))
+    if hasattr(args, "kernels"):
+        given = given | {"kernels": args.kernels}
     return load(args.target, drafter_of(args), dtype=args.dtype, mesh=mesh_of(args), **given)
+
+
+def rendering_of(args: argparse.Namespace) -> Rendering:
+    """How prompts are rendered, by the commands that have any."""
+    if not hasattr(args, "template_args"):
+        return PLAIN
+    return Rendering(args.system, args.chat_template, parse_arguments(args.template_args))
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.checkpoints.conversations import json_lines
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.request import Request
 from pallas_kernels import random
@@ -62,7 +61,7 @@ def make_requests(
 
     Args:
         prompts: the user's messages.
-        decoder: whose tokenizer and context length are used.
+        decoder: whose template, tokenizer and context length are used.
         limits: all but prompt and key.
         seed: root of the keys.
 
@@ -73,8 +72,8 @@ def make_requests(
     requests = []
     for prompt, key_2 in zip(prompts, keys_B2, strict=True):
         try:
-            ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
-            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request = dataclasses.replace(limits, prompt_ids=(), prompt=prompt.text, key=key_2)
+            request = request.resolve(decoder.encode, ())
             request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.origin}: {error}") from None

@@ -57,7 +57,7 @@ def tokenize(
         conversations: of :func:`~dspark_jax.checkpoints.conversations.read_answered`.
         tokenizer: the target's.
         end_id: the token that ends an answer.
-        recipe: limits.
+        recipe: limits, and how conversations are rendered.
 
     Returns:
         The sequences with at least ``min_loss_tokens`` supervised tokens, in file order, and how
@@ -66,11 +66,12 @@ def tokenize(
     Raises:
         ValueError: the tokenizer cannot take a conversation; the message says where it was read.
     """
-    chat = find_chat_format(tokenizer) if any(map(needs_format, conversations)) else None
-    kept = []
+    rendering, chat, kept = recipe.rendering(), None, []
+    if any(map(needs_format, conversations)):
+        chat = find_chat_format(tokenizer, rendering)
     for conversation in conversations:
         try:
-            token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id)
+            token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id, rendering)
         except ValueError as error:
             raise ValueError(f"{conversation.origin}: {error}") from None
         cut = slice(recipe.max_length)
