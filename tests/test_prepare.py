@@ -399,6 +399,27 @@ def test_the_command_answers_as_generate_does(dspark, source, tmp_path, caplog):
     assert "another recipe (max_new_tokens: 12 -> 13)" in err
 
 
+def test_how_prompts_were_rendered_is_part_of_the_recipe(dspark, source, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ("prepare", source, "--out", out, "--limit", 3, "--max-new-tokens", 3)
+    rendered = ("--system", "do", "--template-arg", "tone=3")
+    assert dspark(*command, *rendered)[:2] == (0, f"{out}\n")
+    # Training renders the same without being told.
+    systems = [row["conversations"][0] for row in rows_of(out)]
+    assert systems == [{"role": "system", "content": text} for text in ("do", "do", "be")]
+    recipe = json.loads((tmp_path / "out.jsonl.recipe.json").read_text())
+    assert (recipe["system"], recipe["template_args"]) == ("do", {"tone": 3})
+    assert dspark(*command, *rendered)[0] == 0
+    for words, change in (
+        ((), "system: 'do' -> None, template_args: {'tone': 3} -> None"),
+        (("--no-chat-template",), "chat_template: None -> False"),
+        ((*rendered[:3], "tone=4"), "template_args: {'tone': 3} -> {'tone': 4}"),
+    ):
+        code, _, err = dspark(*command, *words)
+        assert code == 2
+        assert change in err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -105,7 +105,8 @@ def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
     free = sorted(n for n in known - RESERVED if not GIVEN.fullmatch(n))
     for unknown in rendering.template_args.keys() - known:
         logger.warning(
-            "the chat template of %s has no argument %s, which changes nothing (it has %s)",
+            "the chat template of %s does not know the argument %s, which changes nothing "
+            "(known: %s)",
             name,
             unknown,
             ", ".join(free) or "none",

@@ -150,9 +150,10 @@ def _turns(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _turn(name: str, turn: Any) -> Mapping[str, Any]:
     """One turn; whatever else it has is the template's."""
-    if not isinstance(turn, Mapping):
+    is_dict = isinstance(turn, Mapping)
+    if not is_dict or "role" not in turn or not ("content" in turn or turn.get("tool_calls")):
         raise ValueError(f"{name} is {turn!r:.60}: give a dict with role and content")
-    role, content = turn.get("role"), turn.get("content")
+    role, content = turn["role"], turn.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name} has the role {role!r:.40}: give one of {', '.join(ROLES)}")
     if content is None and turn.get("tool_calls"):
