@@ -1,5 +1,6 @@
 """How prompts are rendered, for decoding and training: system turn, template, its arguments."""
 
+import json
 import logging
 import re
 
@@ -203,6 +204,30 @@ def test_a_drafter_is_trained_on_the_prompts_that_are_decoded(tokenizer):
     (found,), _ = data.tokenize([talk], tokenizer, 5, recipe)
     prompt = chat_prompt_ids(tokenizer, "why", Rendering("be", template_args={"opening": 2}))
     assert found.token_S.tolist() == [*prompt, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("noted", "settings", "warned"),
+    [
+        ({"target": "t"}, [], []),
+        ({"target": "t"}, ["template_args=a=1"], ["template_args {}.*{'a': 1}"]),
+        ({"template_args": {"a": 1}}, ["template_args=a=1"], []),
+        ({"template_args": {"a": 1}}, [], ["template_args {'a': 1}.*{}"]),
+        ({"chat_template": False}, [], ["chat_template False.*True"]),
+        ({"system": "be"}, [], []),  # the turns lie in the data
+        ({"system": "be"}, ["system=do"], []),
+        ({}, ["system=do"], ["system ''.*'do'"]),
+        ([], ["system=do"], []),
+        (None, ["system=do"], []),
+    ],
+)
+def test_answers_to_other_prompts_are_told(tmp_path, caplog, noted, settings, warned):
+    if noted is not None:
+        (tmp_path / "d.jsonl.recipe.json").write_text(json.dumps(noted))
+    data.check_answers(override(TrainConfig(data=f"{tmp_path}/d.jsonl"), settings))
+    assert len(caplog.messages) == len(warned)
+    for message, expected in zip(caplog.messages, warned, strict=True):
+        assert re.search(f"d.jsonl answers prompts that were rendered with {expected}", message)
 
 
 def test_answers_are_found_in_a_text_that_is_rendered_as_asked(tokenizer):

@@ -6,18 +6,22 @@ make up batch number n is a function of the data, the recipe and n alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dspark_jax.checkpoint import read_json
 from dspark_jax.checkpoints.chat import encode_conversation, find_chat_format, needs_format
 from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.config import TrainConfig
+from dspark_jax.rendering import PLAIN
 from dspark_jax.training.cache import CachedSample
 from dspark_jax.training.step import Batch
 
@@ -79,6 +83,30 @@ def tokenize(
         if sequence.loss_mask_S.sum() >= recipe.min_loss_tokens:
             kept.append(sequence)
     return kept, len(conversations) - len(kept)
+
+
+def check_answers(recipe: TrainConfig) -> None:
+    """Warn of answers to prompts that the recipe renders otherwise: a drafter learns on the
+    prompts that are decoded. What ``dspark prepare`` notes beside its output says how they were;
+    their system turns lie in the data, so that another one is only a matter of those without.
+    """
+    noted: Any = None
+    with contextlib.suppress(ValueError):  # there is none, or it is nothing of ours
+        noted = read_json(Path(f"{recipe.data}.recipe.json"), "recipe")
+    if not isinstance(noted, dict):
+        return
+    wanted = recipe.rendering()
+    for name in ("system", "chat_template", "template_args"):
+        before, now = noted.get(name, getattr(PLAIN, name)), getattr(wanted, name)
+        if before != now and (name != "system" or (now and not before)):
+            logger.warning(
+                "%s answers prompts that were rendered with %s %r, and the configuration has %r: "
+                "the drafter would be trained on other prompts",
+                recipe.data,
+                name,
+                before,
+                now,
+            )
 
 
 def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarray:

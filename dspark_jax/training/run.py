@@ -157,6 +157,7 @@ def load_sequences(
         sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
     else:
         check_rendering(target.tokenizer, recipe.rendering(), target.name)
+        data.check_answers(recipe)
         sequences, dropped = data.tokenize(source, target.tokenizer, end_id, recipe)
     if len(sequences) <= recipe.eval_sequences:
         name = source.directory if isinstance(source, CacheReader) else recipe.data
