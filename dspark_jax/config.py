@@ -8,6 +8,8 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from dspark_jax.rendering import Rendering, parse_arguments
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
@@ -214,6 +216,8 @@ class TrainConfig:
         target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
         data: JSON-lines file of conversations answered by the target.
         out: directory of checkpoints, metrics and the final drafter.
+        system, chat_template, template_args: how conversations become text, see ``Rendering``; the
+            arguments of the template as KEY=VALUE texts. Prompts are decoded alike later.
         num_layers, block_size, markov_rank, markov_head, confidence, confidence_with_markov,
             intermediate_size, num_heads, num_kv_heads, head_dim: of the drafter; a size of 0 is
             the target's.
@@ -260,6 +264,9 @@ class TrainConfig:
     target: str = "default"
     data: str = "responses.jsonl"
     out: str = "runs/drafter"
+    system: str = ""
+    chat_template: bool = True
+    template_args: tuple[str, ...] = ()
     num_layers: int = 2
     block_size: int = 7
     markov_rank: int = 64
@@ -351,6 +358,7 @@ class TrainConfig:
             raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
         if self.cache_gb and not self.cache:
             raise ValueError(f"cache_gb is {self.cache_gb}, but cache is empty: name a directory")
+        self.rendering()
         for bucket in buckets:
             batch = max(1, self.tokens_per_batch // bucket)
             share = min(self.sequences_per_update or batch, batch)
@@ -377,6 +385,13 @@ class TrainConfig:
                 "bigram_init needs markov_head 'vanilla' with a markov_rank of at least 2, not "
                 f"{self.markov_head!r} with {self.markov_rank}: set bigram_init to false"
             )
+
+    def rendering(self) -> Rendering:
+        """How conversations become text; raises ValueError where that cannot be."""
+        args = self.template_args
+        if not isinstance(args, tuple) or not all(isinstance(text, str) for text in args):
+            raise ValueError(f"template_args is {args!r}: give a tuple of KEY=VALUE texts")
+        return Rendering(self.system, self.chat_template, parse_arguments(args))
 
     def _check_integers(self, least: int, *fields: str) -> None:
         for field in fields:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import platformdirs
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
@@ -28,6 +29,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt, Request, key_of, seed_of, within_context
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stream import Event
+from dspark_jax.rendering import Rendering
 from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
 from dspark_jax.scheduler.profile import read_profile, write_profile
@@ -128,12 +130,13 @@ class Model:
         for name in limits.keys() - known:
             raise ValueError(f"{name} is no option: known are {', '.join(sorted(known))}")
         root_2 = key_of(seed)
-        several = prompts if _is_several(prompts) else [prompts]
+        several = _several(prompts)
         numbers = jnp.arange(len(several))[:, None], jnp.arange(n)
         key_XN2 = np.asarray(random.fold_in(jnp.asarray(root_2), *numbers))
         requests = []
         for number, prompt in enumerate(several):
-            what: Any = {"prompt" if isinstance(prompt, str) else "messages": prompt}
+            talk = isinstance(prompt, Sequence | Mapping) and not isinstance(prompt, str | bytes)
+            what: Any = {"messages" if talk else "prompt": prompt}
             try:
                 made = [Request(**what, key=key_2, **limits) for key_2 in key_XN2[number]]
                 made = [one.resolve(self.decoder.encode, self.decoder.stop_ids) for one in made]
@@ -193,11 +196,12 @@ class Model:
             yield from engine.submit(requests[0])
 
 
-def _is_several(prompts: Any) -> bool:
-    """Whether these are several prompts, and not one message or the turns of one conversation."""
-    if isinstance(prompts, str):
-        return False
-    return not all(isinstance(turn, Mapping) for turn in prompts) or not prompts
+def _several(prompts: Any) -> list[Any]:
+    """The prompts, which may be one: a message, or the turns of a conversation."""
+    if isinstance(prompts, str | bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]
+    found = list(prompts)
+    return [found] if found and all(isinstance(turn, Mapping) for turn in found) else found
 
 
 def load(
@@ -207,6 +211,9 @@ def load(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     kernels: Implementation = "xla",
+    system: str = "",
+    chat_template: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Model:
     """A target and its drafter, with all that belongs to them: tokenizer and chat template, stop
     ids, the calibration beside the drafter. Compiled programs are kept in the user's cache
@@ -219,13 +226,18 @@ def load(
         dtype: of the weights.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
         kernels: the implementation of the operations of ``pallas_kernels``.
+        system: a system turn for prompts without one.
+        chat_template: False reads prompts as plain text.
+        template_args: arguments of the chat template, for instance ``{"enable_thinking": False}``.
 
     Raises:
         ValueError: a source is not there, broken or not supported, or the drafter does not fit.
     """
+    rendering = Rendering(system, chat_template, {} if template_args is None else template_args)
     use_compilation_cache()
     found = load_target(target, jnp.dtype(dtype), mesh)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
+    check_rendering(found.tokenizer, rendering, found.name)
     if drafter is None:
         drafter = "default" if str(target) == "default" else "none"
     name, bound, calibration = "none", None, None
@@ -237,7 +249,7 @@ def load(
     decoder = make_decoder(
         (found.cfg, found.params), bound, found.tokenizer, mesh, calibration=calibration
     )
-    encode = partial(chat_prompt_ids, found.tokenizer)
+    encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
     return Model(decoder, found.name, name, kernels)
 

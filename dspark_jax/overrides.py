@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def _convert(field: str, text: str, annotation: object) -> object:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise ValueError(f"{field}={text}: must be true or false")
+    if origin is tuple and typing.get_args(annotation)[0] is str:
+        return _strings(field, text)
     if origin is tuple:
         try:
             return tuple(int(part) for part in text.strip("()[] ").split(",") if part.strip())
@@ -47,6 +50,19 @@ def _convert(field: str, text: str, annotation: object) -> object:
     if annotation is int and number != int(number):
         raise ValueError(f"{field}={text}: must be an integer")
     return int(number) if annotation is int else float(number)
+
+
+def _strings(field: str, text: str) -> tuple[str, ...]:
+    """Strings with commas between, or as a JSON list, where they have commas themselves."""
+    if not text.startswith("["):
+        return tuple(part for part in text.split(",") if part)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise ValueError(f"{field}={text}: must be strings with commas, or a JSON list of strings")
+    return tuple(found)
 
 
 def override(config: ConfigT, settings: Sequence[str]) -> ConfigT:

@@ -27,14 +27,19 @@ TOP_LEVEL = {
 IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the repository
 
 # Each layer of the tree, lowest first, and what of the project it may import besides itself.
-FOUNDATION = {f"dspark_jax.{name}" for name in ("axes", "config", "overrides", "progress", "rules")}
+FOUNDATION = {
+    f"dspark_jax.{name}"
+    for name in ("axes", "characters", "config", "overrides", "progress", "rendering", "rules")
+}
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
 LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
-    "dspark_jax.config": {"dspark_jax.axes"},
+    "dspark_jax.characters": set(),
+    "dspark_jax.config": {"dspark_jax.axes", "dspark_jax.rendering"},
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
+    "dspark_jax.rendering": {"dspark_jax.characters"},
     "dspark_jax.rules": set(),
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
     "dspark_jax.checkpoint": FOUNDATION,
@@ -59,9 +64,13 @@ LAYERS: dict[str, set[str]] = {
         )
     },
     "dspark_jax.model": {"pallas_kernels"}
-    | {f"dspark_jax.{name}" for name in ("checkpoints", "engine", "rules", "scheduler")},
+    | {
+        f"dspark_jax.{name}"
+        for name in ("checkpoints", "engine", "rendering", "rules", "scheduler")
+    },
     "dspark_jax.cli": set(PACKAGES),
-    "dspark_jax.cli.arguments": {"dspark_jax.scheduler.policy"},
+    "dspark_jax.cli.arguments": {"dspark_jax.cli.options"},
+    "dspark_jax.cli.options": {"dspark_jax.characters", "dspark_jax.scheduler.policy"},
     "dspark_jax": {"dspark_jax"},  # the package's __init__: names, imported when they are used
 }
 

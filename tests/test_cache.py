@@ -193,6 +193,7 @@ def test_no_index_leads_outside_the_shards(damaged, column, value):
         ({"target": "other"}, "target tiny/random-target, but the configuration has other"),
         ({"layer_ids": (1, 3)}, "target_layer_ids (1, 3, 5), but the configuration has (1, 3)"),
         ({"hidden_size": 32}, "hidden_size 16, but the configuration has 32"),
+        ({"notes": {"rendering": {"system": "be"}}}, "{}, but the configuration has {'system': "),
     ],
 )
 def test_a_cache_of_another_target_or_layers_is_refused(changes, message):

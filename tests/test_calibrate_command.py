@@ -78,6 +78,8 @@ def test_prompts_become_tables_that_generation_uses(tmp_path, capsys, monkeypatc
     assert record.read_bytes() == whole
     assert cli.main([*again, "--seed", "1"]) == 2
     assert "another recipe (seed: 0 -> 1)" in capsys.readouterr().err
+    assert cli.main([*again, "--system", "be"]) == 2
+    assert "another recipe (system: None -> 'be')" in capsys.readouterr().err
 
     assert cli.main(["calibrate", "--from", str(record), "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("mean") == 2

@@ -20,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax import model
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
-from dspark_jax.cli.arguments import LOAD_POLICIES
+from dspark_jax.cli.arguments import LOAD_POLICIES, make_parser
+from dspark_jax.cli.given import rendering_of
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate
 from dspark_jax.engine.reader import Generation
+from dspark_jax.rendering import Rendering
 from dspark_jax.scheduler.policy import check_name
 from dspark_jax.training import fit
 from pallas_kernels import random
@@ -166,7 +168,10 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
     assert (*limits, request.min_p) == (9, 0.5, 4, 0.9, 0.1)
     assert request.stop_strings == ("a", "bc")
     assert found.decoder.stop_ids == (found.decoder.tokenizer.eos_token_id,)  # of every request
-    assert dspark("generate", "hello")[0] == 0
+    assert "".join(found.decoder.tokenizer.convert_ids_to_tokens(request.prompt_ids)) == "two > "
+    assert dspark("generate", "hello", "--system", "be")[0] == 0
+    _, (request,), _ = calls[1]
+    assert len(request.prompt_ids) == len("be > hello > ")
     assert calls[1][2] == {"policy": "", "acceptance": "rejection", "slots": 1}
 
 
@@ -225,6 +230,14 @@ def assert_refused(result, *words):
         (("--kernels", "triton"), "triton"),
         (("--dtype", "int4"), "int4"),
         (("--prompts", "prompts.jsonl"), "exclude each other"),
+        (("--template-arg", "a"), "'a' is not KEY=VALUE"),
+        (("--template-arg", "a=1", "--template-arg", "a=2"), "a is given twice"),
+        (("--template-arg", "tokenize=1"), "tokenize is not free"),
+        (("--template-arg", "a=1", "--no-chat-template"), "a has no effect"),
+        (("--system", " "), "system is only white space"),
+        (("--system", "\udcff"), "argument --system: the text has the byte 0xff"),
+        (("--stop", "ab\udc80"), "argument --stop: the text has the byte 0x80 at character 3"),
+        (("--template-arg", "a=\udcff"), "argument --template-arg: the text has the byte 0xff"),
     ],
 )
 def test_a_wrong_flag_is_refused_before_anything_is_loaded(dspark, monkeypatch, words, expected):
@@ -243,6 +256,7 @@ def test_a_missing_or_empty_prompt_is_refused(dspark, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert_refused(dspark("generate", "-"), "stdin: closed")
     assert_refused(dspark("generate"), "no prompt")
+    assert_refused(dspark("generate", "a\udcff"), "argument PROMPT: the text has the byte 0xff")
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
@@ -375,6 +389,31 @@ def test_the_compilation_cache_lies_in_the_users_cache(monkeypatch, tmp_path):
 
 
 CONFIG = "from dspark_jax.config import TrainConfig\nconfig = TrainConfig(steps=7)\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "hello"],
+        ["bench", "speed", "--prompts", "p"],
+        ["bench", "acceptance", "--prompts", "p"],
+        ["bench", "load", "--prompts", "p"],
+        ["calibrate", "--prompts", "p"],
+        ["doctor"],
+        ["prepare", "p", "--out", "o"],
+        ["export", "--format", "deepspec", "--out", "o"],
+        ["convert", "d", "--out", "o"],
+    ],
+)
+def test_whatever_renders_prompts_is_told_how(words):
+    options = ["--system", "be", "--template-arg", "a=[1]", "--template-arg", "b=c"]
+    args = make_parser("").parse_args([*words, *options])
+    assert rendering_of(args) == Rendering("be", template_args={"a": [1], "b": "c"})
+    plain = make_parser("").parse_args([*words, "--no-chat-template"])
+    assert rendering_of(plain) == Rendering(chat_template=False)
+    assert rendering_of(make_parser("").parse_args(words)) == rendering_of(
+        make_parser("").parse_args(["profile"])
+    )
 
 
 def test_train_runs_the_recipe_with_its_overrides(dspark, write, monkeypatch):

@@ -72,7 +72,7 @@ def test_ids_and_masks_are_the_references(golden):
 
 def test_short_answers_are_dropped_and_the_rest_padded_as_in_the_reference(golden, monkeypatch):
     found, tokenizer, chat, conversations = golden
-    monkeypatch.setattr(data, "find_chat_format", lambda _: chat)
+    monkeypatch.setattr(data, "find_chat_format", lambda *_: chat)
     kept, dropped = data.tokenize(conversations, tokenizer, 0, RECIPE)
     expected = found["collator"]
     assert (RECIPE.max_length, RECIPE.min_loss_tokens) == (64, 8)

@@ -416,10 +416,17 @@ def test_the_commands_write_and_say_where(target_dir, drafters, tmp_path, capsys
     code, out, _ = run(capsys, "convert", there, "--target", target_dir, "--out", back)
     assert (code, out) == (0, f"{back}\n")
     assert_same_bits(source, back)
-    monkeypatch.setattr(export, "acceptance", lambda *_: np.zeros(3))
+    checked = []  # where answers begin
+    monkeypatch.setattr(
+        export,
+        "acceptance",
+        lambda *given: checked.append(given[-1].loss_mask_BS.argmax(1)) or np.zeros(3),
+    )
     words = ("--target", target_dir, "--drafter", source, "--format", "deepspec")
-    code, *_ = run(capsys, "export", *words, "--full-vocabulary", "--out", tmp_path / "full")
-    assert code == 0
+    for name, rendered in (("full", ()), ("told", ("--system", "be"))):
+        out = ("--full-vocabulary", "--out", tmp_path / name)
+        assert run(capsys, "export", *words, *out, *rendered)[0] == 0
+    np.testing.assert_array_equal(checked[2] - checked[0], len("be > "))
     assert load_file(tmp_path / "full" / "model.safetensors").keys() >= {"lm_head.weight"}
 
 

@@ -145,6 +145,14 @@ def test_kept_costs_that_are_of_no_use_are_ignored(model, own_cache, profiles, d
         ({"prompts": ""}, "prompt 0: the prompt is empty"),
         ({"prompts": ["one", " "]}, "prompt 1: the prompt is empty"),
         ({"prompts": "a" * 600}, "prompt 0: the prompt has .* shorten the prompt"),
+        ({"prompts": ["one", "two \ud83d"]}, r"prompt 1: prompt has '\\ud83d' at character 5"),
+        ({"prompts": b"one"}, "prompt 0: prompt is b'one'"),
+        ({"prompts": [b"one"]}, "prompt 0: prompt is b'one'"),
+        ({"prompts": 3}, "prompt 0: prompt is 3"),
+        ({"prompts": None}, "prompt 0: the prompt is empty"),
+        ({"prompts": {"role": "user", "content": "one"}}, "prompt 0: messages is .* list of turns"),
+        ({"prompts": [{"role": "user", "content": "one"}, "two"]}, "prompt 0: messages is .* list"),
+        ({"stop_strings": ["\udcff"]}, r"prompt 0: stop_strings\[0\] has the byte 0xff"),
         ({"n": 0}, "n is 0"),
         ({"n": True}, "n is True"),
         ({"seed": -1}, "seed is -1"),
@@ -167,6 +175,40 @@ def test_a_model_without_a_drafter_decodes_plainly(model, tmp_path):
     expected = model.generate(PROMPTS, max_new_tokens=8)
     assert [result.text for result in results] == [result.text for result in expected]
     assert not any(np.sum(result.verified_lengths) for result in results)
+
+
+def test_prompts_are_rendered_as_load_was_told(model, tmp_path, caplog):
+    target = write_target(tmp_path / "target")
+    texts, turns = iter(["one"]), [{"role": "user", "content": "one"}]
+
+    def read(loaded, prompts):
+        requests, _ = loaded.requests(prompts)
+        return [loaded.decoder.tokenizer.decode(request.prompt_ids) for request in requests]
+
+    assert read(model, texts) == read(model, [turns]) == read(model, turns) == ["one > "]
+    system = dspark_jax.load(target, system="be", template_args={"unheard": 1})
+    assert read(system, "one") == ["be > one > "]
+    assert "target does not know the argument unheard" in caplog.text
+    plain = dspark_jax.load(target, chat_template=False)
+    assert read(plain, "one") == ["one"]
+    assert plain.decoder.stop_ids == model.decoder.stop_ids
+    with pytest.raises(ValueError, match="tokenize is not free"):
+        dspark_jax.load(target, template_args={"tokenize": False})
+
+
+def test_a_target_without_a_template_says_so_once(tmp_path, caplog):
+    target = write_target(tmp_path / "target")
+    (target / "chat_template.jinja").unlink()
+    loaded = dspark_jax.load(target)
+    loaded.requests(["one", "two"])
+    assert caplog.messages == [
+        "target has no chat template: prompts are decoded as plain text",
+    ]
+    caplog.clear()
+    dspark_jax.load(target, chat_template=False)
+    assert not caplog.messages
+    with pytest.raises(ValueError, match="no chat template, which the template argument a"):
+        dspark_jax.load(target, template_args={"a": 1})
 
 
 def test_weights_go_where_the_mesh_says(model, tmp_path, emulated_devices):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 
 from dspark_jax.checkpoints import load
 from dspark_jax.checkpoints.conversations import read_answered, read_questions
-from dspark_jax.checkpoints.tokenizer import load_tokenizer
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer
 from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.reader import Generation
@@ -54,7 +55,9 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoder(target):
     sizes = SimpleNamespace(max_positions=CONTEXT, vocab_size=1000)
-    return SimpleNamespace(tokenizer=load_tokenizer(target), target=sizes)
+    tokenizer = load_tokenizer(target)
+    encode = partial(chat_prompt_ids, tokenizer)
+    return SimpleNamespace(tokenizer=tokenizer, target=sizes, encode=encode)
 
 
 @pytest.fixture
@@ -400,6 +403,27 @@ def test_the_command_answers_as_generate_does(dspark, source, tmp_path, caplog):
     code, _, err = dspark(*command[:-1], 13)
     assert code == 2
     assert "another recipe (max_new_tokens: 12 -> 13)" in err
+
+
+def test_how_prompts_were_rendered_is_part_of_the_recipe(dspark, source, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ("prepare", source, "--out", out, "--limit", 3, "--max-new-tokens", 3)
+    rendered = ("--system", "do", "--template-arg", "tone=3")
+    assert dspark(*command, *rendered)[:2] == (0, f"{out}\n")
+    # Training renders the same without being told.
+    systems = [row["conversations"][0] for row in rows_of(out)]
+    assert systems == [{"role": "system", "content": text} for text in ("do", "do", "be")]
+    recipe = json.loads((tmp_path / "out.jsonl.recipe.json").read_text())
+    assert (recipe["system"], recipe["template_args"]) == ("do", {"tone": 3})
+    assert dspark(*command, *rendered)[0] == 0
+    for words, change in (
+        ((), "system: 'do' -> None, template_args: {'tone': 3} -> None"),
+        (("--no-chat-template",), "chat_template: None -> False"),
+        ((*rendered[:3], "tone=4"), "template_args: {'tone': 3} -> {'tone': 4}"),
+    ):
+        code, _, err = dspark(*command, *words)
+        assert code == 2
+        assert change in err
 
 
 @pytest.mark.parametrize(

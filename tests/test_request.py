@@ -59,8 +59,9 @@ def test_numbers_become_python_s_own():
         ({"stop_ids": 2}, "stop_ids is 2"),
         ({"stop_ids": [2**40]}, r"stop_ids\[0\] is"),
         ({"stop_strings": "end"}, "stop_strings is 'end': give a list"),
-        ({"stop_strings": [b"end"]}, "stop_strings is"),
+        ({"stop_strings": [b"end"]}, r"stop_strings\[0\] is b'end': give a text, .* decode"),
         ({"stop_strings": None}, "stop_strings is None"),
+        ({"stop_strings": ["a\ud83d"]}, r"stop_strings\[0\] has '\\ud83d' at character 2"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
@@ -78,6 +79,58 @@ def test_numbers_become_python_s_own():
 def test_what_is_not_meant_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Request(**{"prompt_ids": [1], **fields})
+
+
+TURN = {"role": "user", "content": "why"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (b"why", "prompt is b'why': give a text, .* decode"),
+        (["why"], r"prompt is \['why'\]: give a text"),
+        ("why \ud83d", r"prompt has '\\ud83d' at character 5"),
+        ("\udcff", "prompt has the byte 0xff at character 1"),
+        ("", "the prompt is empty"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        Request(prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "the prompt is empty"),
+        (TURN, "messages is .* give a list of turns"),
+        ("why", "messages is 'why': give a list of turns"),
+        (b"why", "messages is b'why': give a list of turns"),
+        (["why"], r"messages\[0\] is 'why': give a dict with role and content"),
+        ([TURN, {"role": "user"}], r"messages\[1\] is .* give a dict with role and content"),
+        ([{"content": "why"}], r"messages\[0\] is .* give a dict with role and content"),
+        ([TURN | {"role": "human"}], r"messages\[0\] has the role 'human': give one of system, "),
+        ([TURN | {"role": None}], "has the role None"),
+        ([TURN | {"content": None}], r"messages\[0\] content is None: give a text"),
+        ([TURN | {"content": b"why"}], r"messages\[0\] content is b'why': give a text, .*decode"),
+        ([TURN | {"content": "\ud83d"}], r"messages\[0\] content has '\\ud83d' at character 1"),
+        ([TURN | {"content": [None]}], r"messages\[0\] content\[0\] is None"),
+        ([TURN | {"content": [{"type": "text"}]}], r"content\[0\] is None: give a text"),
+        ([TURN | {"content": ["a", {"type": "image"}]}], r"content\[1\] is of the type 'image'"),
+    ],
+)
+def test_turns_that_are_none_are_named(messages, message):
+    with pytest.raises(ValueError, match=message):
+        Request(messages=messages)
+
+
+def test_texts_become_python_s_own_and_parts_become_one():
+    request = Request(prompt=np.str_("why"), stop_strings=np.array(["a", "b"]))
+    assert [type(text) for text in (request.prompt, *request.stop_strings)] == [str, str, str]
+    parts = [{"type": "text", "text": "w"}, {"text": "h"}, "y"]
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    request = Request(messages=iter([TURN | {"content": parts, "name": "me"}, call]))
+    assert request.messages == (TURN | {"name": "me"}, call | {"content": ""})
 
 
 ANYTHING = st.recursive(

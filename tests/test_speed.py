@@ -1,9 +1,12 @@
 """The speed benchmark: what it reports and how it counts; never how fast anything is."""
 
+import dataclasses
 import json
+from functools import partial
 
 import pytest
 
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.reader import Generation
@@ -149,6 +152,7 @@ def test_a_prompt_that_does_not_fit_is_named(models):
 
     target = load_target(models[1])
     decoder = make_decoder((target.cfg, target.params), None, target.tokenizer)
+    decoder = dataclasses.replace(decoder, encode=partial(chat_prompt_ids, target.tokenizer))
     prompts = [Prompt("short", "p.jsonl:1"), Prompt("x" * 600, "p.jsonl:2")]
     with pytest.raises(ValueError, match=r"p\.jsonl:2: the prompt has 603 tokens"):
         make_requests(prompts, decoder, Request((0,)), 0)

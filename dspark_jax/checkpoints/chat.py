@@ -15,14 +15,17 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.checkpoints.conversations import Conversation, Turn
+from dspark_jax.checkpoints.template import apply_template, is_plain
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.rendering import PLAIN, Rendering
 
 # As in the reference this block alone is put before answers: thinking blocks of other forms belong
 # to the answer, or are left out.
@@ -74,30 +77,31 @@ class ChatFormat:
 
 
 def render(
-    tokenizer: Any, turns: Sequence[Turn], *, open_answer: bool = False, **variables: Any
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    rendering: Rendering = PLAIN,
+    *,
+    open_answer: bool = False,
+    **variables: Any,
 ) -> str:
     """The text of a conversation; ``open_answer`` adds what the target's next answer follows.
     ``variables`` are the template's.
 
-    transformers runs the template, a program that came with the model, in a sandbox.
-
     Raises:
         LoadError: there is no template, or it refuses the turns.
     """
-    if not tokenizer.chat_template:
-        raise LoadError("the target has no chat template: give every answer's response_ids")
-    try:
-        text = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=open_answer, tokenize=False, **variables
-        )
-    except Exception as error:  # a template raises whatever it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise LoadError(f"the chat template refuses the conversation: {reason}") from None
-    return str(text)
+    if is_plain(tokenizer, rendering):
+        why = "the target has no chat template"
+        if tokenizer.chat_template:
+            why = "chat_template is false, so that answers cannot be told from the rest"
+        raise LoadError(f"{why}: give every answer's response_ids")
+    return apply_template(
+        tokenizer, turns, rendering, what="conversation", open_answer=open_answer, **variables
+    )
 
 
-def find_chat_format(tokenizer: Any) -> ChatFormat:
-    """What the target's template writes around an answer.
+def find_chat_format(tokenizer: Any, rendering: Rendering = PLAIN) -> ChatFormat:
+    """What the target's template, applied as a rendering says, writes around an answer.
 
     Raises:
         LoadError: there is no template, its answers cannot be told from the rest, or the tokenizer
@@ -108,24 +112,25 @@ def find_chat_format(tokenizer: Any) -> ChatFormat:
             "the target's tokenizer cannot tell where its tokens lie in a text: give it as a "
             "tokenizer.json, or give every answer's response_ids"
         )
+    draw = partial(render, tokenizer, rendering=rendering)
     question, answer = PROBE[0]["content"], PROBE[1]["content"]
-    asked = render(tokenizer, PROBE[:1])
-    once, twice = render(tokenizer, PROBE[:2]), render(tokenizer, PROBE)
-    texts = render(tokenizer, PROBE[:1], open_answer=True), once, twice
+    asked = draw(PROBE[:1])
+    once, twice = draw(PROBE[:2]), draw(PROBE)
+    texts = draw(PROBE[:1], open_answer=True), once, twice
     # What follows the question whoever goes on, the target or the file: a thinking block that
     # only one of them opens with belongs to the answer.
     columns = zip(*(text.removeprefix(asked) for text in texts), strict=False)
     header = "".join(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
     opening = ""
     if header:  # what an answer without a thought follows, unless the template writes it itself
-        silent = render(tokenizer, PROBE[:1], open_answer=True, enable_thinking=False)
+        silent = draw(PROBE[:1], open_answer=True, enable_thinking=False)
         thoughtless = silent == asked + header + EMPTY_CHANNEL
         if thoughtless and not once.startswith(silent):
             opening = EMPTY_CHANNEL
     else:  # the end of a question is all that opens an answer
         header = asked.partition(question)[2]
     chat = ChatFormat(header + opening, once.rpartition(answer)[2], opening)
-    header, twice = chat.header, render(tokenizer, chat.opened(PROBE))
+    header, twice = chat.header, draw(chat.opened(PROBE))
     found = [twice[first:last] for first, last in chat.spans(twice)] if header and chat.end else []
     wanted = [turn["content"] + chat.end for turn in PROBE[1::2]]
     understood = twice.count(header) == len(found) == len(wanted)
@@ -161,7 +166,11 @@ def needs_format(conversation: Conversation) -> bool:
 
 
 def encode_conversation(
-    conversation: Conversation, tokenizer: Any, chat: ChatFormat | None, end_id: int
+    conversation: Conversation,
+    tokenizer: Any,
+    chat: ChatFormat | None,
+    end_id: int,
+    rendering: Rendering = PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation as ids and loss mask.
 
@@ -171,6 +180,7 @@ def encode_conversation(
         chat: what surrounds an answer; None where that is not understood, or :func:`needs_format`
             says no. Then the last answer alone is supervised, and its ids must be known.
         end_id: the token that ends an answer whose own ids are known.
+        rendering: that ``chat`` was found with.
 
     Returns:
         token_S int32 and loss_mask_S bool.
@@ -181,10 +191,11 @@ def encode_conversation(
     """
     if chat is None or not needs_format(conversation):
         assert conversation.response_ids is not None
-        token_S = np.array(chat_prompt_ids(tokenizer, conversation.turns[:-1]), np.int32)
+        prompt_ids = chat_prompt_ids(tokenizer, conversation.turns[:-1], rendering)
+        token_S = np.array(prompt_ids, np.int32)
         mask_S = np.zeros(len(token_S), bool)
     else:
-        token_S, mask_S = _encode_text(conversation, tokenizer, chat)
+        token_S, mask_S = _encode_text(conversation, tokenizer, chat, rendering)
     if conversation.response_ids is None:
         return token_S, mask_S
     ids, count = list(conversation.response_ids), len(tokenizer)
@@ -200,16 +211,16 @@ def encode_conversation(
 
 
 def _encode_text(
-    conversation: Conversation, tokenizer: Any, chat: ChatFormat
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat, rendering: Rendering
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is known of a conversation as text: all of it, or all but the last answer. An answer
     that was cut has no end."""
     turns, known = conversation.turns, conversation.response_ids is None
     variables: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
     if conversation.uses_tools:
-        turns = _turns_with_tools(conversation, tokenizer, chat)
+        turns = _turns_with_tools(conversation, tokenizer, chat, rendering)
     shown = chat.opened(turns if known else turns[:-1])
-    text = render(tokenizer, shown, open_answer=not known, **variables)
+    text = render(tokenizer, shown, rendering, open_answer=not known, **variables)
     token_S, start_S = tokens_of(text, tokenizer)
     mask_S, kept = answer_mask(text, start_S, chat), len(token_S)
     if known and turns[-1]["role"] == "assistant" and not conversation.finished:
@@ -218,7 +229,7 @@ def _encode_text(
 
 
 def _turns_with_tools(
-    conversation: Conversation, tokenizer: Any, chat: ChatFormat
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat, rendering: Rendering
 ) -> tuple[Turn, ...]:
     """The turns with their calls as the template takes them: with arguments that are objects, or
     JSON.
@@ -239,10 +250,10 @@ def _turns_with_tools(
         for turn in objects
     )
     try:
-        _check_tools(objects, conversation.tools, tokenizer, chat)
+        _check_tools(objects, conversation.tools, tokenizer, chat, rendering)
     except LoadError as error:
         try:
-            _check_tools(texts, conversation.tools, tokenizer, chat)
+            _check_tools(texts, conversation.tools, tokenizer, chat, rendering)
         except LoadError:
             raise error from None
         return texts
@@ -250,7 +261,11 @@ def _turns_with_tools(
 
 
 def _check_tools(
-    turns: Sequence[Turn], given: Sequence[Any], tokenizer: Any, chat: ChatFormat
+    turns: Sequence[Turn],
+    given: Sequence[Any],
+    tokenizer: Any,
+    chat: ChatFormat,
+    rendering: Rendering,
 ) -> None:
     """Whether the template writes tools, calls and results, and answers can be told from results.
 
@@ -261,14 +276,14 @@ def _check_tools(
 
     def text_of(turns: Sequence[Turn], tools: list[Any] | None) -> str | None:
         try:
-            return render(tokenizer, chat.opened(turns), tools=tools)
+            return render(tokenizer, chat.opened(turns), rendering, tools=tools)
         except LoadError:  # what it misses it reads
             return None
 
     def answers_of(text: str | None) -> list[str]:
         return [] if text is None else [text[first:last] for first, last in chat.spans(text)]
 
-    whole = render(tokenizer, chat.opened(turns), tools=tools)
+    whole = render(tokenizer, chat.opened(turns), rendering, tools=tools)
     mute: list[Turn] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     blank: list[Turn] = [
         {**turn, "content": "nothing"} if turn["role"] == "tool" else turn for turn in turns

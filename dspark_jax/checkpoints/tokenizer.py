@@ -25,8 +25,11 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
+from dspark_jax.characters import check_characters
 from dspark_jax.checkpoints.gguf import GgufFile, open_gguf
+from dspark_jax.checkpoints.template import apply_template, is_plain
 from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.rendering import PLAIN, Rendering
 
 # Token types of GGUF that are matched in the text before the BPE sees it.
 CONTROL, USER_DEFINED = 3, 4
@@ -123,30 +126,30 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
     return tokenizer
 
 
-def chat_prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_prompt_ids(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], rendering: Rendering = PLAIN
+) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
     Args:
         tokenizer: a transformers tokenizer. One without a chat template (a base model) reads the
             prompt as plain text.
         prompt: the user's message, or turns with ``role`` and ``content``.
+        rendering: how it becomes text.
 
     Raises:
-        ValueError: the prompt is empty, or the template refuses it.
+        ValueError: the prompt is empty or no text, or the template refuses it.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not turns or not turns[-1]["content"].strip():
+    texts = [turn["content"] or "" for turn in rendering.turns(turns)]
+    if not turns or not texts[-1].strip():
         raise ValueError("the prompt is empty: write some text")
-    if not tokenizer.chat_template:
-        return list(tokenizer.encode("\n".join(turn["content"] for turn in turns)))
-    try:
-        return list(
-            tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
-    except Exception as error:  # templates are programs that came with the model
-        raise LoadError(f"the chat template refuses the prompt: {_first_line(error)}") from None
+    for text in texts:
+        check_characters("the prompt", text)
+    if is_plain(tokenizer, rendering):
+        return list(tokenizer.encode("\n".join(texts)))
+    text = apply_template(tokenizer, turns, rendering, open_answer=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def stop_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -8,7 +8,22 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from dspark_jax.scheduler.policy import check_name
+from dspark_jax.cli.options import (
+    add_decoding,
+    add_filters,
+    add_limits,
+    add_models,
+    add_output,
+    add_processes,
+    add_prompt_files,
+    add_rendering,
+    add_rule,
+    add_target,
+    count,
+    counts,
+    names,
+    plain_text,
+)
 
 LOADS = "1,2,4,8,16,32,64"
 LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
@@ -62,46 +77,6 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _policy(text: str) -> str:
-    """The name of a policy; empty, as argparse passes the default too, leaves it to the engine."""
-    try:
-        return check_name(text) if text else text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _count(text: str) -> int:
-    """An argument that counts something, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    """Several of them, with commas between."""
-    return [_count(part) for part in text.split(",")]
-
-
-def _mesh(text: str) -> dict[str, int]:
-    """Sizes of a mesh by its axes."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        known = axis in ("data", "expert", "tensor") and axis not in sizes
-        if not known or not size.isdecimal() or int(size) < 1:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no mesh: give some of data=N, expert=N and tensor=N, with commas "
-                "between, each 1 or more"
-            )
-        sizes[axis] = int(size)
-    return sizes
-
-
-def _names(text: str) -> list[str]:
-    """Several names, with commas between."""
-    return text.split(",")
-
-
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
@@ -113,17 +88,20 @@ def _add_generate(commands: Any, summary: str) -> None:
     command = _add_command(commands, "generate", summary)
     command.set_defaults(command="generate")
     add = command.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the user's message; - or nothing reads stdin")
+    add("prompt", nargs="?", type=plain_text, metavar="PROMPT", help="the user's message; - or "
+        "nothing reads stdin")  # fmt: skip
     add(
         "--prompts",
         metavar="FILE.jsonl",
         help='one JSON object a line with "prompt", or "turns" of which the first is used',
     )
-    _add_models(command)
-    _add_decoding(command)
-    _add_filters(command)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
-    add("--batch", type=_count, default=1, metavar="N", help="prompts decoded together, unstreamed")
+    add_models(command)
+    add_rendering(command)
+    add_decoding(command)
+    add_filters(command)
+    add("--stop", type=plain_text, action="append", default=[], metavar="TEXT", help="end there; "
+        "may be repeated")  # fmt: skip
+    add("--batch", type=count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
 
 
@@ -131,10 +109,11 @@ def _add_speed(commands: Any, summary: str) -> None:
     command = _add_command(commands, "speed", summary)
     command.set_defaults(command="bench speed")
     add = command.add_argument
-    _add_prompt_files(command)
-    add("--repeats", type=_count, default=3, metavar="N", help="default %(default)s")
-    _add_models(command)
-    _add_decoding(command)
+    add_prompt_files(command)
+    add("--repeats", type=count, default=3, metavar="N", help="default %(default)s")
+    add_models(command)
+    add_rendering(command)
+    add_decoding(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -142,7 +121,7 @@ def _add_acceptance(commands: Any, summary: str) -> None:
     command = _add_command(commands, "acceptance", summary)
     command.set_defaults(command="bench acceptance")
     add = command.add_argument
-    _add_prompt_files(command)
+    add_prompt_files(command)
     add(
         "--temperature",
         type=float,
@@ -150,9 +129,10 @@ def _add_acceptance(commands: Any, summary: str) -> None:
         metavar="F",
         help="may be repeated (default: 0 and 1)",
     )
-    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
-    _add_models(command)
-    _add_rule(command)
+    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add_models(command)
+    add_rendering(command)
+    add_rule(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -160,17 +140,18 @@ def _add_load(commands: Any, summary: str) -> None:
     command = _add_command(commands, "load", summary)
     command.set_defaults(command="bench load")
     add = command.add_argument
-    _add_prompt_files(command)
-    add("--concurrency", type=_counts, default=LOADS, metavar="N,N,...", help="clients that each "
+    add_prompt_files(command)
+    add("--concurrency", type=counts, default=LOADS, metavar="N,N,...", help="clients that each "
         "have one request under way (default: %(default)s)")  # fmt: skip
-    add("--policies", type=_names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
+    add("--policies", type=names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
         "length beyond the block is the whole block (default: %(default)s)")  # fmt: skip
-    add("--requests", type=_count, default=2, metavar="N", dest="requests_per_client",
+    add("--requests", type=count, default=2, metavar="N", dest="requests_per_client",
         help="of each client, on average (default %(default)s)")  # fmt: skip
-    add("--repeats", type=_count, default=5, metavar="N", help="default %(default)s")
+    add("--repeats", type=count, default=5, metavar="N", help="default %(default)s")
     add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
-    _add_models(command)
-    _add_limits(command)
+    add_models(command)
+    add_rendering(command)
+    add_limits(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -178,10 +159,11 @@ def _add_doctor(commands: Any, summary: str) -> None:
     command = _add_command(commands, "doctor", summary)
     command.set_defaults(command="doctor")
     add = command.add_argument
-    add("--concurrency", type=_counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
+    add("--concurrency", type=counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
         "once; default 1,8,32")  # fmt: skip
-    add("--max-new-tokens", type=_count, default=48, metavar="N", help="of each text; default 48")
-    _add_models(command)
+    add("--max-new-tokens", type=count, default=48, metavar="N", help="of each text; default 48")
+    add_models(command)
+    add_rendering(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -190,10 +172,10 @@ def _add_profile(commands: Any, summary: str) -> None:
     command.set_defaults(command="profile")
     add = command.add_argument
     add("--out", metavar="FILE.json", help="where the profile goes, for engines on this machine")
-    add("--slots", type=_count, default=8, metavar="N", help="of the engine; default %(default)s")
-    add("--positions", type=_count, default=1024, metavar="N", help="default %(default)s")
-    add("--replays", type=_count, default=20, metavar="N", help="default %(default)s")
-    _add_models(command)
+    add("--slots", type=count, default=8, metavar="N", help="of the engine; default %(default)s")
+    add("--positions", type=count, default=1024, metavar="N", help="default %(default)s")
+    add("--replays", type=count, default=20, metavar="N", help="default %(default)s")
+    add_models(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -206,20 +188,21 @@ def _add_calibrate(commands: Any, summary: str) -> None:
         "for generate; may be repeated")  # fmt: skip
     rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
         help="rounds that were recorded before; may be repeated")  # fmt: skip
-    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
+    add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
     add("--temperature", type=float, action="append", metavar="F", help="may be repeated, a table "
         "each (default: 0 and 1)")  # fmt: skip
     add("--acceptance", choices=("rejection", "coupled"), action="append",
         help="may be repeated, tables each (default: rejection)")  # fmt: skip
-    add("--max-new-tokens", type=_count, default=128, metavar="N", help="default %(default)s")
-    add("--batch", type=_count, default=16, metavar="N", help="decoded together; default 16")
+    add("--max-new-tokens", type=count, default=128, metavar="N", help="default %(default)s")
+    add("--batch", type=count, default=16, metavar="N", help="decoded together; default 16")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
     add("--out", metavar="FILE.json", help="the tables (default: calibration.json in the drafter's "
         "directory, where the engine looks for it)")  # fmt: skip
     add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and --from, and to go "
         "on after an interruption")  # fmt: skip
     add("--plot", metavar="FILE.png", help="accepted against predicted, by position")
-    _add_models(command)
+    add_models(command)
+    add_rendering(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -228,7 +211,7 @@ def _add_replay(commands: Any, summary: str) -> None:
     command.set_defaults(command="replay")
     add = command.add_argument
     add("record", metavar="RECORD", help="of dspark calibrate --record")
-    add("--concurrency", type=_counts, default="1,4,16,64", metavar="N,N,...", help="requests "
+    add("--concurrency", type=counts, default="1,4,16,64", metavar="N,N,...", help="requests "
         "decoded together (default %(default)s)")  # fmt: skip
     costs = command.add_mutually_exclusive_group()
     costs.add_argument("--profile", metavar="FILE.json", help="costs of dspark profile")
@@ -249,11 +232,12 @@ def _add_prepare(commands: Any, summary: str) -> None:
         "answers in it are dropped",
     )
     add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
-    add("--limit", type=_count, metavar="N", help="use the first N lines")
-    add("--batch", type=_count, default=8, metavar="N", help="decoded together; default 8")
-    _add_models(command)
-    _add_decoding(command)
-    _add_filters(command)
+    add("--limit", type=count, metavar="N", help="use the first N lines")
+    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add_models(command)
+    add_rendering(command)
+    add_decoding(command)
+    add_filters(command)
     command.set_defaults(max_new_tokens=512)
 
 
@@ -263,7 +247,7 @@ def _add_train(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    _add_processes(command)
+    add_processes(command)
 
 
 def _add_cache(commands: Any) -> None:
@@ -279,7 +263,7 @@ def _add_cache(commands: Any) -> None:
         add("config", metavar="CONFIG.py", help="as for train")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
     add("--out", required=True, metavar="DIR", help="where the cache goes")
-    _add_processes(command)
+    add_processes(command)
     check = _add_command(verbs, "check", "read all of a cache and say what it holds")
     check.set_defaults(command="cache check")
     check.add_argument("directory", metavar="DIR")
@@ -292,8 +276,9 @@ def _add_export(commands: Any, summary: str) -> None:
     add("--format", choices=("deepspec", "speculators"), required=True, help="of the reference "
         "implementation, with embedding and head, or of vllm-project/speculators")  # fmt: skip
     add("--full-vocabulary", action="store_true", help="draft over the target's whole vocabulary")
-    _add_output(command)
-    _add_models(command)
+    add_output(command)
+    add_models(command)
+    add_rendering(command)
 
 
 def _add_convert(commands: Any, summary: str) -> None:
@@ -301,97 +286,6 @@ def _add_convert(commands: Any, summary: str) -> None:
     command.set_defaults(command="convert")
     add = command.add_argument
     add("source", metavar="DRAFTER", help="directory or hub id, DeepSpec's layout or speculators'")
-    _add_output(command)
-    _add_target(command)
-
-
-def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
-
-
-def _add_prompt_files(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
-        help="as for generate; may be repeated")  # fmt: skip
-    add("--limit", type=_count, metavar="N", help="use the first N prompts of each file")
-
-
-def _add_models(command: argparse.ArgumentParser) -> None:
-    _add_target(command)
-    command.add_argument(
-        "--drafter",
-        help="directory or hub id, or none (default: the packaged one for the default target, "
-        "none for another)",
-    )
-
-
-def _add_processes(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "--distributed",
-        action="store_true",
-        help="one of several processes, as Slurm or Kubernetes starts them",
-    )
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
-    add("--processes", type=_count, metavar="N", help="how many there are, where nothing says so")
-    add("--process", type=int, metavar="I", help="which one this is, from 0")
-
-
-def _add_target(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "--target",
-        default="default",
-        help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
-    )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
-    add(
-        "--mesh",
-        type=_mesh,
-        default={},
-        metavar="data=N,tensor=N",
-        help="devices that share requests, experts (expert=N) and weights (default: one device)",
-    )
-    _add_processes(command)
-
-
-def _add_decoding(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "--policy",
-        type=_policy,
-        default="",
-        help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
-        "first confidence below P), gate:P (all, or none where the first confidence is below P), "
-        "causal or delayed (as many as pay), or none (default: delayed; block for a drafter "
-        "without confidences)",
-    )
-    _add_limits(command)
-
-
-def _add_limits(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
-    )
-    _add_rule(command)
-
-
-def _add_rule(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
-    add(
-        "--acceptance",
-        choices=("rejection", "coupled"),
-        default="rejection",
-        help="lossless rule for drafts; the text under coupled is the same with any drafter",
-    )
-    add("--kernels", choices=("xla", "mosaic_gpu"), default="xla", help="default %(default)s; "
-        "mosaic_gpu is for NVIDIA GPUs from Hopper on")  # fmt: skip
-
-
-def _add_filters(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")
+    add_output(command)
+    add_target(command)
+    add_rendering(command)

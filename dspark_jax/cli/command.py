@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,15 @@ from typing import TYPE_CHECKING, Any
 import dspark_jax
 from dspark_jax.cli import training
 from dspark_jax.cli.arguments import make_parser
-from dspark_jax.cli.given import drafter_of, limits_of, load_model, mesh_of, names_of, prompts_of
+from dspark_jax.cli.given import (
+    drafter_of,
+    limits_of,
+    load_model,
+    mesh_of,
+    names_of,
+    prompts_of,
+    rendering_of,
+)
 
 if TYPE_CHECKING:
     from dspark_jax.engine.reader import Generation
@@ -249,6 +258,7 @@ def calibrate(args: argparse.Namespace) -> int:
             for name in ("dtype", "limit", "max_new_tokens", "seed"):
                 recipe[name] = getattr(args, name)
             recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
+            recipe |= rendering_of(args).record()
             rounds.write_record(Path(args.record), recipe, record)
             requests = rounds.read_record(args.record)
     tables, report = confidence.fit_calibration(requests)
@@ -287,9 +297,14 @@ def prepare(args: argparse.Namespace) -> int:
     from dspark_jax.training.records import sha256
 
     limits, share = limits_of(args), data.Share(args.process, args.processes)
-    conversations = read_questions(args.input, args.limit)
+    rendering = rendering_of(args)
+    conversations = [  # with their system turns, which the output is to have too
+        replace(found, turns=tuple(map(Turn, rendering.turns(found.turns))))
+        for found in read_questions(args.input, args.limit)
+    ]
     model = load_model(args)
     recipe = {"target": model.target, "dtype": args.dtype, "input_sha256": sha256(Path(args.input))}
+    recipe |= rendering.record()
     given = ("acceptance", "policy", "kernels")
     options = {name: getattr(args, name) for name in given}
     with data.engine_for(model.decoder, limits, args.batch, **options) as engine:
@@ -324,5 +339,6 @@ def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **option
     from dspark_jax.evaluation.export import write_drafter
 
     given: dict[str, Any] = {"dtype": args.dtype, "mesh": mesh_of(args), **options}
+    given["rendering"] = rendering_of(args)
     print(write_drafter(args.target, drafter, layout, args.out, **given))
     return 0

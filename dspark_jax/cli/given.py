@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -72,8 +74,17 @@ def load_model(args: argparse.Namespace) -> Model:
     """The models that are asked for."""
     from dspark_jax.model import load
 
-    given = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
+    given: dict[str, Any] = vars(rendering_of(args))
+    if hasattr(args, "kernels"):
+        given = given | {"kernels": args.kernels}
     return load(args.target, drafter_of(args), dtype=args.dtype, mesh=mesh_of(args), **given)
+
+
+def rendering_of(args: argparse.Namespace) -> Rendering:
+    """How prompts are rendered, by the commands that have any."""
+    if not hasattr(args, "template_args"):
+        return PLAIN
+    return Rendering(args.system, args.chat_template, parse_arguments(args.template_args))
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:

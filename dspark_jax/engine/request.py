@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.characters import check_characters
 from dspark_jax.sampling import check_sampling
 
 logger = logging.getLogger(__name__)
 
 # A user's message, or the turns of a conversation with "role" and "content".
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Mapping[str, Any]]
+# Of turns: others are slips, which a template would leave out without a word.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Request:
         trace: whether the result shall have every round.
         seed: of the key, 0..2^64-1; without seed and key, a fresh one. The result says which.
         prompt: a user's message, to which the engine applies the chat template.
-        messages: the turns of a conversation (``role``, ``content``), likewise.
+        messages: the turns of a conversation (``role``, ``content``: a text or parts of one),
+            likewise.
 
     Raises:
         ValueError: a value is of the wrong type or has no meaning; names the field and the remedy.
@@ -57,7 +61,7 @@ class Request:
     trace: bool = False
     seed: InitVar[int | None] = None
     prompt: str | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self, seed: int | None) -> None:
         def keep(name: str, value: Any) -> None:
@@ -83,8 +87,8 @@ class Request:
             )
         if any(not text for text in self.stop_strings):
             raise ValueError("a stop string is empty: leave it out")
-        if not isinstance(self.prompt, str | None):
-            raise ValueError(f"prompt is {self.prompt!r:.40}: give a text")
+        if self.prompt is not None:
+            keep("prompt", _text("prompt", self.prompt))
         if self.messages is not None:
             keep("messages", _turns(self.messages))
         given = [self.prompt_ids or None, self.prompt, self.messages]
@@ -164,20 +168,51 @@ def within_context(requests: Sequence[Request], context: int) -> list[Request]:
     return fitted
 
 
-def _turns(value: Any) -> tuple[Mapping[str, str], ...]:
-    """The turns of a conversation."""
-    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    turns = tuple(value) if listed else ()
-    if not listed:
-        raise ValueError(f"messages is {value!r:.40}: give a list of turns")
-    for place, turn in enumerate(turns):
-        for name in ("role", "content"):
-            text = turn.get(name) if isinstance(turn, Mapping) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"messages[{place}] is {turn!r:.60}: give a dict with role and content, texts"
-                )
-    return turns
+def _turns(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """The turns of a conversation, with their contents as texts."""
+    turns = _list("messages", value, "turns, dicts with role and content")
+    return tuple(_turn(f"messages[{place}]", turn) for place, turn in enumerate(turns))
+
+
+def _turn(name: str, turn: Any) -> Mapping[str, Any]:
+    """One turn; whatever else it has is the template's."""
+    is_dict = isinstance(turn, Mapping)
+    if not is_dict or "role" not in turn or not ("content" in turn or turn.get("tool_calls")):
+        raise ValueError(f"{name} is {turn!r:.60}: give a dict with role and content")
+    role, content = turn["role"], turn.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{name} has the role {role!r:.40}: give one of {', '.join(ROLES)}")
+    if content is None and turn.get("tool_calls"):
+        content = ""  # such a turn need say nothing
+    if isinstance(content, list | tuple):
+        parts = [_part(f"{name} content[{i}]", part) for i, part in enumerate(content)]
+        content = "".join(parts)
+    return {**turn, "role": str(role), "content": _text(f"{name} content", content)}
+
+
+def _part(name: str, part: Any) -> str:
+    """One part of a content: ``{"type": "text", "text": ...}``."""
+    is_dict = isinstance(part, Mapping)
+    if is_dict and part.get("type", "text") != "text":
+        raise ValueError(f"{name} is of the type {part['type']!r:.40}: targets read text alone")
+    return _text(name, part.get("text") if is_dict else part)
+
+
+def _text(name: str, value: Any) -> str:
+    """A text in whole characters."""
+    if isinstance(value, bytes | bytearray):
+        raise ValueError(f"{name} is {value!r:.40}: give a text, for instance by decode()")
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.40}: give a text")
+    check_characters(name, value)
+    return str(value)
+
+
+def _list(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """Several of something; one text or dict is no list of them."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise ValueError(f"{name} is {value!r:.40}: give a list of {what}")
+    return tuple(value)
 
 
 def key_of(seed: int | None) -> np.ndarray:
@@ -218,12 +253,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    """Stop strings; a single string is no list of them."""
-    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    found = tuple(value) if listed else ()
-    if not listed or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"stop_strings is {value!r:.40}: give a list of strings")
-    return found
+    """Stop strings."""
+    texts = _list("stop_strings", value, "strings")
+    return tuple(_text(f"stop_strings[{place}]", text) for place, text in enumerate(texts))
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

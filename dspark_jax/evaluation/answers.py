@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.checkpoints.load import Target
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.config import POSITION_STEP, EngineConfig, round_up
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
@@ -89,6 +91,7 @@ def answer_until(
         FloatingPointError: the target's logits are not finite.
     """
     decoder = make_decoder((target.cfg, target.params), tokenizer=target.tokenizer)
+    decoder = replace(decoder, encode=partial(chat_prompt_ids, target.tokenizer))
     limits_of = {value: replace(limits, temperature=value) for value in TEMPERATURES}
     ask = make_asker(
         decoder, lambda text: limits_of[temperature_of(text)], seed, config.positions, least

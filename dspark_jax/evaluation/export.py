@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.export import save_layout
 from dspark_jax.checkpoints.load import Target, load_target, read_drafter
+from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
@@ -30,6 +31,7 @@ from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
+from dspark_jax.rendering import PLAIN, Rendering
 from dspark_jax.training.anchors import block_labels, sample_anchors
 from dspark_jax.training.data import TokenSequence, make_batch
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
@@ -67,6 +69,7 @@ def write_drafter(
     dtype: Any = "float32",
     full_vocabulary: bool = False,
     mesh: Mesh | None = None,
+    rendering: Rendering = PLAIN,
 ) -> Path:
     """Write a drafter's checkpoint in a layout, in the dtype of its own file.
 
@@ -79,6 +82,7 @@ def write_drafter(
         dtype: of the target and of the check.
         full_vocabulary: make a drafter over a reduced vocabulary one over the whole of it.
         mesh: for the check, as in ``load_target``.
+        rendering: of the prompts of the check.
 
     Returns:
         ``out``.
@@ -92,7 +96,8 @@ def write_drafter(
     if out.exists():
         raise ValueError(f"{out} exists already: remove it, or write to another directory")
     loaded = load_target(target, jnp.dtype(dtype), mesh)
-    batch = check_batch(loaded)
+    check_rendering(loaded.tokenizer, rendering, loaded.name)
+    batch = check_batch(loaded, rendering)
     cfg, params, own, _ = read_drafter(loaded.cfg, drafter, mesh)
     vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
     before_G = acceptance(loaded, cfg, params, vocab, batch)
@@ -111,12 +116,12 @@ def write_drafter(
     return out
 
 
-def check_batch(target: Target) -> Batch:
+def check_batch(target: Target, rendering: Rendering = PLAIN) -> Batch:
     """The answers on which acceptance is compared, tokenised for a target."""
     length = min(LENGTH, target.cfg.max_positions)
     sequences = []
     for prompt, answer in ANSWERS:
-        start = chat_prompt_ids(target.tokenizer, prompt)
+        start = chat_prompt_ids(target.tokenizer, prompt, rendering)
         ids = start + target.tokenizer.encode(answer, add_special_tokens=False)
         token_S = np.array(ids[:length], np.int32)
         sequences.append(TokenSequence(token_S, np.arange(len(token_S)) >= len(start)))

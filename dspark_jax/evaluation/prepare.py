@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from dspark_jax.checkpoint import write_atomically
 from dspark_jax.checkpoints.conversations import Conversation, Turn
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.config import POSITION_STEP, round_up
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.engine import Engine
@@ -168,7 +167,7 @@ def make_asker(
     """The function that asks the questions of dialogues.
 
     Args:
-        decoder: whose tokenizer is used.
+        decoder: whose template and tokenizer are used.
         limits_of: a question -> all of its request but prompt and key.
         seed: root of the keys.
         positions: of the longest request; an answer is cut there.
@@ -184,14 +183,17 @@ def make_asker(
             key_2 = np.asarray(fold_in(root, np.uint32(dialogue.number), np.uint32(number)))
         limits = limits_of(turns[-1]["content"])
         try:
-            ids = chat_prompt_ids(decoder.tokenizer, turns)
-            request = dataclasses.replace(limits, prompt_ids=ids, key=key_2)
+            request = dataclasses.replace(limits, prompt_ids=(), messages=turns, key=key_2)
+            request = request.resolve(decoder.encode, ())
             request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             return str(error)
-        room = positions - len(ids)
+        room = positions - len(request.prompt_ids)
         if room < least:
-            return f"the prompt has {len(ids)} tokens, which leaves no room for an answer"
+            return (
+                f"the prompt has {len(request.prompt_ids)} tokens, which leaves no room for an "
+                "answer"
+            )
         most = min(room, request.max_new_tokens)
         dialogue.request = dataclasses.replace(request, max_new_tokens=most)
         dialogue.turns.append(dialogue.questions.popleft())

@@ -14,7 +14,6 @@ import numpy as np
 
 from dspark_jax.checkpoints.conversations import is_text
 from dspark_jax.checkpoints.lines import json_lines
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.request import Request, within_context
 from pallas_kernels import random
@@ -72,7 +71,7 @@ def make_request_sets(
 
     Args:
         sets: the user's messages by the names of their sets.
-        decoder: whose tokenizer and context length are used.
+        decoder: whose template, tokenizer and context length are used.
         limits: all but prompt and key; where the context leaves less room, it is cut and said.
         seed: root of the keys.
 
@@ -84,8 +83,9 @@ def make_request_sets(
     requests = []
     for place, prompt in ((i, one) for prompts in sets.values() for i, one in enumerate(prompts)):
         try:
-            ids = chat_prompt_ids(decoder.tokenizer, prompt.text)
-            request = dataclasses.replace(limits, prompt_ids=ids, key=keys_B2[place])
+            key_2 = keys_B2[place]
+            request = dataclasses.replace(limits, prompt_ids=(), prompt=prompt.text, key=key_2)
+            request = request.resolve(decoder.encode, ())
             request.check(decoder.target.max_positions, decoder.target.vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.origin}: {error}") from None

@@ -51,7 +51,8 @@ class CacheSpec:
         target: name of the target, as a training configuration spells it.
         layer_ids: the feature layers, F of them.
         hidden_size: D of the target.
-        notes: further keys of the manifest, which nobody needs for reading.
+        notes: further keys of the manifest, which nobody needs for reading; ``rendering`` has
+            what of its recipe's ``Rendering`` is not the default.
     """
 
     target: str
@@ -180,7 +181,7 @@ class CacheReader:
         )
 
     def require(self, wanted: CacheSpec) -> None:
-        """Refuse a cache of another target or other layers.
+        """Refuse a cache of another target, other layers or prompts that were rendered otherwise.
 
         Raises:
             ValueError: names the setting, what the cache has, and the remedy.
@@ -191,6 +192,11 @@ class CacheReader:
             ("target", found.target, wanted.target),
             ("target_layer_ids", found.layer_ids, wanted.layer_ids),
             ("hidden_size", found.hidden_size, wanted.hidden_size),
+            (
+                "rendering (system, chat_template, template_args)",
+                found.notes.get("rendering", {}),
+                wanted.notes.get("rendering", {}),
+            ),
         ):
             if has != needs:
                 raise ValueError(
@@ -250,7 +256,8 @@ def _read_manifest(directory: Path) -> tuple[CacheSpec, int, list[str]]:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise LoadError(f"{path}: {name!r} is no file of this directory")
     target = str(manifest.get("target_model_name_or_path", "unknown"))
-    spec = CacheSpec(target, tuple(layers), manifest["hidden_size"])
+    notes = {key: manifest[key] for key in ("rendering",) if key in manifest}
+    spec = CacheSpec(target, tuple(layers), manifest["hidden_size"], notes)
     return spec, manifest["num_samples"], ordered
 
 

@@ -6,20 +6,24 @@ make up batch number n is a function of the data, the recipe and n alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dspark_jax.checkpoint import read_json
 from dspark_jax.checkpoints.chat import encode_conversation, find_chat_format, needs_format
 from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.checkpoints.lines import account_for
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import TrainConfig
+from dspark_jax.rendering import PLAIN
 from dspark_jax.training.cache import CachedSample
 from dspark_jax.training.step import Batch
 
@@ -59,7 +63,7 @@ def tokenize(
         conversations: of :func:`~dspark_jax.checkpoints.conversations.read_answered`.
         tokenizer: the target's.
         end_id: the token that ends an answer.
-        recipe: limits.
+        recipe: limits, and how conversations are rendered.
 
     Returns:
         The sequences with at least ``min_loss_tokens`` supervised tokens, in file order, and how
@@ -70,10 +74,10 @@ def tokenize(
             :func:`~dspark_jax.checkpoints.lines.account_for` leaves out; the message says where
             they were read.
     """
-    chat, problem = None, ""
+    rendering, chat, problem = recipe.rendering(), None, ""
     if any(map(needs_format, conversations)):
         try:
-            chat = find_chat_format(tokenizer)
+            chat = find_chat_format(tokenizer, rendering)
         except LoadError as error:  # an answer whose own ids are known is learnt all the same
             problem = str(error)
     kept, bad, short = [], list[tuple[str, str]](), 0
@@ -81,7 +85,7 @@ def tokenize(
         try:
             if problem and (conversation.response_ids is None or conversation.uses_tools):
                 raise LoadError(problem)
-            token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id)
+            token_S, mask_S = encode_conversation(conversation, tokenizer, chat, end_id, rendering)
         except ValueError as error:
             bad.append((conversation.origin, str(error)))
             continue
@@ -93,6 +97,30 @@ def tokenize(
             short += 1
     account_for(bad, len(conversations))
     return kept, short
+
+
+def check_answers(recipe: TrainConfig) -> None:
+    """Warn of answers to prompts that the recipe renders otherwise: a drafter learns on the
+    prompts that are decoded. What ``dspark prepare`` notes beside its output says how they were;
+    their system turns lie in the data, so that another one is only a matter of those without.
+    """
+    noted: Any = None
+    with contextlib.suppress(ValueError):  # there is none, or it is nothing of ours
+        noted = read_json(Path(f"{recipe.data}.recipe.json"), "recipe")
+    if not isinstance(noted, dict):
+        return
+    wanted = recipe.rendering()
+    for name in ("system", "chat_template", "template_args"):
+        before, now = noted.get(name, getattr(PLAIN, name)), getattr(wanted, name)
+        if before != now and (name != "system" or (now and not before)):
+            logger.warning(
+                "%s answers prompts that were rendered with %s %r, and the configuration has %r: "
+                "the drafter would be trained on other prompts",
+                recipe.data,
+                name,
+                before,
+                now,
+            )
 
 
 def frequent_tokens(sequences: Sequence[TokenSequence], count: int) -> np.ndarray:

@@ -89,6 +89,8 @@ def cache_spec(recipe: TrainConfig, cfg: DrafterConfig) -> CacheSpec:
     """The cache that a recipe and its drafter need."""
     notes = {key: getattr(recipe, key) for key in ("dtype", "max_length", "min_loss_tokens")}
     notes["source_jsonl_paths"] = [recipe.data]
+    if rendering := recipe.rendering().record():
+        notes["rendering"] = rendering
     return CacheSpec(recipe.target, cfg.target_layer_ids, cfg.hidden_size, notes)
 
 

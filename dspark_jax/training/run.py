@@ -19,6 +19,7 @@ from dspark_jax.axes import gather, init_params, make_mesh, place
 from dspark_jax.checkpoints.conversations import Conversation, read_answered
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.load import Target, open_target, read_drafter
+from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import unused_token
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
@@ -51,6 +52,9 @@ UNREAD: dict[str, Any] = {
     "target": "",
     "data": "",
     "out": "",
+    "system": "",
+    "chat_template": True,
+    "template_args": (),
     "eval_sequences": 0,
     "bigram_init": False,
     "local_init": False,
@@ -152,6 +156,8 @@ def load_sequences(
         source.require(cache_spec(recipe, cfg))
         sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
     else:
+        check_rendering(target.tokenizer, recipe.rendering(), target.name)
+        data.check_answers(recipe)
         sequences, dropped = data.tokenize(source, target.tokenizer, end_id, recipe)
     if len(sequences) <= recipe.eval_sequences:
         name = source.directory if isinstance(source, CacheReader) else recipe.data

@@ -1,0 +1,124 @@
+"""Chat templates: applied by transformers, in a sandbox, to whole conversations."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+from dspark_jax.characters import check_characters
+from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.rendering import PLAIN, RESERVED, Rendering
+
+logger = logging.getLogger(__name__)
+
+# A tag of transformers' own, which sets off answers and renders nothing.
+GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+# What templates are given besides: functions, and the names of special tokens.
+GIVEN = re.compile(r"raise_exception|strftime_now|\w+_token")
+
+
+def apply_template(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    rendering: Rendering = PLAIN,
+    *,
+    what: str = "prompt",
+    open_answer: bool = False,
+    **variables: Any,
+) -> str:
+    """The text of a conversation by the template of a tokenizer that has one.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        turns: with ``role`` and ``content``.
+        rendering: the system turn and the arguments of the template.
+        what: the turns are, for the message.
+        open_answer: whether that is added which the target's next answer follows.
+        **variables: of the template, which go before the arguments of ``rendering``.
+
+    Raises:
+        LoadError: the template, a program that came with the model, refuses the turns.
+        ValueError: what it makes of them is no text.
+    """
+    given: dict[str, Any] = {**rendering.template_args, **variables}
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                rendering.turns(turns), add_generation_prompt=open_answer, tokenize=False, **given
+            )
+        )
+    except Exception as error:  # a template raises whatever it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise LoadError(f"the chat template refuses the {what}: {reason}") from None
+    check_characters(f"the rendered {what}", text)
+    return text
+
+
+def is_plain(tokenizer: Any, rendering: Rendering) -> bool:
+    """Whether conversations are rendered without a template."""
+    return not rendering.chat_template or not tokenizer.chat_template
+
+
+def check_rendering(tokenizer: Any, rendering: Rendering, name: str) -> None:
+    """Say what of a rendering comes to nothing with a target.
+
+    Warns of a target without a template, of arguments that its template does not know, and of a
+    system turn that it leaves out.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rendering: asked for.
+        name: of the target.
+
+    Raises:
+        LoadError: there is no template for the arguments, or it refuses the system turn.
+    """
+    names = ", ".join(rendering.template_args)
+    if not rendering.chat_template:
+        return
+    if not tokenizer.chat_template:
+        if names:
+            raise LoadError(
+                f"{name} has no chat template, which the template argument {names} would be of: "
+                "leave it out"
+            )
+        logger.warning("%s has no chat template: prompts are decoded as plain text", name)
+        return
+    if names:
+        _check_names(tokenizer, rendering, name)
+    if rendering.system:
+        _check_system(tokenizer, rendering, name)
+
+
+def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
+    """Warn of arguments that a template never looks at: to it, they are no error."""
+    try:
+        template = tokenizer.get_chat_template(tools=rendering.template_args.get("tools"))
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # to parse it only
+        known = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
+    except (ValueError, TemplateSyntaxError):
+        return  # every prompt says so
+    free = sorted(n for n in known - RESERVED if not GIVEN.fullmatch(n))
+    for unknown in rendering.template_args.keys() - known:
+        logger.warning(
+            "the chat template of %s does not know the argument %s, which changes nothing "
+            "(known: %s)",
+            name,
+            unknown,
+            ", ".join(free) or "none",
+        )
+
+
+def _check_system(tokenizer: Any, rendering: Rendering, name: str) -> None:
+    """Try the system turn on a short question."""
+    question = [{"role": "user", "content": "question"}]
+    try:
+        text = apply_template(tokenizer, question, rendering, what="system turn")
+    except LoadError as error:
+        raise LoadError(f"{name}: {error}: leave out system, or write it into the prompt") from None
+    if rendering.system.strip() not in text:
+        logger.warning("the chat template of %s leaves out or changes the system turn", name)

@@ -1,0 +1,173 @@
+"""The arguments that commands share, and the forms of their values.
+
+Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dspark_jax.characters import check_characters
+from dspark_jax.scheduler.policy import check_name
+
+
+def policy(text: str) -> str:
+    """The name of a policy; empty, as argparse passes the default too, leaves it to the engine."""
+    try:
+        return check_name(text) if text else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """An argument that counts something, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Several of them, with commas between."""
+    return [count(part) for part in text.split(",")]
+
+
+def mesh(text: str) -> dict[str, int]:
+    """Sizes of a mesh by its axes."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        known = axis in ("data", "expert", "tensor") and axis not in sizes
+        if not known or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no mesh: give some of data=N, expert=N and tensor=N, with commas "
+                "between, each 1 or more"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def names(text: str) -> list[str]:
+    """Several names, with commas between."""
+    return text.split(",")
+
+
+def plain_text(value: str) -> str:
+    """A text for models, unlike a path, which may hold any bytes."""
+    try:
+        check_characters("the text", value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Where a checkpoint is written."""
+    command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
+
+
+def add_prompt_files(command: argparse.ArgumentParser) -> None:
+    """Files of prompts to measure with."""
+    add = command.add_argument
+    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
+        help="as for generate; may be repeated")  # fmt: skip
+    add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
+
+
+def add_models(command: argparse.ArgumentParser) -> None:
+    """A target with its drafter."""
+    add_target(command)
+    command.add_argument(
+        "--drafter",
+        help="directory or hub id, or none (default: the packaged one for the default target, "
+        "none for another)",
+    )
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """How several processes find each other."""
+    add = command.add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as Slurm or Kubernetes starts them",
+    )
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where nothing else says so")
+    add("--processes", type=count, metavar="N", help="how many there are, where nothing says so")
+    add("--process", type=int, metavar="I", help="which one this is, from 0")
+
+
+def add_target(command: argparse.ArgumentParser) -> None:
+    """A target, and where it is computed."""
+    add = command.add_argument
+    add(
+        "--target",
+        default="default",
+        help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    add(
+        "--mesh",
+        type=mesh,
+        default={},
+        metavar="data=N,tensor=N",
+        help="devices that share requests, experts (expert=N) and weights (default: one device)",
+    )
+    add_processes(command)
+
+
+def add_rendering(command: argparse.ArgumentParser) -> None:
+    """How prompts are rendered."""
+    add = command.add_argument
+    add("--system", type=plain_text, default="", metavar="TEXT", help="the system turn of prompts "
+        "that have none")  # fmt: skip
+    add("--no-chat-template", dest="chat_template", action="store_false", help="decode prompts as "
+        "plain text")  # fmt: skip
+    add("--template-arg", type=plain_text, action="append", default=[], metavar="KEY=VALUE",
+        dest="template_args", help="an argument of the chat template, JSON or a string, for "
+        "instance enable_thinking=false; may be repeated")  # fmt: skip
+
+
+def add_decoding(command: argparse.ArgumentParser) -> None:
+    """How prompts are continued, the policy of drafting included."""
+    add = command.add_argument
+    add(
+        "--policy",
+        type=policy,
+        default="",
+        help="drafts to verify: block (all), fixed:K (the first K), threshold:P (those before the "
+        "first confidence below P), gate:P (all, or none where the first confidence is below P), "
+        "causal or delayed (as many as pay), or none (default: delayed; block for a drafter "
+        "without confidences)",
+    )
+    add_limits(command)
+
+
+def add_limits(command: argparse.ArgumentParser) -> None:
+    """How prompts are continued, where policies are compared."""
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="F", help="default 0: greedy"
+    )
+    add_rule(command)
+
+
+def add_rule(command: argparse.ArgumentParser) -> None:
+    """How prompts are continued, where temperatures are compared."""
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add(
+        "--acceptance",
+        choices=("rejection", "coupled"),
+        default="rejection",
+        help="lossless rule for drafts; the text under coupled is the same with any drafter",
+    )
+    add("--kernels", choices=("xla", "mosaic_gpu"), default="xla", help="default %(default)s; "
+        "mosaic_gpu is for NVIDIA GPUs from Hopper on")  # fmt: skip
+
+
+def add_filters(command: argparse.ArgumentParser) -> None:
+    """Filters of the target's distribution."""
+    add = command.add_argument
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N best tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of best tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P x the best")
