@@ -20,27 +20,22 @@ Without a network: jax for CUDA must be there; bring what else is missing, and t
     and there, before the command above with ``--model-parts model.aa model.ab``:
     pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=.:site
 
-Results: in ``--work`` bench-KERNEL.json and .log, answers.jsonl, metrics.jsonl, curves.png,
-    recipe.json, drafter/, drafter_bfloat16/ (39 MB) and machine.json (date, device, driver and
-    versions of every run, seconds and exit codes of its stages). ``--out`` gets them without
-    drafter/ in parts of 15 MB, anew after each stage: cat results/results.tar.gz.* | tar xz
+Results: in ``--work`` bench-KERNEL.json and .log, answers.jsonl, metrics.jsonl, recipe.json,
+    drafter/, drafter_bfloat16/ (39 MB) and machine.json (date, device, versions, stages). ``--out``
+    gets them in parts of 15 MB, anew after each stage: cat results/results.tar.gz.* | tar xz
 
 Rehearsal on a CPU, every size an argument:
     JAX_PLATFORMS=cpu PYTHONPATH=. python configs/smollm2_135m_gpu.py --work rehearsal \\
         --out rehearsal/out --prompts prompts.jsonl --limit 12 --slots 2 --positions 191 \\
-        --max-new-tokens 12 --dtype float32 --minutes 3 --only "verify 5" \\
+        --max-new-tokens 12 --dtype float32 --minutes 3 --only "verify 5" --set eval_sequences=2 \\
         --set tokens_per_batch=384 --set max_length=192 --set length_buckets=192 \\
-        --set num_anchors=8 --set sequences_per_update=2 --set updates_per_batch=1 \\
-        --set draft_vocab_size=512 --set eval_sequences=2
+        --set num_anchors=8 --set sequences_per_update=2 --set draft_vocab_size=512
 
 Data: the target's answers to up to 35,622 prompts (math, code, chat), at temperature 0, 0.6 or 1.0
-    by a hash of the prompt. ``--answered`` comes last in it, so that its last 24 answers are held
-    out, as in configs/smollm2_135m_dspark.py.
-Hardware and time: one NVIDIA H200, 2026-11-27, jax 0.11.2: 4,675 answers (1.0 M tokens) in two
-    minutes, and 27 M blocks in six, as the README says ("Training a drafter").
+    by a hash of the prompt. ``--answered`` comes last: its last 24 answers are held out.
+Hardware and time: one NVIDIA H200, 2026-11-27: 4,675 answers in two minutes, 27 M blocks in six.
 Result: expected accepted length on 24 held-out answers, in these four layers that begin as two:
-    2.54 after 3.1 M blocks, 2.65 (6.1 M), 2.73 (9.1 M), 2.78 (12.2 M), 2.80 (19.2 M), 2.81 (4.4 M
-    more). What ships has its confidences' logits times 0.82 minus 0.28 (README, "Calibration").
+    2.54 after 3.1 M blocks, 2.73 (9.1 M), 2.80 (19.2 M), 2.81 (4.4 M more). The README has more.
 """
 
 from __future__ import annotations
