@@ -20,43 +20,22 @@ Without a network: jax for CUDA must be there; bring what else is missing, and t
     and there, before the command above with ``--model-parts model.aa model.ab``:
     pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=.:site
 
-Results: in ``--work`` bench-KERNEL.json and .log, answers.jsonl, metrics.jsonl, curves.png,
-    recipe.json, drafter/, drafter_bfloat16/ (39 MB) and machine.json (date, device, driver and
-    versions of every run, seconds and exit codes of its stages). ``--out`` gets them without
-    drafter/ in parts of 15 MB, anew after each stage: cat results/results.tar.gz.* | tar xz
+Results: in ``--work`` bench-KERNEL.json and .log, answers.jsonl, metrics.jsonl, recipe.json,
+    drafter/, drafter_bfloat16/ (39 MB) and machine.json (date, device, versions, stages). ``--out``
+    gets them in parts of 15 MB, anew after each stage: cat results/results.tar.gz.* | tar xz
 
 Rehearsal on a CPU, every size an argument:
     JAX_PLATFORMS=cpu PYTHONPATH=. python configs/smollm2_135m_gpu.py --work rehearsal \\
         --out rehearsal/out --prompts prompts.jsonl --limit 12 --slots 2 --positions 191 \\
-        --max-new-tokens 12 --dtype float32 --minutes 3 --only "verify 5" \\
+        --max-new-tokens 12 --dtype float32 --minutes 3 --only "verify 5" --set eval_sequences=2 \\
         --set tokens_per_batch=384 --set max_length=192 --set length_buckets=192 \\
-        --set num_anchors=8 --set sequences_per_update=2 --set updates_per_batch=1 \\
-        --set draft_vocab_size=512 --set eval_sequences=2
+        --set num_anchors=8 --set sequences_per_update=2 --set draft_vocab_size=512
 
 Data: the target's answers to up to 35,622 prompts (math, code, chat), at temperature 0, 0.6 or 1.0
-    by a hash of the prompt. ``--answered`` comes last in it, so that its last 24 answers are held
-    out, as in configs/smollm2_135m_dspark.py.
-Hardware and time: one NVIDIA H200, 2026-11-27, jax 0.11.2: answers to 4,675 more prompts (1.0 M
-    tokens) in 98 seconds after 24 of compiling, 512 at a time, at most 12,000 tokens/s; and three
-    runs of the training, each from the drafter of the one before:
-    1. --set num_layers=2 --set block_size=4 --set seed=21 --set init_drafter=CPU, which is what
-       configs/smollm2_135m_dspark.py had made in 4.8 M blocks: 300 batches in 27 seconds,
-       136,000 blocks/s, 15 % of the peak
-    2. --set num_layers=4 --set block_size=5 --set seed=22, two layers more that add nothing at
-       first: 1,582 batches in 219 seconds, 87,000 blocks/s
-    3. the same with --set seed=23 --set learning_rate=6e-4: 367 batches in 51 seconds
-    A start took 50 to 70 seconds: tokenising, compiling, six batches to time.
-Result: expected accepted length on 24 held-out answers: 2.43 after 3.1 M blocks of the first run
-    (its last evaluation); of the second 2.54 after 3.1 M, 2.65 (6.1 M), 2.73 (9.1 M), 2.78
-    (12.2 M), 2.79 (15.2 M), 2.80 at its end (19.2 M); 2.81 after the third (4.4 M): 69, 63, 58,
-    53 and 49 % of the drafts at each position accepted. 27.3 M blocks here, 32.1 M with those
-    before. From 12 M on the confidences grow too bold on other texts, by 0.07 at the end (the
-    drafts themselves do not get worse): seven passes over these answers are enough, more answers
-    would help more.
-    What ships in ``dspark_jax/pretrained/``, 39 MB in bfloat16, has its confidence head's logits
-    times 0.82 minus 0.28: by logistic regression on what was accepted of 192 prompts that nobody
-    trained on, at temperatures 0 and 1 (ECE 7.3 and 5.6 % before, 3.1 and 1.7 after), and the
-    tables of ``dspark calibrate`` for the same texts (2.9 and 1.5 %).
+    by a hash of the prompt. ``--answered`` comes last: its last 24 answers are held out.
+Hardware and time: one NVIDIA H200, 2026-11-27: 4,675 answers in two minutes, 27 M blocks in six.
+Result: expected accepted length on 24 held-out answers, in these four layers that begin as two:
+    2.54 after 3.1 M blocks, 2.73 (9.1 M), 2.80 (19.2 M), 2.81 (4.4 M more). The README has more.
 """
 
 from __future__ import annotations
