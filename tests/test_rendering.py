@@ -149,6 +149,9 @@ def test_a_half_is_refused_wherever_it_comes_from(tokenizer):
     tokenizer.chat_template = r"{{ '\ud83d' }}"
     with pytest.raises(ValueError, match="the rendered prompt has"):
         chat_prompt_ids(tokenizer, "why")
+    tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(ValueError, match="the chat template makes nothing of the prompt"):
+        chat_prompt_ids(tokenizer, "why")
 
 
 # What comes to nothing with a target.
@@ -169,7 +172,10 @@ DATED = (
         (DATED, {"template_args": {"date": 1}}, []),
         (DATED, {"template_args": {"day": 1}}, [r"t does not know the argument day.*known: date"]),
         (LOOP, {"template_args": {"m": 1}}, [r"not know the argument m, .*known: none"]),
-        ("{{ messages[-1].content }}", {"system": "be"}, ["t leaves out or changes the system"]),
+        ("{{ messages[-1].content }}", {"system": "be"}, ["t leaves out or changes system turns"]),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", {"system": "be"}, []),
+        # Which wants contents in parts.
+        ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", {}, ["changes user turns"]),
         (None, {}, ["^t has no chat template: prompts are decoded as plain text"]),
         (None, {"system": "be"}, ["^t has no chat template"]),
         (None, {"chat_template": False}, []),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import Request, within_context
 
 
 class Encoding:
@@ -154,3 +154,15 @@ def test_a_request_is_made_or_refused_and_nothing_else(fields):
         request.check(2**31, largest + 1)
         with pytest.raises(ValueError, match=f"has the id {largest}, and the target's ids"):
             request.check(2**31, largest)
+
+
+def test_texts_end_with_the_context_and_that_is_said_once(caplog):
+    asked = [Request([1] * length, most) for length, most in ((4, 8), (4, 6), (9, 8), (12, 8))]
+    assert within_context(asked[1:2], 10) == asked[1:2]
+    assert not caplog.records
+    cut = within_context(asked, 10)
+    assert [request.max_new_tokens for request in cut] == [6, 6, 1, 8]  # no room: for a refusal
+    assert caplog.messages == [
+        "max_new_tokens is 8, and the target's context of 10 leaves 2 of 4 texts less room "
+        "(1 at least): they end there"
+    ]

@@ -84,7 +84,7 @@ def every_line(path: str | Path) -> Iterator[Line]:
         return
     # Brackets on lines of their own: a list with a value a line, damaged somewhere.
     blank = (b"", codecs.BOM_UTF8, *((b"[", b"]") if _first(data) == b"[" else ()))
-    # Not splitlines: it also cuts at separators that JSON allows inside a string.
+    # At line feeds alone: text is also cut at separators that JSON allows inside a string.
     for number, text in enumerate(io.BytesIO(data), 1):
         if text.strip() not in blank:
             yield Line(f"{path}:{number}", *_parse(text.strip().removesuffix(b",")))

@@ -64,10 +64,10 @@ def is_plain(tokenizer: Any, rendering: Rendering) -> bool:
 
 
 def check_rendering(tokenizer: Any, rendering: Rendering, name: str) -> None:
-    """Say what of a rendering comes to nothing with a target.
+    """Say what of prompts and of a rendering comes to nothing with a target.
 
-    Warns of a target without a template, of arguments that its template does not know, and of a
-    system turn that it leaves out.
+    Warns of a target without a template, of arguments that its template does not know, and of
+    turns that it leaves out.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -90,8 +90,7 @@ def check_rendering(tokenizer: Any, rendering: Rendering, name: str) -> None:
         return
     if names:
         _check_names(tokenizer, rendering, name)
-    if rendering.system:
-        _check_system(tokenizer, rendering, name)
+    _check_turns(tokenizer, rendering, name)
 
 
 def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
@@ -113,12 +112,18 @@ def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
         )
 
 
-def _check_system(tokenizer: Any, rendering: Rendering, name: str) -> None:
-    """Try the system turn on a short question."""
-    question = [{"role": "user", "content": "question"}]
+def _check_turns(tokenizer: Any, rendering: Rendering, name: str) -> None:
+    """Try a short question: a template may leave turns out without a word."""
+    turns = rendering.turns([{"role": "user", "content": "question"}])
+    what = "system turn" if rendering.system else "prompt"
     try:
-        text = apply_template(tokenizer, question, rendering, what="system turn")
-    except LoadError as error:
-        raise LoadError(f"{name}: {error}: leave out system, or write it into the prompt") from None
-    if rendering.system.strip() not in text:
-        logger.warning("the chat template of %s leaves out or changes the system turn", name)
+        text = apply_template(tokenizer, turns, rendering, what=what)
+    except ValueError as error:
+        if rendering.system:
+            remedy = "leave out system, or write it into the prompt"
+            raise LoadError(f"{name}: {error}: {remedy}") from None
+        return  # every prompt says so
+    for turn in turns:
+        if turn["content"].strip().casefold() not in text.casefold():
+            role = turn["role"]
+            logger.warning("the chat template of %s leaves out or changes %s turns", name, role)

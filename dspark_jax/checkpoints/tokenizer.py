@@ -149,6 +149,8 @@ def chat_prompt_ids(
     if is_plain(tokenizer, rendering):
         return list(tokenizer.encode("\n".join(texts)))
     text = apply_template(tokenizer, turns, rendering, open_answer=True)
+    if not text:
+        raise LoadError("the chat template makes nothing of the prompt: decode it as plain text")
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -159,7 +159,7 @@ def within_context(requests: Sequence[Request], context: int) -> list[Request]:
     asked, least = max(requests[i].max_new_tokens for i in cut), min(room[i] for i in cut)
     logger.warning(
         "max_new_tokens is %d, and the target's context of %d leaves %d of %d texts less room "
-        "(%d tokens at least): they end there",
+        "(%d at least): they end there",
         *(asked, context, len(cut), len(requests), least),
     )
     fitted = list(requests)
