@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dspark_jax.checkpoints.tensors import LoadError
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer, stop_ids, unused_token
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer, unused_token
 from dspark_jax.engine.text import TextStream
 
 QWEN = Path(__file__).parent / "data" / "tokenizer_qwen_plain"
@@ -161,13 +161,6 @@ def test_a_template_that_fails_is_an_error_of_one_line(template, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_stop_ids_are_collected_from_everywhere(tokenizer):
-    assert stop_ids(tokenizer) == (0,)
-    assert stop_ids(tokenizer, {"eos_token_id": 7}, {"eos_token_id": [9, 7]}, {}) == (0, 7, 9)
-    with pytest.raises(LoadError, match="eos_token_id is 'x'"):
-        stop_ids(tokenizer, {"eos_token_id": "x"})
-
-
 def test_the_mask_token_is_one_that_no_text_contains(tokenizer, tmp_path):
     size = len(tokenizer)
     assert unused_token(tokenizer, size) == CONTROL.index("<reserved_0>")
@@ -180,13 +173,13 @@ def test_the_mask_token_is_one_that_no_text_contains(tokenizer, tmp_path):
 
 
 BROKEN = {
-    "SentencePiece": {"ggml__model": "llama"},
-    "another pre-tokenizer": {"ggml__pre": "tekken"},
+    "WordPiece": {"ggml__model": "bert"},
+    "an unknown pre-tokenizer": {"ggml__pre": "tekno"},
     "no tokens": {"ggml__tokens": None},
     "tokens of another kind": {"ggml__tokens": [1, 2, 3]},
     "a merge of unknown tokens": {"ggml__merges": ["zz yy"]},
     "a merge of one token": {"ggml__merges": ["h"]},
-    "an id beyond the tokens": {"ggml__eos_token_id": 10_000},
+    "fewer types than tokens": {"ggml__token_type": [1, 1]},
 }
 
 

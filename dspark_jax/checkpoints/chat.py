@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.checkpoints.conversations import Conversation, Turn
+from dspark_jax.checkpoints.library import first_line
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 
@@ -85,8 +86,9 @@ def render(
             list(turns), add_generation_prompt=open_answer, tokenize=False, **variables
         )
     except Exception as error:  # a template raises whatever it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise LoadError(f"the chat template refuses the conversation: {reason}") from None
+        raise LoadError(
+            f"the chat template refuses the conversation: {first_line(error)}"
+        ) from None
     return str(text)
 
 
@@ -156,8 +158,27 @@ def needs_format(conversation: Conversation) -> bool:
     return conversation.response_ids is None or "assistant" in earlier
 
 
+def end_of_answer(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
+    """The id that ends an answer where nobody has recorded it: the one that the template writes
+    behind answers, else the end of a text; None where there is neither.
+
+    Args:
+        tokenizer: the target's.
+        stop_ids: at which its texts end.
+    """
+    end = tokenizer.eos_token_id
+    last = stop_ids[0] if end not in stop_ids and stop_ids else end
+    try:
+        ids, _ = tokens_of(find_chat_format(tokenizer).end, tokenizer)
+    except LoadError:  # no template, or one of another kind
+        return last
+    first = int(ids[0]) if len(ids) else None
+    special = first is not None and not tokenizer.decode([first], skip_special_tokens=True)
+    return first if first in stop_ids or special else last
+
+
 def encode_conversation(
-    conversation: Conversation, tokenizer: Any, chat: ChatFormat | None, end_id: int
+    conversation: Conversation, tokenizer: Any, chat: ChatFormat | None, end_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation as ids and loss mask.
 
@@ -165,7 +186,8 @@ def encode_conversation(
         conversation: with at least one answer.
         tokenizer: the target's.
         chat: what surrounds an answer; None where :func:`needs_format` says no.
-        end_id: the token that ends an answer whose own ids are known.
+        end_id: the token that ends an answer whose own ids are known, and not what ended it; None
+            where the target has none.
 
     Returns:
         token_S int32 and loss_mask_S bool.
@@ -184,15 +206,19 @@ def encode_conversation(
         text = render(tokenizer, chat.opened(prompt), open_answer=True)
         token_S, start_S = tokens_of(text, tokenizer)
         mask_S = answer_mask(text, start_S, chat)
-    ids, count = list(conversation.response_ids), len(tokenizer)
-    if ids and not 0 <= min(ids) <= max(ids) < count:
-        bad = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(
-            f'{bad} in "response_ids" is no token of the target, whose ids are '
-            f"0..{count - 1}: were these the answers of another model?"
-        )
+    ids = list(conversation.response_ids)
     if conversation.finished:
+        end_id = end_id if conversation.end_id is None else conversation.end_id
+        if end_id is None:
+            raise ValueError("the target's tokenizer has no end of sequence, nor has the answer")
         ids.append(end_id)
+    for index in ids:
+        if not 0 <= index < 2**31 or tokenizer.convert_ids_to_tokens(index) is None:
+            raise ValueError(
+                f'{index} in "response_ids" or "end_id" is no token of the target, whose ids are '
+                f"0..{max(tokenizer.get_vocab().values())}: were these the answers of another "
+                "model?"
+            )
     answer_S = np.array(ids, np.int32)
     return np.append(token_S, answer_S), np.append(mask_S, np.ones(len(answer_S), bool))
 

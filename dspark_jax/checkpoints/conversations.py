@@ -10,7 +10,7 @@ A line is a JSON object with one of
 (the first of these that is there counts). Where the last turn is the target's own answer, the
 line may also have ``response_ids``, the answer's own token ids without the token that ends it, and
 ``finish``: ``"stop"`` (the default) where the answer ended by itself, anything else where it was
-cut.
+cut; and ``end_id``, the id that ended it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Conversation:
         response_ids: token ids of the last turn, an answer, without the token that ends it; None
             where only the text is known.
         finished: whether that answer ended by itself.
+        end_id: the id at which it did, where that is known.
     """
 
     turns: tuple[Turn, ...]
     origin: str
     response_ids: tuple[int, ...] | None = None
     finished: bool = True
+    end_id: int | None = None
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -136,6 +138,7 @@ def _conversation(row: Any, origin: str) -> Conversation:
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise ValueError("a system turn must be the first turn")
     ids, finish = row.get("response_ids"), row.get("finish", "stop")
+    end_id = row.get("end_id")
     if ids is not None:
         if not (isinstance(ids, list) and all(type(id) is int for id in ids)):
             raise ValueError('"response_ids" must be a list of token ids')
@@ -146,7 +149,12 @@ def _conversation(row: Any, origin: str) -> Conversation:
             )
     if not isinstance(finish, str):
         raise ValueError('"finish" must be a string, "stop" where the answer ended by itself')
-    return Conversation(turns, origin, None if ids is None else tuple(ids), finish == "stop")
+    if not (end_id is None or type(end_id) is int):
+        raise ValueError(
+            f'"end_id" is {end_id!r:.40}: it must be the token id that ended the answer'
+        )
+    known = None if ids is None else tuple(ids)
+    return Conversation(turns, origin, known, finish == "stop", end_id)
 
 
 def _turns(row: dict[str, Any]) -> tuple[Turn, ...]:

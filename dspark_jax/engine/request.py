@@ -29,7 +29,8 @@ class Request:
         temperature, top_k, top_p, min_p: 0, 0, 1 and 0 switch them off (greedy, no filter).
         key: uint32 [2], the randomness of this request, where ``seed`` does not make it.
         stop_ids: ids that end the text besides the model's own; dropped from it.
-        stop_strings: strings that end the text; dropped from it too.
+        stop_strings: strings that end the text; dropped from it too. One that is a special token
+            is matched by its id. A string is a list of one.
         logprobs: whether the log-probabilities of the new tokens are wanted, under the target's
             own law before temperature and filters.
         trace: whether the result shall have every round.
@@ -192,8 +193,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    """Stop strings; a single string is no list of them."""
-    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    """Stop strings; a single string is one of them."""
+    value = (value,) if isinstance(value, str) else value
+    listed = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
     found = tuple(value) if listed else ()
     if not listed or not all(isinstance(text, str) for text in found):
         raise ValueError(f"stop_strings is {value!r:.40}: give a list of strings")

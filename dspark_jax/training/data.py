@@ -49,14 +49,14 @@ class TokenSequence:
 
 
 def tokenize(
-    conversations: Sequence[Conversation], tokenizer: Any, end_id: int, recipe: TrainConfig
+    conversations: Sequence[Conversation], tokenizer: Any, end_id: int | None, recipe: TrainConfig
 ) -> tuple[list[TokenSequence], int]:
     """Conversations as sequences, cut at ``max_length``.
 
     Args:
         conversations: of :func:`~dspark_jax.checkpoints.conversations.read_answered`.
         tokenizer: the target's.
-        end_id: the token that ends an answer.
+        end_id: the token that ends an answer, where the file does not say.
         recipe: limits.
 
     Returns:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import gather, init_params, make_mesh, place
+from dspark_jax.checkpoints.chat import end_of_answer
 from dspark_jax.checkpoints.conversations import Conversation, read_answered
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.load import Target, open_target, read_drafter
@@ -140,9 +141,6 @@ def load_sequences(
         ValueError: the data or the cache does not suit the target, or there is too little of it.
     """
     sequences: Sequence[data.TokenSequence]
-    end_id = target.tokenizer.eos_token_id
-    if end_id is None:
-        raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
     if recipe.max_length > target.cfg.max_positions:
         raise ValueError(
             f"max_length {recipe.max_length} is beyond the context of {target.name}: "
@@ -152,7 +150,14 @@ def load_sequences(
         source.require(cache_spec(recipe, cfg))
         sequences, dropped = cached_sequences(source, cfg.vocab_size, recipe)
     else:
+        end_id = end_of_answer(target.tokenizer, target.stop_ids)
         sequences, dropped = data.tokenize(source, target.tokenizer, end_id, recipe)
+        for sequence in sequences:
+            if sequence.token_S.max() >= cfg.vocab_size:
+                raise ValueError(
+                    f"{sequence.origin}: the tokenizer writes the id {sequence.token_S.max()}, and "
+                    f"the ids of {target.name} are 0..{cfg.vocab_size - 1}: leave that token out"
+                )
     if len(sequences) <= recipe.eval_sequences:
         name = source.directory if isinstance(source, CacheReader) else recipe.data
         raise ValueError(
