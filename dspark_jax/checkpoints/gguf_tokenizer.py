@@ -70,9 +70,10 @@ def gguf_tokenizer(file: GgufFile, origin: str) -> Any:
             pieces = _pieces(file, tokens, types)
             built = piece_tokenizer(pieces, begin)
         else:
-            merges = [
-                tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", list)
-            ]
+            merges = file.value("tokenizer.ggml.merges", list)
+            if merges is None:
+                raise LoadError("tokenizer.ggml.merges is missing")
+            merges = [tuple(merge.split(" ", 1)) for merge in merges]
             vocabulary = {token: index for index, token in enumerate(tokens)}
             if kind == "gemma4":
                 built = _spaced_bpe(vocabulary, merges, types)

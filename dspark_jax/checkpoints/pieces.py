@@ -179,9 +179,7 @@ def read_pieces(path: Path, config: Mapping[str, Any]) -> tuple[Pieces, dict[str
     except Exception:  # the protocol buffers' own
         model = ModelProto()
     if not model.pieces:
-        raise LoadError(
-            f"{path}: no SentencePiece model: give the model's tokenizer.json in its place"
-        )
+        raise LoadError("this is no SentencePiece model")
     spec, normal = model.trainer_spec, model.normalizer_spec
     first = "every" if config.get("legacy") is not False else "first"
     prefix = normal.add_dummy_prefix and config.get("add_prefix_space") is not False

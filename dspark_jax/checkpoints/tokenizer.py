@@ -22,11 +22,17 @@ from dspark_jax.checkpoints.tensors import LoadError, read_json
 
 TOKENIZER, PIECES, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
+OTHERS = (
+    "vocab*",
+    "tekken.json",
+    "*.tiktoken",
+    "*.model",
+)  # that transformers may know how to read
 UNUSED_NAME = re.compile(r"mask|empty_output|reserved|unused", re.IGNORECASE)
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a Hugging Face directory, a hub id or a GGUF file.
+    """The tokenizer of a Hugging Face directory or a GGUF file.
 
     Raises:
         LoadError: there is none, or it is broken or of a kind that is not supported.
@@ -44,13 +50,13 @@ def load_tokenizer(source: str | Path) -> Any:
                 return PreTrainedTokenizerFast.from_pretrained(directory)
             if found == PIECES:
                 return _of_pieces(directory, PreTrainedTokenizerFast)
+            if not any(any(directory.glob(pattern)) for pattern in OTHERS):
+                raise LoadError("and no other that is known")
             return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        except LoadError:
-            raise
         except Exception as error:  # transformers raises anything at all on a broken tokenizer
             raise LoadError(
                 f"{source}: no usable tokenizer ({found or f'no {TOKENIZER}, no {PIECES}'}: "
-                f"{first_line(error)})"
+                f"{first_line(error)}): put the model's {TOKENIZER} there"
             ) from None
 
 
