@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer
+from dspark_jax.engine.text import TextStream
 from tests.test_tokenizer import write_gguf
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -75,6 +76,16 @@ def test_ids_are_those_of_the_library(loaded, text):
 @given(st.text(alphabet="ab é<>\n中🙂", max_size=40))
 def test_a_text_comes_back(loaded, text):
     assert loaded.decode(loaded.encode(text), skip_special_tokens=True) == text
+
+
+CHARACTERS = [(1,), (2,), (125,), (198, 172), *((index,) for index in range(259, 269))]
+
+
+@given(st.lists(st.sampled_from(CHARACTERS), max_size=12))
+def test_streamed_text_adds_up(loaded, characters):
+    ids, stream = [index for ids in characters for index in ids], TextStream(loaded)
+    shown = [stream.push([index]) for index in ids] + [stream.finish()]
+    assert "".join(shown) == loaded.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

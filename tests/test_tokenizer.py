@@ -188,6 +188,13 @@ def test_the_file_is_the_truth_whatever_the_class_says(name, tmp_path):
     assert loaded.decode(chat_prompt_ids(loaded, "hi")) == "<|user|>hi<|end|><|assistant|>"
 
 
+def test_a_broken_file_beside_the_tokenizer_is_named(tmp_path):
+    shutil.copytree(QWEN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(LoadError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_directory_whose_tokenizer_is_missing_is_no_empty_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(LoadError, match=r"no tokenizer\.json, no tokenizer\.model"):

@@ -45,11 +45,12 @@ def load_tokenizer(source: str | Path) -> Any:
         directory = Path(source)
         found = next((name for name in (TOKENIZER, PIECES) if (directory / name).is_file()), None)
         try:
+            config, said = (_fields(directory / name) for name in (CONFIG, SPECIAL))
             if found == TOKENIZER:
                 # Not the class that tokenizer_config.json names: it would rebuild another one.
                 return PreTrainedTokenizerFast.from_pretrained(directory)
             if found == PIECES:
-                return _of_pieces(directory, PreTrainedTokenizerFast)
+                return _of_pieces(directory, said | config, PreTrainedTokenizerFast)
             if not any(any(directory.glob(pattern)) for pattern in OTHERS):
                 raise LoadError("and no other that is known")
             return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
@@ -60,12 +61,15 @@ def load_tokenizer(source: str | Path) -> Any:
             ) from None
 
 
-def _of_pieces(directory: Path, fast: Any) -> Any:
+def _fields(path: Path) -> dict[str, Any]:
+    """What a file says, if it is there."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _of_pieces(directory: Path, config: dict[str, Any], fast: Any) -> Any:
     """The tokenizer of a ``tokenizer.model``; transformers reads the files beside it."""
-    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    said = read_json(directory / SPECIAL) if (directory / SPECIAL).is_file() else {}
-    pieces, roles, begin = read_pieces(directory / PIECES, said | config)
-    unsaid = {role: text for role, text in roles.items() if role not in said | config}
+    pieces, roles, begin = read_pieces(directory / PIECES, config)
+    unsaid = {role: text for role, text in roles.items() if role not in config}
     with tempfile.NamedTemporaryFile(suffix=TOKENIZER) as file:
         piece_tokenizer(pieces, begin).save(file.name)
         tokenizer = fast.from_pretrained(directory, tokenizer_file=file.name, **unsaid)

@@ -37,8 +37,8 @@ class TextStream:
         """The text that these further tokens complete."""
         self._ids.extend(ids)
         text = self._pending()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # behind a token that shows nothing, the next one's space is no first one
         self._context, self._shown = self._shown, len(self._ids)
         return text
 
