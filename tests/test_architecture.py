@@ -85,10 +85,12 @@ PURE = {
 CONFINED = {
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},
-    "tokenizers": {"dspark_jax.checkpoints.tokenizer"},
+    "sentencepiece": {"dspark_jax.checkpoints.pieces"},
+    "tokenizers": {"dspark_jax.checkpoints.gguf_tokenizer", "dspark_jax.checkpoints.pieces"},
     "transformers": {
         "dspark_jax.config",
         "dspark_jax.checkpoints.gguf",
+        "dspark_jax.checkpoints.gguf_tokenizer",
         "dspark_jax.checkpoints.hf",
         "dspark_jax.checkpoints.tokenizer",
     },
@@ -98,7 +100,10 @@ OPTIONAL = {"matplotlib"}
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"
 # llama.cpp names its pre-tokenizers after the models that had them first.
-MAY_SPELL_FAMILIES = {"dspark_jax.checkpoints.tokenizer"}
+MAY_SPELL_FAMILIES = {
+    "dspark_jax.checkpoints.gguf_splits",
+    "dspark_jax.checkpoints.gguf_tokenizer",
+}
 
 VAGUE_NAMES = {"base", "common", "helpers", "misc", "utils"}
 MAX_LINES = 400

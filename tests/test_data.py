@@ -241,9 +241,32 @@ def test_an_answers_own_ids_follow_the_prompt(tokenizer):
     # Where only the text is known, an answer that was cut has no end either.
     text = only("a", "x y z", "b", "one two three", finished=False)
     assert tokenizer.decode(text.token_S[text.loss_mask_S]) == "x y z<|im_end|>\none two three"
+    # What really ended an answer is what is learnt, where the file says so.
+    ended = only("a", "xyz", response_ids=(90, 91, 92), end_id=7)
+    assert ended.token_S[len(prompt) :].tolist() == [90, 91, 92, 7]
+    cut = only("a", "xyz", response_ids=(90, 91, 92), end_id=7, finished=False)
+    assert cut.token_S[len(prompt) :].tolist() == [90, 91, 92]
     for bad in (419, -1, 2**70):
         with pytest.raises(ValueError, match=r"d: 1 of 1 lines .*0\.\.418.* \(line 1\)"):
             only("a", "xyz", response_ids=(1, bad))
+        with pytest.raises(ValueError, match=r"d: 1 of 1 lines .*0\.\.418"):
+            only("a", "xyz", response_ids=(1, 2), end_id=bad)
+
+
+def test_an_answer_needs_an_end_where_nothing_says_which(tokenizer):
+    known = conversation("a", "b", response_ids=(90,) * 9)
+    with pytest.raises(ValueError, match="the target's tokenizer has no end of sequence"):
+        data.tokenize([known], tokenizer, None, RECIPE)
+    said = conversation("a", "b", response_ids=(90,) * 9, end_id=5)
+    (one,), _ = data.tokenize(
+        [
+            said,
+        ],
+        tokenizer,
+        None,
+        RECIPE,
+    )
+    assert one.token_S[-1] == 5
 
 
 def test_a_base_model_learns_from_ids_alone(tokenizer, caplog):

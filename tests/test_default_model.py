@@ -37,7 +37,8 @@ def target():
 def test_the_default_target_is_what_it_says(target):
     assert (target.cfg.num_layers, target.cfg.hidden_size, target.cfg.tied) == (30, 576, True)
     assert target.cfg.rope.theta == 100_000
-    assert target.stop_ids == (target.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    ends = ["<|im_end|>", "<|endoftext|>", "<reponame>"]  # its own, and two by their names
+    assert target.stop_ids == tuple(target.tokenizer.convert_tokens_to_ids(ends))
     mask = unused_token(target.tokenizer, target.cfg.vocab_size)
     assert target.tokenizer.convert_ids_to_tokens(mask) == "<empty_output>"
 

@@ -17,7 +17,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.models.vocab import suppress, unembed
+from dspark_jax.models.vocab import SUPPRESSED, suppress, unembed
 from dspark_jax.scheduler.seconds import Seconds
 from pallas_kernels import random
 from tests.test_families import CONFIGS, MOST, SIZES
@@ -195,3 +195,13 @@ def test_texts_follow_the_target_with_the_scheduler_in_the_loop(kind, known_seco
     # The same samples do not follow a target of half the temperature.
     other = chance_B**2 / (chance_B**2).sum() * SAMPLES
     assert ((counts_B - other) ** 2 / other).sum() > len(every) + 12 * np.sqrt(2 * len(every))
+
+
+def test_ids_are_suppressed_in_a_part_of_the_vocabulary_too():
+    logits_XV = jnp.arange(12.0).reshape(2, 6)
+    hidden_XV = np.asarray(suppress(logits_XV, (1, 4)) == SUPPRESSED)
+    assert hidden_XV.tolist() == [[False, True, False, False, True, False]] * 2
+    d2t_U = jnp.array([0, 4, 5, 1, 900, 3])  # its ids may lie behind the last that is suppressed
+    hidden_XU = np.asarray(suppress(logits_XV, (1, 4), d2t_U) == SUPPRESSED)
+    assert hidden_XU.tolist() == [[False, True, False, True, False, False]] * 2
+    assert suppress(logits_XV, ()) is logits_XV

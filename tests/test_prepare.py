@@ -152,6 +152,7 @@ def test_every_turn_is_answered_after_the_answers_before_it(run, decoder, tmp_pa
             text += answer["content"] + "<end>"
             seen += 1
         assert (row["response_ids"], row["finish"]) == (expected.token_ids, expected.finish_reason)
+        assert row["end_id"] == expected.end_id
         assert row["temperature"] == 0.5
     assert seen == len(asked) == len(engine.requests)
     assert [len(row["conversations"]) for row in rows[:4]] == [2, 6, 3, 4]

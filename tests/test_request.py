@@ -58,7 +58,6 @@ def test_numbers_become_python_s_own():
         ({"prompt_ids": []}, "the prompt is empty"),
         ({"stop_ids": 2}, "stop_ids is 2"),
         ({"stop_ids": [2**40]}, r"stop_ids\[0\] is"),
-        ({"stop_strings": "end"}, "stop_strings is 'end': give a list"),
         ({"stop_strings": [b"end"]}, r"stop_strings\[0\] is b'end': give a text, .* decode"),
         ({"stop_strings": None}, "stop_strings is None"),
         ({"stop_strings": ["a\ud83d"]}, r"stop_strings\[0\] has '\\ud83d' at character 2"),

@@ -1,15 +1,25 @@
-"""Tokenizers: BPE rebuilt from GGUF, chat prompts, stop and mask tokens, streamed text."""
+"""Tokenizers: files as they stand, BPE rebuilt from GGUF, chat prompts, streamed text."""
 
+import json
+import logging
+import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from dspark_jax.checkpoints.gguf_splits import CUTS
 from dspark_jax.checkpoints.tensors import LoadError
-from dspark_jax.checkpoints.tokenizer import chat_prompt_ids, load_tokenizer, stop_ids, unused_token
+from dspark_jax.checkpoints.tokenizer import (
+    chat_prompt_ids,
+    ids_without_token,
+    load_tokenizer,
+    unused_token,
+)
 from dspark_jax.engine.text import TextStream
 
 QWEN = Path(__file__).parent / "data" / "tokenizer_qwen_plain"
@@ -66,16 +76,147 @@ def pieces(tokenizer, text):
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
+        ("default", ["hello", "Ġ", "123", "4"]),
         ("gpt-2", ["hello", "Ġ", "123", "4"]),
         ("smollm", ["hello", "Ġ", "1", "2", "3", "4"]),
         ("qwen2", ["hello", "Ġ", "1", "2", "3", "4"]),
+        ("qwen35", ["hello", "Ġ", "1", "2", "3", "4"]),
         ("llama-bpe", ["hello", "Ġ", "123", "4"]),
+        ("llama-v3", ["hello", "Ġ", "123", "4"]),
+        ("tekken", ["hello", "Ġ", "1", "2", "3", "4"]),
+        ("gpt-4o", ["hello", "Ġ", "123", "4"]),
+        ("deepseek-llm", ["hello", "Ġ", "123", "4"]),
+        ("deepseek-v3", ["hello", "Ġ", "123", "4"]),
     ],
 )
 def test_named_pre_tokenizers_cut_digits_as_the_model_was_trained(split, expected, tmp_path):
     changes = {"ggml__pre": split, "ggml__add_bos_token": False}
     tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", **changes))
     assert pieces(tokenizer, "hello 1234") == expected
+
+
+TEXTS = {
+    "It's 12345, DON'T!\n\n x/y//\n": {
+        "default": "It|'|s| |123|45|,| DON|'|T|!|\n\n| x|/|y|//|\n",
+        "gpt-2": "It|'s| 12345|,| DON|'|T|!|\n\n| x|/|y|//|\n",
+        "smollm": "It|'s| |1|2|3|4|5|,| DON|'|T|!|\n\n| x|/|y|//|\n",
+        "llama-bpe": "It|'s| |123|45|,| DON|'T|!\n\n| x|/y|//\n",
+        "qwen2": "It|'s| |1|2|3|4|5|,| DON|'T|!\n\n| x|/y|//\n",
+        "tekken": "It|'s| |1|2|3|4|5|,| DON|'T|!\n\n| x|/y|//\n",
+        "gpt-4o": "It's| |123|45|,| DON'T|!\n\n| x|/y|//\n",
+        "deepseek-llm": "It|'|s| |12345|,| DON|'|T|!|\n|\n| x|/|y|//|\n",
+        "deepseek-v3": "It|'s| |123|45|,| DON|'T|!\n\n| x|/y|//\n",
+    },
+    "fooBar ÉCole日本 e\u0301": {
+        "llama-bpe": "fooBar| ÉCole日本| e|\u0301",
+        "qwen2": "fooBar| ÉCole日本| e|\u0301",
+        "qwen35": "fooBar| ÉCole日本| e\u0301",
+        "tekken": "foo|Bar| ÉCole日本| e\u0301",
+        "gpt-4o": "foo|Bar| ÉCole日本| e\u0301",
+        "deepseek-v3": "fooBar| ÉCole|日本| e\u0301",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [(text, name) for text, cuts in TEXTS.items() for name in cuts]
+)
+def test_texts_are_cut_as_llama_cpp_cuts_them(text, name):
+    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in CUTS[name].patterns]
+    words = [word for word, _ in pre_tokenizers.Sequence(steps).pre_tokenize_str(text)]
+    assert "|".join(words) == TEXTS[text][name]
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_no_pre_tokenizer_loses_text(name):
+    text = "Ab's 1234½ É日本\r\n\t <|x|> —\u3000。 🙂"
+    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in CUTS[name].patterns]
+    words = pre_tokenizers.Sequence(steps).pre_tokenize_str(text)
+    assert "".join(word for word, _ in words) == text
+
+
+def test_a_file_that_names_no_pre_tokenizer_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_tokenizer(write_gguf(tmp_path / "said.gguf"))
+        assert not caplog.records
+        tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", ggml__pre=None))
+    assert "t.gguf: no tokenizer.ggml.pre" in caplog.text
+    assert "'default' is assumed" in caplog.text
+    assert pieces(tokenizer, "1234") == ["123", "4"]
+
+
+def test_what_ends_a_text_by_its_name_is_a_control_token(tmp_path):
+    tokens = [*CONTROL, DEFINED, *sorted(ByteLevel.alphabet())]
+    tokens += [merge.replace(" ", "") for merge in MERGES] + ["<|im_end|>"]
+    types = [1] * len(tokens)
+    changes = {"ggml__tokens": tokens, "ggml__token_type": types}
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", **changes))
+    assert pieces(tokenizer, "hello<|im_end|>") == ["hello", "<|im_end|>"]
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b"), skip_special_tokens=True) == "ab"
+
+
+def test_pieces_that_are_merged_have_spaces_and_bytes(tmp_path):
+    tokens = ["<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", "a", "b", "ab", "▁ab", "\n", "\n\n", "<turn|>"]
+    changes = {
+        "ggml__model": "gemma4",
+        "ggml__pre": None,
+        "ggml__tokens": tokens,
+        "ggml__token_type": [3, 3, 2] + [6] * 256 + [1] * 7 + [3],
+        "ggml__merges": ["a b", "▁ ab", "\n \n"],
+        "ggml__add_bos_token": False,  # as some files have it
+    }
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", **changes))
+    text = "ab ab\n\n\na é<turn|>"
+    expected = ["<bos>", "ab", "▁ab", "\n\n", "\n", "a", "▁", "<0xC3>", "<0xA9>", "<turn|>"]
+    assert pieces(tokenizer, text) == expected
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text[:-7]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "Unheard"])
+def test_the_file_is_the_truth_whatever_the_class_says(name, tmp_path):
+    tokenizer = Tokenizer.from_file(str(QWEN / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": name, "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    for text in ("x 1212 hello", "e\u0301 don't", "<|im_end|>\n"):
+        assert loaded.encode(text) == tokenizer.encode(text).ids
+    assert loaded.decode(chat_prompt_ids(loaded, "hi")) == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_a_broken_file_beside_the_tokenizer_is_named(tmp_path):
+    shutil.copytree(QWEN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(LoadError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_whose_tokenizer_is_missing_is_no_empty_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(LoadError, match=r"no tokenizer\.json, no tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_without_token(tokenizer, tmp_path):
+    size = len(tokenizer)
+    assert ids_without_token(tokenizer, size) == ids_without_token(tokenizer, 3) == ()
+    assert ids_without_token(tokenizer, size + 3) == (size, size + 1, size + 2)
+    shutil.copytree(QWEN, tmp_path / "holes")
+    path = tmp_path / "holes" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    moved = next(reversed(content["model"]["merges"]))
+    moved = "".join(moved.split(" ") if isinstance(moved, str) else moved)
+    hole, vocabulary[moved] = vocabulary[moved], 1000
+    path.write_text(json.dumps(content))
+    holed = load_tokenizer(tmp_path / "holes")
+    assert hole in ids_without_token(holed, 1001)
+    assert 1000 not in ids_without_token(holed, 1001)
+    assert unused_token(holed, 1001) not in holed.get_vocab().values()
 
 
 def test_qwen_text_is_normalised(tmp_path):
@@ -161,13 +302,6 @@ def test_a_template_that_fails_is_an_error_of_one_line(template, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_stop_ids_are_collected_from_everywhere(tokenizer):
-    assert stop_ids(tokenizer) == (0,)
-    assert stop_ids(tokenizer, {"eos_token_id": 7}, {"eos_token_id": [9, 7]}, {}) == (0, 7, 9)
-    with pytest.raises(LoadError, match="eos_token_id is 'x'"):
-        stop_ids(tokenizer, {"eos_token_id": "x"})
-
-
 def test_the_mask_token_is_one_that_no_text_contains(tokenizer, tmp_path):
     size = len(tokenizer)
     assert unused_token(tokenizer, size) == CONTROL.index("<reserved_0>")
@@ -180,13 +314,13 @@ def test_the_mask_token_is_one_that_no_text_contains(tokenizer, tmp_path):
 
 
 BROKEN = {
-    "SentencePiece": {"ggml__model": "llama"},
-    "another pre-tokenizer": {"ggml__pre": "tekken"},
+    "WordPiece": {"ggml__model": "bert"},
+    "an unknown pre-tokenizer": {"ggml__pre": "tekno"},
     "no tokens": {"ggml__tokens": None},
     "tokens of another kind": {"ggml__tokens": [1, 2, 3]},
     "a merge of unknown tokens": {"ggml__merges": ["zz yy"]},
     "a merge of one token": {"ggml__merges": ["h"]},
-    "an id beyond the tokens": {"ggml__eos_token_id": 10_000},
+    "fewer types than tokens": {"ggml__token_type": [1, 1]},
 }
 
 

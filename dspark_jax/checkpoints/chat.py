@@ -165,11 +165,33 @@ def needs_format(conversation: Conversation) -> bool:
     return not known or "assistant" in earlier
 
 
+def end_of_answer(
+    tokenizer: Any, stop_ids: Sequence[int], rendering: Rendering = PLAIN
+) -> int | None:
+    """The id that ends an answer where nobody has recorded it: the one that the template writes
+    behind answers, else the end of a text; None where there is neither.
+
+    Args:
+        tokenizer: the target's.
+        stop_ids: at which its texts end.
+        rendering: of its prompts.
+    """
+    end = tokenizer.eos_token_id
+    last = stop_ids[0] if end not in stop_ids and stop_ids else end
+    try:
+        ids, _ = tokens_of(find_chat_format(tokenizer, rendering).end, tokenizer)
+    except LoadError:  # no template, or one of another kind
+        return last
+    first = int(ids[0]) if len(ids) else None
+    special = first is not None and not tokenizer.decode([first], skip_special_tokens=True)
+    return first if first in stop_ids or special else last
+
+
 def encode_conversation(
     conversation: Conversation,
     tokenizer: Any,
     chat: ChatFormat | None,
-    end_id: int,
+    end_id: int | None,
     rendering: Rendering = PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation as ids and loss mask.
@@ -179,7 +201,8 @@ def encode_conversation(
         tokenizer: the target's.
         chat: what surrounds an answer; None where that is not understood, or :func:`needs_format`
             says no. Then the last answer alone is supervised, and its ids must be known.
-        end_id: the token that ends an answer whose own ids are known.
+        end_id: the token that ends an answer whose own ids are known, and not what ended it; None
+            where the target has none.
         rendering: that ``chat`` was found with.
 
     Returns:
@@ -198,14 +221,19 @@ def encode_conversation(
         token_S, mask_S = _encode_text(conversation, tokenizer, chat, rendering)
     if conversation.response_ids is None:
         return token_S, mask_S
-    ids, count = list(conversation.response_ids), len(tokenizer)
-    if ids and not 0 <= min(ids) <= max(ids) < count:
-        raise ValueError(
-            f'an id in "response_ids" is no token of the target, whose ids are 0..{count - 1}: '
-            "were these the answers of another model?"
-        )
+    ids = list(conversation.response_ids)
     if conversation.finished:
+        end_id = end_id if conversation.end_id is None else conversation.end_id
+        if end_id is None:
+            raise ValueError("the target's tokenizer has no end of sequence, nor has the answer")
         ids.append(end_id)
+    for index in ids:
+        if not 0 <= index < 2**31 or tokenizer.convert_ids_to_tokens(index) is None:
+            raise ValueError(
+                'an id in "response_ids" or "end_id" is no token of the target, whose ids are '
+                f"0..{max(tokenizer.get_vocab().values())}: were these the answers of another "
+                "model?"
+            )
     answer_S = np.array(ids, np.int32)
     return np.append(token_S, answer_S), np.append(mask_S, np.ones(len(answer_S), bool))
 

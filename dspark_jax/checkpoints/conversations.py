@@ -13,7 +13,7 @@ A line is a JSON object with one of
 "system", a string, and "tools", as chat templates take them. Where the last turn is the target's
 own answer, the line may also have ``response_ids``, the answer's own token ids without the token
 that ends it, and ``finish``: ``"stop"`` (the default) where the answer ended by itself, anything
-else where it was cut.
+else where it was cut; and ``end_id``, the id that ended it.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Conversation:
         finished: whether that answer ended by itself.
         tools: that the assistant might call, as chat templates take them.
         place: among the lines of its file, from 0, whichever of them can be used.
+        end_id: the id at which the answer ended, where that is known.
     """
 
     turns: tuple[Turn, ...]
@@ -88,6 +89,7 @@ class Conversation:
     finished: bool = True
     tools: tuple[Any, ...] = ()
     place: int = 0
+    end_id: int | None = None
 
     @property
     def uses_tools(self) -> bool:
@@ -194,6 +196,7 @@ def _conversation(row: Any, origin: str, place: int) -> Conversation:
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise ValueError("a system turn must be the first turn")
     ids, finish = row.get("response_ids"), row.get("finish", "stop")
+    end_id = row.get("end_id")
     if ids is not None:
         if not (isinstance(ids, list) and all(type(id) is int for id in ids)):
             raise ValueError('"response_ids" must be a list of token ids')
@@ -209,8 +212,11 @@ def _conversation(row: Any, origin: str, place: int) -> Conversation:
         raise ValueError('"tools" must be a list')
     if not is_text(json.dumps([turns, tools], ensure_ascii=False)):
         raise ValueError("holds half of a surrogate pair, which is no character")
-    ids = None if ids is None else tuple(ids)
-    return Conversation(tuple(turns), origin, ids, finish == "stop", tuple(tools), place)
+    if not (end_id is None or type(end_id) is int):
+        raise ValueError('"end_id" must be the token id that ended the answer')
+    known = None if ids is None else tuple(ids)
+    finished = finish == "stop"
+    return Conversation(tuple(turns), origin, known, finished, tuple(tools), place, end_id)
 
 
 def is_text(value: str) -> bool:

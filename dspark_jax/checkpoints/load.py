@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
+from dspark_jax.checkpoints.ends import end_ids, known_ends
 from dspark_jax.checkpoints.gguf import gguf_config, load_gguf_target, open_gguf
+from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
 from dspark_jax.checkpoints.hf import (
     CONFIG_FILE,
     load_hf_target,
@@ -23,7 +25,7 @@ from dspark_jax.checkpoints.hf import (
 )
 from dspark_jax.checkpoints.speculators import KIND, load_speculators
 from dspark_jax.checkpoints.tensors import LoadError, read_json
-from dspark_jax.checkpoints.tokenizer import gguf_tokenizer, load_tokenizer, stop_ids
+from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.targets.family import TargetParams
@@ -98,12 +100,12 @@ def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
         target, read_weights = _gguf_target(Path(source))
     else:
         target, read_weights = _hf_target(source)
-    if len(target.tokenizer) > target.cfg.vocab_size:
-        raise LoadError(
-            f"{source}: the tokenizer has {len(target.tokenizer)} tokens, but vocab_size is "
-            f"{target.cfg.vocab_size}: they do not belong together"
-        )
-    return target, read_weights
+    cfg = target.cfg
+    unnamed = ids_without_token(target.tokenizer, cfg.vocab_size)
+    suppressed = tuple(sorted({*cfg.suppressed, *unnamed}))
+    if len(suppressed) == cfg.vocab_size:
+        raise LoadError(f"{source}: the tokenizer has no token below vocab_size {cfg.vocab_size}")
+    return replace(target, cfg=replace(cfg, suppressed=suppressed)), read_weights
 
 
 def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
@@ -111,8 +113,15 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
     file = open_gguf(path)
     cfg = gguf_config(file, path)
     tokenizer = gguf_tokenizer(file, str(path))
-    end_of_turn = {"eos_token_id": file.value("tokenizer.ggml.eot_token_id", int)}
-    target = Target(cfg, None, tokenizer, path.stem, stop_ids(tokenizer, end_of_turn))
+    keys = "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"
+    stated = [(f"{path}: {key}", file.value(key, int)) for key in keys]
+    stated = [(f"{path}: the tokenizer's eos_token", tokenizer.eos_token_id), *stated]
+    known = known_ends(file.value("tokenizer.ggml.tokens", list))
+    stops = end_ids(stated, cfg.vocab_size, known)
+    key = "tokenizer.ggml.suppress_tokens"
+    hidden = _suppressed(f"{path}: {key}", file.value(key, list, []), cfg.vocab_size)
+    cfg = replace(cfg, suppressed=hidden)
+    target = Target(cfg, None, tokenizer, path.stem, stops)
     return target, lambda dtype, mesh: load_gguf_target(path, dtype, mesh, file=file)[1]
 
 
@@ -121,19 +130,27 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     directory = model_directory(source)
     cfg, _ = read_checkpoint(directory, target_config)
     tokenizer = load_tokenizer(directory)
-    generation = directory / "generation_config.json"
-    configs = [read_json(generation)] if generation.is_file() else []
-    cfg = replace(cfg, suppressed=_suppressed(generation, configs, cfg.vocab_size))
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    hidden = generation.get("suppress_tokens") or []
+    cfg = replace(cfg, suppressed=_suppressed(f"{path}: suppress_tokens", hidden, cfg.vocab_size))
+    if generation.get("eos_token_id") is None:
+        path = directory / CONFIG_FILE
+        config = read_json(path)
+        generation = config.get("text_config", {}) | config
+    stated = [
+        (f"{path}: eos_token_id", generation.get("eos_token_id")),
+        (f"{directory}: the tokenizer's eos_token", tokenizer.eos_token_id),
+    ]
     name = Path(source).resolve().name
-    target = Target(cfg, None, tokenizer, name, stop_ids(tokenizer, *configs))
+    target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size))
     return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
 
 
-def _suppressed(path: Path, configs: list[dict[str, Any]], vocab_size: int) -> tuple[int, ...]:
-    """``suppress_tokens`` of a ``generation_config.json``, where there is one."""
-    ids = next((config.get("suppress_tokens") for config in configs), None) or []
+def _suppressed(where: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """Ids that a file says are never drawn."""
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise LoadError(f"{path}: suppress_tokens {ids!r} must list ids below {vocab_size}")
+        raise LoadError(f"{where} {ids!r:.60} must list ids below {vocab_size}")
     return tuple(sorted(set(ids)))
 
 

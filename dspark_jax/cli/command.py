@@ -299,7 +299,7 @@ def prepare(args: argparse.Namespace) -> int:
     limits, share = limits_of(args), data.Share(args.process, args.processes)
     rendering = rendering_of(args)
     conversations = [  # with their system turns, which the output is to have too
-        replace(found, turns=tuple(map(Turn, rendering.turns(found.turns))))
+        replace(found, turns=tuple(rendering.turns(found.turns)))  # type: ignore[arg-type]
         for found in read_questions(args.input, args.limit)
     ]
     model = load_model(args)

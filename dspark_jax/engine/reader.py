@@ -9,7 +9,7 @@ import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.request import Request, seed_of
-from dspark_jax.engine.text import TextStream
+from dspark_jax.engine.text import TextStream, special_id
 from dspark_jax.scheduler.history import Drafted, Kind, decided_drafts
 
 
@@ -56,6 +56,7 @@ class Generation:
         logprobs: log-probability of each new token where the request asks for it.
         finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
             ``"error"``; empty while it runs.
+        end_id: the stop id that ended it; None where it ended otherwise.
         error: what went wrong, after ``"error"``.
         seed: with which the same request gives the same text again.
         lossless: whether its text keeps the target's distribution, by all rules that made it.
@@ -73,6 +74,7 @@ class Generation:
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    end_id: int | None = None
     error: Exception | None = None
     seed: int | None = None
     lossless: bool = True
@@ -99,6 +101,10 @@ class Reader:
         self.result = Generation(len(request.prompt_ids), seed=seed_of(request.key))
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._held = ""
+        self._ends = set(request.stop_ids)
+        if tokenizer is not None:
+            named = (special_id(tokenizer, text) for text in request.stop_strings)
+            self._ends.update(index for index in named if index is not None)
 
     def read(self, report: RoundReport, slot: int, first: bool) -> str:
         """Take in one round; returns the text that may be shown now."""
@@ -117,8 +123,8 @@ class Reader:
         if not report.finite_B[slot]:
             return self.fail(FloatingPointError("the target's logits are not finite"))
         for column, token in enumerate(report.token_BC[slot, :count].tolist()):
-            if token in self.request.stop_ids:
-                result.finish_reason = "stop"
+            if token in self._ends:
+                result.finish_reason, result.end_id = "stop", token
                 break
             result.token_ids.append(token)
             if self.request.logprobs:

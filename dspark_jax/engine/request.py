@@ -35,7 +35,8 @@ class Request:
         temperature, top_k, top_p, min_p: 0, 0, 1 and 0 switch them off (greedy, no filter).
         key: uint32 [2], the randomness of this request, where ``seed`` does not make it.
         stop_ids: ids that end the text besides the model's own; dropped from it.
-        stop_strings: strings that end the text; dropped from it too.
+        stop_strings: strings that end the text; dropped from it too. One that is a special token
+            is matched by its id. A string is a list of one.
         logprobs: whether the log-probabilities of the new tokens are wanted, under the target's
             own law before temperature and filters.
         trace: whether the result shall have every round.
@@ -253,7 +254,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    """Stop strings."""
+    """Stop strings; a single string is one of them."""
+    value = (value,) if isinstance(value, str) else value
     texts = _list("stop_strings", value, "strings")
     return tuple(_text(f"stop_strings[{place}]", text) for place, text in enumerate(texts))
 

@@ -7,6 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def special_id(tokenizer: Any, text: str) -> int | None:
+    """The id of a special token, which no text shows, by its name; spaces around it are ignored.
+
+    Args:
+        tokenizer: a transformers tokenizer, or what decodes like one and has no special tokens.
+        text: perhaps the name of one.
+    """
+    index = getattr(tokenizer, "added_tokens_encoder", {}).get(text.strip())
+    if index is None or tokenizer.decode([index], skip_special_tokens=True):
+        return None
+    return int(index)
+
+
 @dataclass
 class TextStream:
     """Text of a token stream, given out as soon as its characters are complete.
@@ -24,8 +37,8 @@ class TextStream:
         """The text that these further tokens complete."""
         self._ids.extend(ids)
         text = self._pending()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # behind a token that shows nothing, the next one's space is no first one
         self._context, self._shown = self._shown, len(self._ids)
         return text
 

@@ -105,7 +105,7 @@ def bench_load(
         positions=max(len(one.prompt_ids) + one.max_new_tokens for one in requests),
         acceptance=acceptance,
         kernels=kernels,
-        stop_ids=max(1, len(limits.stop_ids)),
+        stop_ids=max(1, len(limits.stop_ids) + len(decoder.stop_ids)),
     )
     rows, to_none, to_best = [], [], []
     with progress(total=len(concurrency) * len(names) * (1 + repeats)) as bar:

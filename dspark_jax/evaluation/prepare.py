@@ -302,6 +302,7 @@ def line_of(dialogue: Dialogue) -> bytes:
         "conversations": dialogue.turns,
         "response_ids": dialogue.answer.token_ids,
         "finish": dialogue.answer.finish_reason,
+        "end_id": dialogue.answer.end_id,
         "temperature": _request(dialogue).temperature,
     }
     return json.dumps(row).encode() + b"\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dspark_jax.models.layers import cap
@@ -73,8 +74,14 @@ def suppress(
     """
     if not ids:
         return logits_XV
-    id_V = jnp.arange(logits_XV.shape[-1]) if d2t_U is None else d2t_U
-    return jnp.where(jnp.isin(id_V, jnp.array(ids)), SUPPRESSED, logits_XV)
+    # A mask that is a constant: padded vocabularies have hundreds of such ids.
+    size = logits_XV.shape[-1] if d2t_U is None else max(ids) + 1
+    hidden_V = np.zeros(size, bool)
+    hidden_V[list(ids)] = True
+    hidden_X = jnp.asarray(hidden_V)
+    if d2t_U is not None:
+        hidden_X = hidden_X.at[d2t_U].get(mode="fill", fill_value=False)
+    return jnp.where(hidden_X, SUPPRESSED, logits_XV)
 
 
 def by_columns(vocab: Vocab) -> Vocab:

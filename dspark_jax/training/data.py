@@ -55,14 +55,14 @@ class TokenSequence:
 
 
 def tokenize(
-    conversations: Sequence[Conversation], tokenizer: Any, end_id: int, recipe: TrainConfig
+    conversations: Sequence[Conversation], tokenizer: Any, end_id: int | None, recipe: TrainConfig
 ) -> tuple[list[TokenSequence], int]:
     """Conversations as sequences, cut at ``max_length``.
 
     Args:
         conversations: of :func:`~dspark_jax.checkpoints.conversations.read_answered`.
         tokenizer: the target's.
-        end_id: the token that ends an answer.
+        end_id: the token that ends an answer, where the file does not say.
         recipe: limits, and how conversations are rendered.
 
     Returns:
@@ -97,6 +97,20 @@ def tokenize(
             short += 1
     account_for(bad, len(conversations))
     return kept, short
+
+
+def within_vocabulary(sequences: Sequence[TokenSequence], vocab_size: int) -> list[TokenSequence]:
+    """The sequences that a target can read whose tokenizer has more tokens than it.
+
+    Raises:
+        ValueError: too many cannot be read, see
+            :func:`~dspark_jax.checkpoints.lines.account_for`.
+    """
+    reason = f"the tokenizer writes an id beyond the target's, 0..{vocab_size - 1}"
+    fits = [sequence.token_S.max() < vocab_size for sequence in sequences]
+    bad = [(one.origin, reason) for one, fit in zip(sequences, fits, strict=True) if not fit]
+    account_for(bad, len(sequences))
+    return [one for one, fit in zip(sequences, fits, strict=True) if fit]
 
 
 def check_answers(recipe: TrainConfig) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import gather, init_params, make_mesh, place
+from dspark_jax.checkpoints.chat import end_of_answer
 from dspark_jax.checkpoints.conversations import Conversation, read_answered
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.load import Target, open_target, read_drafter
@@ -144,9 +145,6 @@ def load_sequences(
         ValueError: the data or the cache does not suit the target, or there is too little of it.
     """
     sequences: Sequence[data.TokenSequence]
-    end_id = target.tokenizer.eos_token_id
-    if end_id is None:
-        raise ValueError(f"the tokenizer of {target.name} has no end-of-sequence token to train on")
     if recipe.max_length > target.cfg.max_positions:
         raise ValueError(
             f"max_length {recipe.max_length} is beyond the context of {target.name}: "
@@ -158,7 +156,9 @@ def load_sequences(
     else:
         check_rendering(target.tokenizer, recipe.rendering(), target.name)
         data.check_answers(recipe)
+        end_id = end_of_answer(target.tokenizer, target.stop_ids, recipe.rendering())
         sequences, dropped = data.tokenize(source, target.tokenizer, end_id, recipe)
+        sequences = data.within_vocabulary(sequences, cfg.vocab_size)
     if len(sequences) <= recipe.eval_sequences:
         name = source.directory if isinstance(source, CacheReader) else recipe.data
         raise ValueError(
