@@ -323,6 +323,8 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         help="directory or hub id, or none (default: the packaged one for the default target, "
         "none for another)",
     )
+    command.add_argument("--own-vocab", action="store_true", help="draft with the drafter's own "
+        "embedding and head")  # fmt: skip
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
