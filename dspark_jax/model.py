@@ -206,6 +206,7 @@ def load(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     kernels: Implementation = "xla",
+    own_vocab: bool = False,
 ) -> Model:
     """A target and its drafter, with all that belongs to them: tokenizer and chat template, stop
     ids, the calibration beside the drafter. Compiled programs are kept in the user's cache
@@ -218,6 +219,8 @@ def load(
         dtype: of the weights.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
         kernels: the implementation of the operations of ``pallas_kernels``.
+        own_vocab: whether to draft with an embedding and LM head of the drafter's own, where it
+            has them, in place of the target's.
 
     Raises:
         ValueError: a source is not there, broken or not supported, or the drafter does not fit.
@@ -229,7 +232,7 @@ def load(
         drafter = "default" if str(target) == "default" else "none"
     name, bound, calibration = "none", None, None
     if str(drafter) != "none":
-        loaded = load_drafter_for(found, drafter, mesh=mesh)
+        loaded = load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)

@@ -311,7 +311,8 @@ def export(args: argparse.Namespace) -> int:
     """Write a drafter in a layout that other programs read."""
     if drafter_of(args) == "none":
         raise ValueError("export writes a drafter: give --drafter")
-    return _write_drafter(args, drafter_of(args), args.format, full_vocabulary=args.full_vocabulary)
+    options = {"full_vocabulary": args.full_vocabulary, "own_vocab": args.own_vocab}
+    return _write_drafter(args, drafter_of(args), args.format, **options)
 
 
 def convert(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,8 +55,9 @@ def load_model(args: argparse.Namespace) -> Model:
     """The models that are asked for."""
     from dspark_jax.model import load
 
-    given = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
-    return load(args.target, drafter_of(args), dtype=args.dtype, mesh=mesh_of(args), **given)
+    given: dict[str, Any] = {"kernels": args.kernels} if hasattr(args, "kernels") else {}
+    given |= {"dtype": args.dtype, "mesh": mesh_of(args), "own_vocab": args.own_vocab}
+    return load(args.target, drafter_of(args), **given)
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:

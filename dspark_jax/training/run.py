@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -336,7 +336,8 @@ def programs_of(target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfi
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe made ready: data, programs, frozen weights and the state to begin with."""
+    """A recipe made ready: data, programs, frozen weights, the state to begin with, and what the
+    drafter records of its target."""
 
     recipe: TrainConfig
     target_cfg: TargetConfig
@@ -348,6 +349,7 @@ class Run:
     programs: Programs
     frozen: Frozen
     state: TrainState
+    trained_for: Mapping[str, str]
 
     @property
     def rate(self) -> LearningRate:
@@ -386,4 +388,7 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     average = jax.tree.map(jnp.copy, params) if recipe.average_decay else None  # both are donated
     state = TrainState(place(np.int32(0), programs.state.step), params, moments, average)
     frozen = place(frozen, programs.frozen)
-    return Run(recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state)
+    return Run(
+        recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state,
+        target.identity(),
+    )  # fmt: skip
