@@ -315,7 +315,7 @@ def test_a_vocabulary_rounded_on_loading_is_still_the_same(fitting):
 
 
 @pytest.mark.parametrize("part", ["embed_VD", "unembed_VD"])
-@pytest.mark.parametrize(("scale", "said"), [(1.03, "3 %"), (-1, "2e+02 %: is this the target")])
+@pytest.mark.parametrize(("scale", "said"), [(1.03, "3 %"), (-1, "200 %: is this the target")])
 def test_how_far_a_vocabulary_differs_is_said(part, scale, said, fitting, caplog):
     (cfg, _, own), (target_cfg, vocab) = fitting
     other = replace(own, **{part: scale * getattr(own, part)})

@@ -309,11 +309,14 @@ def _warn_of_difference(name: str, own: jax.Array, target: jax.Array) -> None:
     difference = _difference(own, target)
     if difference == 0:
         return
-    end = "is this the target that it was trained for? " if difference > UNRELATED else ""
+    per_cent = 100 * difference
     logger.warning(
-        "the drafter's own %s differs from the target's by %.2g %%: %sthe target's is used "
-        "(--own-vocab, own_vocab=True keep the drafter's)", name, 100 * difference, end
-    )  # fmt: skip
+        "the drafter's own %s differs from the target's by %s %%: %sthe target's is used "
+        "(--own-vocab, own_vocab=True keep the drafter's)",
+        name,
+        f"{per_cent:.2g}" if per_cent < 10 else f"{per_cent:.0f}",
+        "is this the target that it was trained for? " if difference > UNRELATED else "",
+    )
 
 
 def _difference(own: jax.Array, target: jax.Array) -> float:

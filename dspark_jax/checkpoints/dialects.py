@@ -48,7 +48,7 @@ UNDERSTOOD: Mapping[str, tuple[Any, ...]] = {
     "projector_type": ("dflash", "dspark"),
     "draft_arch": ("dflash", "dspark"),
     "markov_output_mode": ("additive",),
-    "markov_order": (0, 1),
+    "markov_order": (1, 0),
     "is_neox_style": (True,),
     "use_qk_norm": (True,),
     "qk_norm": (True,),
