@@ -1,5 +1,6 @@
 """Drafters written for other programs and read from them: the same bits, or a refusal."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -318,6 +319,67 @@ def test_an_off_by_one_in_the_reference_layout_fails_the_self_check(
     with pytest.raises(ValueError, match="self-check of the format deepspec failed"):
         export.write_drafter(target_dir, drafters("vanilla", None), "deepspec", tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def templated(target, words):
+    """The target with so many characters before the first question."""
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.chat_template = "x" * words + "{{ messages[0].content }}"
+    return replace(target, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("words", [0, 90, 200, 300])
+def test_the_self_check_looks_at_answers_behind_any_template(words, target):
+    batch = export.check_batch(templated(target, words))
+    assert batch.token_BS.shape[1] <= target.cfg.max_positions
+    assert batch.loss_mask_BS.sum(axis=1).min() >= 70
+    assert not batch.loss_mask_BS[:, :words].any()
+
+
+def test_without_evidence_there_is_no_self_check(target, monkeypatch):
+    with pytest.raises(ValueError, match=r"could not check .* the context has 512"):
+        export.check_batch(templated(target, 600))
+    monkeypatch.setattr(export, "_acceptance", lambda *_: np.zeros(3))
+    cfg = replace(DRAFTER, num_target_layers=3)
+    params = random_params(21, declare_drafter(cfg))
+    with pytest.raises(ValueError, match="accepts none of the drafts at position 1"):
+        export.acceptance(target, cfg, params, target.params.vocab, None)
+
+
+@files_alone
+@pytest.mark.parametrize("layout", ["dspark", "deepspec", "speculators"])
+def test_what_is_exported_has_old_and_new_spellings(layout, target_dir, drafters, tmp_path):
+    source, out = drafters("vanilla", None), tmp_path / "x"
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    changed = shutil.copytree(source, tmp_path / "changed")
+    edit_config(changed, rope_scaling=None, rope_parameters=scaled | {"rope_theta": 700.0})
+    export.write_drafter(target_dir, changed, layout, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    config = config.get("transformer_layer_config", config)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 700.0
+    assert config["rope_scaling"] == scaled
+    assert config["rope_parameters"] == scaled | {"rope_theta": 700.0}
+
+
+@files_alone
+@pytest.mark.parametrize("layout", ["dspark", "deepspec", "speculators"])
+def test_an_own_vocabulary_survives_export_on_request(
+    layout, target_dir, target, drafters, tmp_path
+):
+    source = shutil.copytree(drafters("vanilla", None), tmp_path / "source")
+    rows = np.asarray(target.params.vocab.embed_VD).astype(ml_dtypes.bfloat16)
+    own = {"embed_tokens.weight": 2 * rows, "lm_head.weight": 3 * rows}
+    edit_tensors(source, **own)
+    out = export.write_drafter(target_dir, source, layout, tmp_path / "x", own_vocab=True)
+    tensors = load_file(out / "model.safetensors")
+    for name, value in own.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    out = export.write_drafter(target_dir, source, layout, tmp_path / "y")
+    tensors = load_file(out / "model.safetensors")
+    assert ("embed_tokens.weight" in tensors) == (layout == "deepspec")
+    if layout == "deepspec":
+        np.testing.assert_array_equal(tensors["lm_head.weight"], rows)
 
 
 def test_weights_that_are_not_finite_are_not_written(target_dir, target, tmp_path):

@@ -162,6 +162,9 @@ def load_sequences(
         )
     cut = len(sequences) - recipe.eval_sequences
     logger.info("%d sequences, %d dropped", cut, dropped)
+    data.require_blocks(sequences[:cut], "training")
+    if recipe.eval_sequences:
+        data.require_blocks(sequences[cut:], "held-out")
     return sequences[:cut], sequences[cut:]
 
 
