@@ -135,6 +135,11 @@ def test_settings_that_contradict_each_other_are_refused(more, said):
         drafter_config(FLAT | more)
 
 
+def test_a_window_of_no_layer_is_refused():
+    with pytest.raises(LoadError, match="dflash_config has sliding_window 64"):
+        drafter_config(FLAT | {"dflash_config": {"sliding_window": 64}})
+
+
 def test_the_mask_token_may_be_spelt(tmp_path):
     cfg, params, vocab = reduced_drafter(mask_token_id=7)
     save_drafter(tmp_path, cfg, params, vocab)
@@ -150,7 +155,7 @@ def test_what_a_checkpoint_holds_follows_from_its_tensors(tmp_path):
     params = random_params(1, declare_drafter(DRAFTER))
     save_drafter(tmp_path, DRAFTER, params)
     rows = np.ones((DRAFTER.vocab_size, DRAFTER.hidden_size), np.float32)
-    edit_config(tmp_path, owns_vocab=True, enable_confidence_head=None)
+    edit_config(tmp_path, owns_vocab=True, enable_confidence_head=None, markov_rank=None)
     cfg, _, vocab = load_drafter(tmp_path)
     assert (cfg, vocab) == (DRAFTER, None)
     edit_tensors(tmp_path, model__embed_tokens__weight=rows)

@@ -45,6 +45,7 @@ from dspark_jax.models.vocab import Vocab
 logger = logging.getLogger(__name__)
 
 TRAINED_FOR = "trained_for"  # the key of config.json
+W1 = "markov_head.markov_w1.weight"
 CONFIDENCE = "confidence_head.proj.weight"
 UNRELATED = 0.5  # relative difference of two vocabularies
 
@@ -187,6 +188,8 @@ def _completed(flat: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """The settings that a file leaves to its tensors: which heads there are."""
     confidence = tensors.shapes.get(CONFIDENCE)
     found: dict[str, Any] = {"enable_confidence_head": confidence is not None}
+    markov = tensors.shapes.get(W1, ())
+    found["markov_rank"] = markov[1] if len(markov) == 2 else 0
     if confidence is not None and len(confidence) == 2:
         found["confidence_head_with_markov"] = confidence[1] != flat.get("hidden_size")
     return {**flat, **{key: value for key, value in found.items() if flat.get(key) is None}}

@@ -187,6 +187,12 @@ def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in nested.items():
             if value is None or key in BOOKKEEPING:
                 continue
+            if key == "sliding_window" and "sliding_attention" not in str(
+                config.get("layer_types")
+            ):
+                raise LoadError(
+                    f"{method} has sliding_window {value!r}, but layer_types name no layer"
+                )
             if key not in READ and key not in UNDERSTOOD and value is not False:
                 raise LoadError(f"{method} has {key} {value!r}, which is not supported")
             _put(flat, key, value, f"{method}.{key}")

@@ -100,12 +100,13 @@ def _table(tensors: Tensors, vocab_size: int) -> np.ndarray:
     marked = None
     if T2D in tensors.shapes:
         mask_V = tensors.read(T2D)
-        if mask_V.shape != (vocab_size,) or not np.isin(mask_V, (0, 1)).all():
+        marked = np.flatnonzero(mask_V)
+        fits = mask_V.ndim == 1 and np.isin(mask_V, (0, 1)).all() and len(marked)
+        if not fits or marked[-1] >= vocab_size:
             raise LoadError(
                 f"{tensors.origin}: {T2D} has shape {list(mask_V.shape)} and dtype {mask_V.dtype}: "
-                f"it must mark each of the {vocab_size} tokens with true or false"
+                f"it must mark some of the {vocab_size} tokens with true or false"
             )
-        marked = np.flatnonzero(mask_V)
     if D2T not in tensors.shapes:
         assert marked is not None
         return marked

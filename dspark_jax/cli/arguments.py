@@ -323,8 +323,6 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         help="directory or hub id, or none (default: the packaged one for the default target, "
         "none for another)",
     )
-    command.add_argument("--own-vocab", action="store_true", help="draft with the drafter's own "
-        "embedding and head")  # fmt: skip
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
@@ -346,6 +344,8 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         default="default",
         help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
     )
+    add("--own-vocab", action="store_true", help="draft with the drafter's own "
+        "embedding and head")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
     add(
         "--mesh",

@@ -317,7 +317,7 @@ def export(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write a drafter in the layout of this package."""
-    return _write_drafter(args, args.source, "dspark")
+    return _write_drafter(args, args.source, "dspark", own_vocab=args.own_vocab)
 
 
 def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:
