@@ -61,6 +61,7 @@ SAME = {
         "quantization_config": None,
     },
     "speculators": SPECULATORS,
+    "speculators of a width": SPECULATORS | {"target_hidden_size": DRAFTER.hidden_size},
     "speculators with a model_type of its own": SPECULATORS | {"model_type": "speculator_model"},
 }
 

@@ -113,8 +113,7 @@ def flat_config(
     for key, name in ALIASES.items():
         if flat.get(key) is not None:
             _put(flat, name, flat.pop(key), key)
-    _refuse_other_meanings(config)
-    _refuse_other_meanings(flat)
+    _refuse_other_meanings(config, flat)
     ids = _layer_ids(flat)
     blocks = _architecture(flat, method)
     said = {key: field(flat, key, bool) for key in ANCHOR_PREDICTS if flat.get(key) is not None}
@@ -210,16 +209,17 @@ def _put(flat: dict[str, Any], key: str, value: Any, origin: str) -> None:
     flat[key] = value
 
 
-def _refuse_other_meanings(flat: Mapping[str, Any]) -> None:
-    """Settings that would change the numbers.
+def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
+    """Settings that would change the numbers, of the drafter or, flattened, of its layers, too.
 
     Raises:
         LoadError: names the first one.
     """
-    for key, right in UNDERSTOOD.items():
-        value = flat.get(key)
-        if value is not None and value not in right:
-            raise LoadError(f"{key} {value!r} is not supported: only {right[0]!r}")
+    for part in (config, flat):
+        for key, right in UNDERSTOOD.items():
+            value = part.get(key)
+            if value is not None and value not in right:
+                raise LoadError(f"{key} {value!r} is not supported: only {right[0]!r}")
     known = {*READ, *UNDERSTOOD, *BOOKKEEPING, *METHODS}
     for key, value in flat.items():
         if PREFIXED.match(key) and key not in known and value not in (None, False):
