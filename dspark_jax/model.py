@@ -214,6 +214,7 @@ def load(
     system: str = "",
     chat_template: bool = True,
     template_args: Mapping[str, Any] | None = None,
+    own_vocab: bool = False,
 ) -> Model:
     """A target and its drafter, with all that belongs to them: tokenizer and chat template, stop
     ids, the calibration beside the drafter. Compiled programs are kept in the user's cache
@@ -229,6 +230,8 @@ def load(
         system: a system turn for prompts without one.
         chat_template: False reads prompts as plain text.
         template_args: arguments of the chat template, for instance ``{"enable_thinking": False}``.
+        own_vocab: whether to draft with an embedding and LM head of the drafter's own, where it
+            has them, in place of the target's.
 
     Raises:
         ValueError: a source is not there, broken or not supported, or the drafter does not fit.
@@ -242,7 +245,7 @@ def load(
         drafter = "default" if str(target) == "default" else "none"
     name, bound, calibration = "none", None, None
     if str(drafter) != "none":
-        loaded = load_drafter_for(found, drafter, mesh=mesh)
+        loaded = load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)

@@ -37,6 +37,13 @@ def files(tmp_path):
     return words
 
 
+def test_texts_without_a_round_measure_nothing():
+    silent, told = Generation(4), Generation(4, accepted_lengths=[1])
+    results.require_drafts([silent, told], "here")
+    with pytest.raises(ValueError, match="here: no text has a round behind its first token"):
+        results.require_drafts([silent], "here")
+
+
 def bench(*words):
     return cli.main(["bench", "acceptance", *words])
 
@@ -85,7 +92,8 @@ def test_every_option_reaches_the_engine(models, files, capsys, monkeypatch):
 
     def served(engine, requests, _):
         calls.append((engine.config, requests))
-        return [Generation(len(request.prompt_ids)) for request in requests]
+        round_ = {"accepted_lengths": [1], "verified_lengths": [0], "accepted_drafts": [0]}
+        return [Generation(len(request.prompt_ids), **round_) for request in requests]
 
     monkeypatch.setattr(acceptance, "served", served)
     words = "--temperature 0.5 --temperature 0.5 --limit 2 --seed 7 --max-new-tokens 9 "

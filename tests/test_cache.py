@@ -17,6 +17,7 @@ from dspark_jax.training.cache import (
     BFLOAT16,
     INDEX,
     MANIFEST,
+    RECORD,
     CacheReader,
     CacheSpec,
     check_values,
@@ -218,6 +219,19 @@ def test_values_that_cannot_be_are_found(damaged, array, data, message):
     content[start : start + len(data)] = data
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"sample 2 has .*{message}"):
+        list(check_values(CacheReader(damaged)))
+
+
+def test_a_cache_without_answers_is_found(damaged):
+    path = damaged / INDEX
+    reader = CacheReader(GOLDEN)
+    masks = {number: np.asarray(reader[number].loss_mask_S) for number in range(len(reader))}
+    for number, record in enumerate(np.fromfile(path, RECORD)):
+        shard = damaged / f"shard-{record['shard_id']:05d}.bin"
+        content, start = bytearray(shard.read_bytes()), int(record[3 + 2])
+        content[start : start + len(masks[number])] = bytes(len(masks[number]))
+        shard.write_bytes(content)
+    with pytest.raises(ValueError, match="two tokens of an answer in a row"):
         list(check_values(CacheReader(damaged)))
 
 

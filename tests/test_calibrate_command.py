@@ -148,6 +148,22 @@ def test_each_way_of_sampling_gets_its_temperatures():
     assert "coupled, temperature 0.5: 4000 rounds fitted, 4000 held out" in table
 
 
+def test_rounds_that_are_none_or_few_fit_nothing():
+    with pytest.raises(ValueError, match="nothing to fit"):
+        confidence.fit_calibration([])
+    few = [
+        dataclasses.replace(
+            request,
+            logit_NG=request.logit_NG[:1],
+            verified_N=request.verified_N[:1],
+            accepted_N=request.accepted_N[:1],
+        )
+        for request in overconfident(3)
+    ]
+    with pytest.raises(ValueError, match="rounds are too few to"):
+        confidence.fit_calibration(few)
+
+
 def test_one_conversation_cannot_judge_itself():
     requests = [dataclasses.replace(request, prompt="p:1") for request in overconfident(3)]
     with pytest.raises(ValueError, match="only one conversation"):

@@ -364,6 +364,16 @@ def test_the_order_does_not_depend_on_the_number_of_processes(processes):
     assert not np.array_equal(other.token_BS, alone[0].token_BS)
 
 
+def test_data_without_a_block_is_refused():
+    def sequence(*mask):
+        return data.TokenSequence(np.ones(len(mask), np.int32), np.array(mask, bool))
+
+    data.require_blocks([sequence(0, 1, 0), sequence(0, 1, 1)], "held-out")
+    for without in ([sequence(1, 0, 1), sequence(0, 0)], []):
+        with pytest.raises(ValueError, match="the held-out conversations have no two tokens"):
+            data.require_blocks(without, "held-out")
+
+
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens():
     token_S = np.array([9, 9, 9, 7, 7, 5, 8, 8, 8], np.int32)
     sequence = data.TokenSequence(token_S, token_S != 9)

@@ -1,5 +1,6 @@
 """Drafters written for other programs and read from them: the same bits, or a refusal."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax.axes import map_params
 from dspark_jax.checkpoints import export as layouts
 from dspark_jax.checkpoints import load
-from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
 from dspark_jax.checkpoints.load import load_drafter_for, load_target, read_drafter
-from dspark_jax.checkpoints.speculators import load_speculators
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.cli import command as cli
 from dspark_jax.evaluation import export
@@ -195,15 +195,23 @@ def test_a_speculators_file_without_our_additions_is_read(target_dir, target, dr
 
 @files_alone
 @pytest.mark.parametrize("tensor", ["embed_tokens.weight", "lm_head.weight"])
-def test_a_vocabulary_that_is_not_the_targets_is_refused(
-    tensor, target_dir, target, drafters, tmp_path
+def test_a_vocabulary_that_is_not_the_targets_is_left_aside_in_words_or_kept_on_request(
+    tensor, target_dir, target, drafters, tmp_path, caplog
 ):
     source = drafters(*REDUCED_DRAFTER)
     out = export.write_drafter(target_dir, source, "speculators", tmp_path / "x")
     rows = np.asarray(target.params.vocab.embed_VD)
     edit_tensors(out, **{tensor: 2 * (rows if "embed" in tensor else rows[REDUCED])})
-    with pytest.raises(ValueError, match=f"{tensor} differs from the target's"):
-        load_drafter_for(target, out)
+    bound = load_drafter_for(target, out).vocab
+    assert f"own {tensor} differs from the target's by 100 %" in caplog.text
+    np.testing.assert_array_equal(bound.embed_VD, rows)
+    np.testing.assert_array_equal(bound.unembed_VD, rows[REDUCED])
+    caplog.clear()
+    kept = load_drafter_for(target, out, own_vocab=True).vocab
+    assert not caplog.text
+    embed, head = (2, 1) if "embed" in tensor else (1, 2)
+    np.testing.assert_array_equal(kept.embed_VD, embed * rows)
+    np.testing.assert_allclose(kept.unembed_VD, head * rows[REDUCED], rtol=1e-2)  # bfloat16
 
 
 @files_alone
@@ -313,6 +321,67 @@ def test_an_off_by_one_in_the_reference_layout_fails_the_self_check(
     assert not list(tmp_path.iterdir())
 
 
+def templated(target, words):
+    """The target with so many characters before the first question."""
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.chat_template = "x" * words + "{{ messages[0].content }}"
+    return replace(target, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("words", [0, 90, 200, 300])
+def test_the_self_check_looks_at_answers_behind_any_template(words, target):
+    batch = export.check_batch(templated(target, words))
+    assert batch.token_BS.shape[1] <= target.cfg.max_positions
+    assert batch.loss_mask_BS.sum(axis=1).min() >= 70
+    assert not batch.loss_mask_BS[:, :words].any()
+
+
+def test_without_evidence_there_is_no_self_check(target, monkeypatch):
+    with pytest.raises(ValueError, match=r"could not check .* the context has 512"):
+        export.check_batch(templated(target, 600))
+    monkeypatch.setattr(export, "_acceptance", lambda *_: np.zeros(3))
+    cfg = replace(DRAFTER, num_target_layers=3)
+    params = random_params(21, declare_drafter(cfg))
+    with pytest.raises(ValueError, match="accepts none of the drafts at position 1"):
+        export.acceptance(target, cfg, params, target.params.vocab, None)
+
+
+@files_alone
+@pytest.mark.parametrize("layout", ["dspark", "deepspec", "speculators"])
+def test_what_is_exported_has_old_and_new_spellings(layout, target_dir, drafters, tmp_path):
+    source, out = drafters("vanilla", None), tmp_path / "x"
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    changed = shutil.copytree(source, tmp_path / "changed")
+    edit_config(changed, rope_scaling=None, rope_parameters=scaled | {"rope_theta": 700.0})
+    export.write_drafter(target_dir, changed, layout, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    config = config.get("transformer_layer_config", config)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 700.0
+    assert config["rope_scaling"] == scaled
+    assert config["rope_parameters"] == scaled | {"rope_theta": 700.0}
+
+
+@files_alone
+@pytest.mark.parametrize("layout", ["dspark", "deepspec", "speculators"])
+def test_an_own_vocabulary_survives_export_on_request(
+    layout, target_dir, target, drafters, tmp_path
+):
+    source = shutil.copytree(drafters("vanilla", None), tmp_path / "source")
+    rows = np.asarray(target.params.vocab.embed_VD).astype(ml_dtypes.bfloat16)
+    own = {"embed_tokens.weight": 2 * rows, "lm_head.weight": 3 * rows}
+    edit_tensors(source, **own)
+    out = export.write_drafter(target_dir, source, layout, tmp_path / "x", own_vocab=True)
+    tensors = load_file(out / "model.safetensors")
+    for name, value in own.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    out = export.write_drafter(target_dir, source, layout, tmp_path / "y")
+    tensors = load_file(out / "model.safetensors")
+    assert ("embed_tokens.weight" in tensors) == (layout == "deepspec")
+    if layout == "deepspec":
+        np.testing.assert_array_equal(tensors["lm_head.weight"], rows)
+
+
 def test_weights_that_are_not_finite_are_not_written(target_dir, target, tmp_path):
     cfg = replace(DRAFTER, num_target_layers=3)
     params = map_params(lambda param: np.full(param.shape, np.nan), declare_drafter(cfg))
@@ -349,7 +418,7 @@ def broken(target_dir, drafters, tmp_path):
 
 def refusal(source):
     with pytest.raises(LoadError) as caught:
-        load_speculators(source, 3)
+        load_drafter(source, num_target_layers=3)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -374,14 +443,15 @@ def test_other_layers_are_refused(value, broken):
 
 
 TENSOR_FAULTS = {
-    "absolute ids": ({"d2t": REDUCED.astype(np.int64)}, "d2t"),
-    "not increasing": ({"d2t": np.zeros(13, np.int64) - np.arange(13)}, "increasing ids"),
+    "negative": ({"d2t": np.zeros(13, np.int64) - np.arange(13)}, "increasing ids"),
     "below 0": ({"d2t": np.arange(13) - 14}, "increasing ids"),
     "far outside": ({"d2t": np.full(13, 2**63 - 1)}, "increasing ids"),
     "another table": ({"d2t": np.full(13, 3)}, "t2d marks other tokens"),
     "floats": ({"d2t": np.zeros(13, np.float32)}, "d2t has dtype float32"),
-    "too few": ({"d2t": np.zeros(5, np.int64)}, "draft_vocab_size is 13"),
-    "none": ({"d2t": None}, "draft_vocab_size is 13"),
+    "too few": ({"d2t": np.zeros(5, np.int64), "t2d": None}, "draft_vocab_size is 13"),
+    "none": ({"d2t": None, "t2d": None}, "draft_vocab_size is 13"),
+    "a mask of others": ({"t2d": np.ones(99, bool)}, "t2d has shape [99]"),
+    "a mask of none": ({"t2d": np.zeros(97, bool)}, "t2d has shape [97]"),
     "left over": ({"mystery.weight": np.ones(3, np.float32)}, "mystery.weight is left over"),
     "missing": ({"fc.weight": None}, "fc.weight is missing"),
     "integers": ({"norm.weight": np.ones(16, np.int64)}, "norm.weight has dtype int64"),
@@ -394,6 +464,49 @@ def test_wrong_tensors_are_named(fault, broken):
     changes, expected = TENSOR_FAULTS[fault]
     edit_tensors(broken, **changes)
     assert expected in refusal(broken)
+
+
+SPELLINGS = {
+    "ids": {"d2t": REDUCED.astype(np.int64)},
+    "the mask alone": {"d2t": None},
+    "offsets alone": {"t2d": None},
+    "offsets in int32": {"d2t": (REDUCED - np.arange(13)).astype(np.int32)},
+}
+
+
+@files_alone
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("said", [True, False])
+def test_a_table_of_draft_tokens_in_other_words(spelling, said, broken):
+    edit_tensors(broken, **SPELLINGS[spelling])
+    if not said:
+        edit_config(broken, draft_vocab_size=None)
+    cfg, _, vocab = load_drafter(broken)
+    assert cfg.draft_vocab_size == len(REDUCED)
+    np.testing.assert_array_equal(vocab.d2t_U, REDUCED)
+
+
+@files_alone
+def test_draft_tokens_in_another_order_bring_their_rows_along(broken):
+    cfg, params, vocab = load_drafter(broken)
+    order = np.random.default_rng(0).permutation(13)
+    stored = load_file(broken / "model.safetensors")
+    rows = ("lm_head.weight", "markov_head.markov_w2.weight")
+    edit_tensors(broken, d2t=REDUCED[order], **{name: stored[name][order] for name in rows})
+    again = load_drafter(broken)
+    assert again[0] == cfg
+    jax.tree.map(np.testing.assert_array_equal, again[1:], (params, vocab))
+
+
+@files_alone
+def test_a_table_that_may_be_either_is_refused(broken):
+    spread = np.arange(0, 52, 4)  # as ids these; as offsets 0, 5, 10, ...
+    edit_tensors(broken, d2t=spread, t2d=None)
+    assert "may hold offsets or ids" in refusal(broken)
+    edit_tensors(broken, t2d=np.isin(np.arange(97), spread))
+    np.testing.assert_array_equal(load_drafter(broken)[2].d2t_U, spread)
+    edit_tensors(broken, t2d=np.isin(np.arange(97), spread + np.arange(13)))
+    np.testing.assert_array_equal(load_drafter(broken)[2].d2t_U, spread + np.arange(13))
 
 
 def run(capsys, *words):

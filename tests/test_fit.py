@@ -141,6 +141,8 @@ def test_the_drafter_loads_and_generates(whole, target_folder):
     target = load_target(target_folder)
     drafter = load_drafter_for(target, whole / "drafter")
     assert drafter.cfg.draft_vocab_size == 40
+    record = json.loads((whole / "drafter" / "config.json").read_text())["trained_for"]
+    assert record == target.identity()
     bound = (drafter.cfg, drafter.params, drafter.vocab)
     decoder = make_decoder((target.cfg, target.params), bound, target.tokenizer)
     (result,) = generate(decoder, [Request(target.tokenizer.encode("say it"), max_new_tokens=12)])

@@ -16,7 +16,7 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import declare as declare_target
-from dspark_jax.models.vocab import Vocab
+from dspark_jax.models.vocab import Vocab, lm_head
 from tests.test_gguf import write_gguf
 from tests.tiny_model import DRAFTER, TARGET, random_params, write_target
 
@@ -77,6 +77,20 @@ def test_nothing_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, 
     assert weights.vocab.embed_VD is weights.target.vocab.embed_VD
     head_UD = weights.vocab.unembed_VD
     assert shares(head_UD) == {head_UD.nbytes // 2}
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_an_embedding_of_the_drafters_own_reaches_the_decoder(reduced, target, drafter, mesh):
+    for where in (None, mesh):
+        found = load_target(target, mesh=where)
+        loaded = load_drafter_for(found, drafter, mesh=where)
+        vocab = loaded.vocab if reduced else found.params.vocab
+        own = dataclasses.replace(vocab, embed_VD=2 * vocab.embed_VD)
+        given = (found.cfg, found.params), (loaded.cfg, loaded.params, own)
+        weights = make_decoder(*given, mesh=where).weights
+        np.testing.assert_array_equal(weights.vocab.embed_VD, own.embed_VD)
+        np.testing.assert_array_equal(weights.target.vocab.embed_VD, vocab.embed_VD)
+        np.testing.assert_array_equal(lm_head(weights.vocab), vocab.unembed_VD)
 
 
 def test_weights_on_a_mesh_are_those_of_one_device(target, drafter, mesh):

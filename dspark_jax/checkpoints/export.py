@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def save_layout(
     layout: str,
     drafter: tuple[DrafterConfig, DrafterParams, Vocab],
     target: tuple[str | Path, TargetConfig],
+    trained_for: Mapping[str, str] | None = None,
+    *,
+    own_vocab: bool = False,
 ) -> None:
     """Write a drafter's checkpoint in a layout, in the dtype of its parameters.
 
@@ -29,6 +33,8 @@ def save_layout(
             vllm-project/speculators.
         drafter: sizes, weights, and the vocabulary that it is bound to.
         target: what ``load_target`` took, and its sizes.
+        trained_for: what the drafter's checkpoint records of its target.
+        own_vocab: whether the vocabulary is the drafter's own and written in every layout.
 
     Raises:
         ValueError: the layout cannot hold the drafter.
@@ -43,11 +49,18 @@ def save_layout(
         name = HUB_ID if str(source) == "default" else str(source)
         architecture = family_of(target_cfg).architecture(target_cfg)
         verifier = {"name_or_path": name, "architectures": [architecture]}
-        save_speculators(directory, cfg, params, held, verifier)
+        cfg = replace(cfg, owns_vocab=own_vocab)
+        save_speculators(directory, cfg, params, held, verifier, trained_for)
         return
     if layout == "deepspec" and cfg.draft_vocab_size is not None:
         raise ValueError(
             f"draft_vocab_size is {cfg.draft_vocab_size}, and the reference layout has no reduced "
             "vocabulary: add --full-vocabulary, or choose the format speculators"
         )
-    save_drafter(directory, replace(cfg, owns_vocab=layout == "deepspec"), params, held)
+    if own_vocab and cfg.draft_vocab_size is not None:
+        raise ValueError(
+            f"draft_vocab_size is {cfg.draft_vocab_size}, and only the format speculators holds "
+            "the drafter's own rows of a reduced vocabulary: leave --own-vocab out"
+        )
+    cfg = replace(cfg, owns_vocab=own_vocab or layout == "deepspec")
+    save_drafter(directory, cfg, params, held, trained_for)

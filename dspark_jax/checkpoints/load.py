@@ -17,13 +17,12 @@ from dspark_jax.checkpoints.ends import end_ids, known_ends
 from dspark_jax.checkpoints.gguf import gguf_config, load_gguf_target, open_gguf
 from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
 from dspark_jax.checkpoints.hf import (
-    CONFIG_FILE,
     load_hf_target,
     model_directory,
     read_checkpoint,
     target_config,
 )
-from dspark_jax.checkpoints.speculators import KIND, load_speculators
+from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_another_target
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
@@ -45,6 +44,7 @@ class Target:
         tokenizer: a transformers tokenizer.
         name: short name for messages and reports.
         stop_ids: ids that end a text.
+        source: the directory or GGUF file where it lies; None for one that was made in memory.
     """
 
     cfg: TargetConfig
@@ -52,6 +52,11 @@ class Target:
     tokenizer: Any
     name: str
     stop_ids: tuple[int, ...]
+    source: Path | None = None
+
+    def identity(self) -> dict[str, str]:
+        """What a drafter that is trained for it records; empty where it lies nowhere."""
+        return {} if self.source is None else identity_of(self.source, self.name, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
     key = "tokenizer.ggml.suppress_tokens"
     hidden = _suppressed(f"{path}: {key}", file.value(key, list, []), cfg.vocab_size)
     cfg = replace(cfg, suppressed=hidden)
-    target = Target(cfg, None, tokenizer, path.stem, stops)
+    target = Target(cfg, None, tokenizer, path.stem, stops, path)
     return target, lambda dtype, mesh: load_gguf_target(path, dtype, mesh, file=file)[1]
 
 
@@ -143,7 +148,7 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
         (f"{directory}: the tokenizer's eos_token", tokenizer.eos_token_id),
     ]
     name = Path(source).resolve().name
-    target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size))
+    target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size), directory)
     return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
 
 
@@ -158,16 +163,17 @@ def load_drafter_for(
     target: Target,
     source: str | Path,
     *,
-    use_target_vocab: bool = False,
+    own_vocab: bool = False,
     dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> Drafter:
-    """A drafter for a loaded target.
+    """A drafter for a loaded target; says what it was trained for where that is another one.
 
     Args:
         target: the target.
-        source: ``"default"``, a directory or a hub id, in any of the known layouts.
-        use_target_vocab: whether to ignore an embedding and head of the drafter's own.
+        source: ``"default"``, a directory or a hub id, in any dialect.
+        own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
+            them, in place of the target's.
         dtype: of the parameters; None for the target's.
         mesh: that the target was read onto; None for the default device.
 
@@ -175,22 +181,28 @@ def load_drafter_for(
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
     dtype = target.params.norm_D.dtype if dtype is None else dtype
-    cfg, params, own, directory = read_drafter(target.cfg, source, mesh)
-    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, use_target=use_target_vocab)
+    cfg, params, own, directory = read_drafter(target.cfg, source, mesh, target.tokenizer)
+    vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, own_vocab=own_vocab)
+    if target.source is not None:
+        warn_of_another_target(trained_for(directory), target.identity)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     name = (directory if str(source) == "default" else Path(source)).resolve().name
     return Drafter(cfg, params, vocab, name, directory)
 
 
 def read_drafter(
-    target_cfg: TargetConfig, source: str | Path, mesh: Mesh | None = None
+    target_cfg: TargetConfig,
+    source: str | Path,
+    mesh: Mesh | None = None,
+    tokenizer: Any = None,
 ) -> tuple[DrafterConfig, DrafterParams, Vocab | None, Path]:
-    """A drafter as its checkpoint holds it, dtype included, in whichever of the known layouts.
+    """A drafter as its checkpoint holds it, dtype included, in whichever dialect.
 
     Args:
         target_cfg: of the target that it is for.
         source: ``"default"``, a directory or a hub id.
         mesh: as in :func:`load_target`.
+        tokenizer: of the target, for files that spell the mask token.
 
     Returns:
         Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and the
@@ -205,6 +217,7 @@ def read_drafter(
             raise LoadError("this installation has no default drafter: name one, or use none")
         source = found
     directory = model_directory(source)
-    if KIND in read_json(directory / CONFIG_FILE):
-        return *load_speculators(directory, target_cfg.num_layers, mesh), directory
-    return *load_drafter(directory, mesh=mesh), directory
+    given: dict[str, Any] = {"mesh": mesh, "num_target_layers": target_cfg.num_layers}
+    if tokenizer is not None:
+        given["token_id"] = tokenizer.get_vocab().get
+    return *load_drafter(directory, **given), directory

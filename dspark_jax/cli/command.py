@@ -326,12 +326,13 @@ def export(args: argparse.Namespace) -> int:
     """Write a drafter in a layout that other programs read."""
     if drafter_of(args) == "none":
         raise ValueError("export writes a drafter: give --drafter")
-    return _write_drafter(args, drafter_of(args), args.format, full_vocabulary=args.full_vocabulary)
+    options = {"full_vocabulary": args.full_vocabulary, "own_vocab": args.own_vocab}
+    return _write_drafter(args, drafter_of(args), args.format, **options)
 
 
 def convert(args: argparse.Namespace) -> int:
     """Write a drafter in the layout of this package."""
-    return _write_drafter(args, args.source, "dspark")
+    return _write_drafter(args, args.source, "dspark", own_vocab=args.own_vocab)
 
 
 def _write_drafter(args: argparse.Namespace, drafter: str, layout: str, **options: bool) -> int:

@@ -77,7 +77,8 @@ def load_model(args: argparse.Namespace) -> Model:
     given: dict[str, Any] = vars(rendering_of(args))
     if hasattr(args, "kernels"):
         given = given | {"kernels": args.kernels}
-    return load(args.target, drafter_of(args), dtype=args.dtype, mesh=mesh_of(args), **given)
+    given = given | {"dtype": args.dtype, "mesh": mesh_of(args), "own_vocab": args.own_vocab}
+    return load(args.target, drafter_of(args), **given)
 
 
 def rendering_of(args: argparse.Namespace) -> Rendering:

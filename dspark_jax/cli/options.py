@@ -104,6 +104,8 @@ def add_target(command: argparse.ArgumentParser) -> None:
         default="default",
         help="Hugging Face directory or hub id, or GGUF file (default: SmolLM2-135M-Instruct)",
     )
+    add("--own-vocab", action="store_true", help="draft with the drafter's own "
+        "embedding and head")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
     add(
         "--mesh",

@@ -81,7 +81,8 @@ def make_decoder(
         if drafter_params is not None and vocab is not None:
             drafter_params = _unstacked(drafter_params)
             same_head = lm_head(vocab) is lm_head(rows)
-            vocab = columns if same_head else by_columns(vocab)
+            by_rows = replace(columns, embed_VD=vocab.embed_VD) if same_head else vocab
+            vocab = by_columns(by_rows)
     weights = Weights(target_params, drafter_params, vocab)
     return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
 
@@ -105,14 +106,17 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh) -> Voca
         given, placed: of the target, before and after it was placed.
         mesh: that everything goes to.
     """
-    head, d2t_U = vocab.unembed_VD, vocab.d2t_U
+    embed, head, d2t_U = placed.embed_VD, vocab.unembed_VD, vocab.d2t_U
+    if vocab.embed_VD is not given.embed_VD:  # the drafter's own
+        where = NamedSharding(mesh, partition("VD", vocab.embed_VD.shape, mesh))
+        embed = jax.device_put(vocab.embed_VD, where)
     if head is given.unembed_VD:
         head = placed.unembed_VD
     elif head is not None:
         head = jax.device_put(head, NamedSharding(mesh, partition("UD", head.shape, mesh)))
     if d2t_U is not None:
         d2t_U = jax.device_put(d2t_U, NamedSharding(mesh, PartitionSpec()))
-    return replace(vocab, embed_VD=placed.embed_VD, unembed_VD=head, d2t_U=d2t_U)
+    return replace(vocab, embed_VD=embed, unembed_VD=head, d2t_U=d2t_U)
 
 
 def state_config(

@@ -24,6 +24,7 @@ from dspark_jax.evaluation.results import (
     accept_rates,
     format_rates,
     mean_accepted_length,
+    require_drafts,
     served,
 )
 from dspark_jax.progress import progress
@@ -62,7 +63,7 @@ def bench_acceptance(
         temperature, and the setting, as JSON values.
 
     Raises:
-        ValueError: a prompt cannot be used.
+        ValueError: a prompt cannot be used, or no text of a set has a round.
         FloatingPointError: the target's logits are not finite.
     """
     assert decoder.drafter is not None
@@ -84,6 +85,7 @@ def bench_acceptance(
         for (name, temperature), group in requests.items():
             bar.set_description(f"{name}, temperature {temperature:g}")
             results = list(served(engine, group, bar))
+            require_drafts(results, f"{name}, temperature {temperature:g}")
             row = {"set": name, "temperature": temperature, "prompts": len(group)}
             rows.append(row | summarise(results, decoder.drafter.block_size))
     return {

@@ -28,6 +28,8 @@ from dspark_jax.scheduler.calibration import (
 from dspark_jax.scheduler.reliability import confidence_report
 from dspark_jax.scheduler.temperatures import fit_temperatures, predicted_survival
 
+LEAST_ROUNDS = 4  # to fit temperatures, and as many to judge them
+
 
 def calibrate(
     model: Model,
@@ -83,8 +85,13 @@ def fit_calibration(
         ``before`` and ``after``, each a ``ConfidenceReport`` of the conversations held out.
 
     Raises:
-        ValueError: some way has too few conversations.
+        ValueError: some way has too few conversations or rounds.
     """
+    if not requests:
+        raise ValueError(
+            "no text has a round behind its first token, so that there is nothing to fit: give "
+            "other prompts or a larger max_new_tokens"
+        )
     ways = dict.fromkeys((request.acceptance, request.temperature) for request in requests)
     tables, reports = [], []
     for acceptance, temperature in sorted(ways):
@@ -109,6 +116,13 @@ def _fit_way(
         )
     (logit_NG, verified_N, accepted_N), held_out = (_joined(half) for half in halves)
     whole_N = verified_N == logit_NG.shape[1]
+    for count, purpose in ((whole_N.sum(), "fit"), (len(held_out[2]), "judge")):
+        if count < LEAST_ROUNDS:
+            raise ValueError(
+                f"{acceptance}, temperature {temperature:g}: {count} rounds are too few to "
+                f"{purpose} confidences, at least {LEAST_ROUNDS} are needed: give more prompts or "
+                "a larger max_new_tokens"
+            )
     found_G = fit_temperatures(logit_NG[whole_N], accepted_N[whole_N])
     logit_NG, verified_N, accepted_N = held_out
     group_N = np.concatenate([np.full(len(r.accepted_N), place[r.prompt]) for r in halves[1]])

@@ -32,7 +32,7 @@ from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profiles
 from dspark_jax.evaluation.prompts import Prompt, make_requests
 from dspark_jax.evaluation.replay import replay_record, survivals
-from dspark_jax.evaluation.results import served
+from dspark_jax.evaluation.results import require_drafts, served
 from dspark_jax.evaluation.rounds import RecordedRequest, recorded_request
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.budget import MARGIN, WINDOW, DraftSwitch, RoundCosts
@@ -178,6 +178,7 @@ def _sample(
         progress(desc="sample", total=len(short), unit="request") as bar,
     ):
         results = list(served(engine, short, bar))
+    require_drafts(results, "doctor")
     return [recorded_request("built-in", "rejection", 0.0, result) for result in results]
 
 
@@ -262,6 +263,11 @@ def _decode(engine: Engine, streams: Sequence[Stream], until: int) -> Stretch:
 
 def _total(turn: Sequence[Sequence[Stretch]]) -> tuple[float, ...]:
     """Tokens a second of each engine in one turn, over the stretches of all groups."""
+    if not all(any(stretch.tokens for stretch in parts) for parts in zip(*turn, strict=True)):
+        raise ValueError(
+            "doctor: the target ends its texts too early to measure their speed: give a smaller "
+            "max_new_tokens"
+        )
     return tuple(
         sum(stretch.tokens for stretch in parts) / sum(stretch.seconds for stretch in parts)
         for parts in zip(*turn, strict=True)

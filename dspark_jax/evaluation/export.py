@@ -3,7 +3,8 @@
 The check reads the new files back and measures the teacher-forced acceptance of drafts, position
 by position, on given answers: ``1 - TV`` of draft and target distribution behind the same anchors.
 It must be what it was before. Another feature layer, another slot or another token table shows at
-position 1 already; a checkpoint that fails never appears under its name.
+position 1 already; a checkpoint that fails never appears under its name. Where nothing was measured
+there is no check: no place for an answer behind the template, or drafts that never agree.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.export import save_layout
+from dspark_jax.checkpoints.identity import trained_for
 from dspark_jax.checkpoints.load import Target, load_target, read_drafter
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
@@ -42,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 NUM_ANCHORS = 16  # of each answer: the drafts' logits over a large vocabulary take the memory
-LENGTH = 96
+LENGTH = 96  # tokens of an answer, at most
+LENGTH_STEP = 32
 ANSWERS = (
     (
         "Why is the sky blue?",
@@ -68,6 +71,7 @@ def write_drafter(
     *,
     dtype: Any = "float32",
     full_vocabulary: bool = False,
+    own_vocab: bool = False,
     mesh: Mesh | None = None,
     rendering: Rendering = PLAIN,
 ) -> Path:
@@ -81,6 +85,8 @@ def write_drafter(
         out: the directory to write, which must not exist yet.
         dtype: of the target and of the check.
         full_vocabulary: make a drafter over a reduced vocabulary one over the whole of it.
+        own_vocab: write the drafter's own embedding and head, where it has them, in place of the
+            target's.
         mesh: for the check, as in ``load_target``.
         rendering: of the prompts of the check.
 
@@ -89,7 +95,7 @@ def write_drafter(
 
     Raises:
         ValueError: ``out`` exists, a source cannot be read, they do not fit, the layout cannot
-            hold the drafter, or the check failed; nothing is written then.
+            hold the drafter, the check failed or had nothing to look at; nothing is written then.
         FloatingPointError: the drafter's or the target's numbers are not finite.
     """
     out = Path(out)
@@ -98,18 +104,24 @@ def write_drafter(
     loaded = load_target(target, jnp.dtype(dtype), mesh)
     check_rendering(loaded.tokenizer, rendering, loaded.name)
     batch = check_batch(loaded, rendering)
-    cfg, params, own, _ = read_drafter(loaded.cfg, drafter, mesh)
-    vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
+    cfg, params, own, directory = read_drafter(loaded.cfg, drafter, mesh, loaded.tokenizer)
+    vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab, own_vocab=own_vocab)
     before_G = acceptance(loaded, cfg, params, vocab, batch)
     if full_vocabulary and vocab.d2t_U is not None:
+        if own_vocab:
+            raise ValueError("--full-vocabulary takes the target's head: leave --own-vocab out")
         cfg, params = with_full_vocabulary(cfg, params, vocab.d2t_U)
         vocab = loaded.params.vocab
+    own_vocab &= own is not None
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         written = Path(folder) / out.name
-        save_layout(written, layout, (cfg, params, vocab), (target, loaded.cfg))
+        save_layout(
+            written, layout, (cfg, params, vocab), (target, loaded.cfg), trained_for(directory),
+            own_vocab=own_vocab,
+        )  # fmt: skip
         cfg, params, own, _ = read_drafter(loaded.cfg, written, mesh)
-        vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab)
+        vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab, own_vocab=own_vocab)
         check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
         written.rename(out)
     logger.info("acceptance at position 1 is %.4f, before and after", before_G[0])
@@ -117,14 +129,27 @@ def write_drafter(
 
 
 def check_batch(target: Target, rendering: Rendering = PLAIN) -> Batch:
-    """The answers on which acceptance is compared, tokenised for a target."""
-    length = min(LENGTH, target.cfg.max_positions)
+    """The answers on which acceptance is compared, tokenised for a target, behind their prompts
+    however long its template makes these.
+
+    Raises:
+        ValueError: the prompts leave no place for an answer in the target's context.
+    """
+    most = target.cfg.max_positions
     sequences = []
     for prompt, answer in ANSWERS:
         start = chat_prompt_ids(target.tokenizer, prompt, rendering)
-        ids = start + target.tokenizer.encode(answer, add_special_tokens=False)
-        token_S = np.array(ids[:length], np.int32)
+        ids = start + target.tokenizer.encode(answer, add_special_tokens=False)[:LENGTH]
+        token_S = np.array(ids[:most], np.int32)
         sequences.append(TokenSequence(token_S, np.arange(len(token_S)) >= len(start)))
+    if max(int(sequence.loss_mask_S.sum()) for sequence in sequences) < 2:
+        longest = max(len(sequence.token_S) for sequence in sequences)
+        raise ValueError(
+            f"could not check the export: the chat template's prompts take all of {longest} "
+            f"positions, and the context has {most}; nothing is written"
+        )
+    longest = max(len(sequence.token_S) for sequence in sequences)
+    length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, most)
     return make_batch(sequences, range(len(sequences)), length, len(sequences))
 
 
@@ -145,12 +170,19 @@ def acceptance(
 
     Raises:
         FloatingPointError: it is not finite.
+        ValueError: it is 0 at position 1, which any other drafter's could be, too.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(target.params.norm_D.dtype), params)
     cfg = replace(cfg, owns_vocab=False)  # says nothing about numbers: one program for both
     rate_G = np.asarray(_acceptance(target.params, params, vocab, batch, target.cfg, cfg))
     if not np.isfinite(rate_G).all():
         raise FloatingPointError("the drafts' probabilities are not finite: broken weights")
+    if rate_G[0] <= TOLERANCE:
+        raise ValueError(
+            "could not check the export: the target accepts none of the drafts at position 1 "
+            "(acceptance 0), so that right and wrong look the same; use the target that the "
+            "drafter was trained for"
+        )
     return rate_G
 
 

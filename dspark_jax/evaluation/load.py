@@ -115,6 +115,11 @@ def bench_load(
             with _engines(decoder, names, clients, config) as engines:
                 runs = _measure(engines, requests, clients, count, repeats, bar)
             rows += [{"concurrency": clients, **summarise(name, runs[name])} for name in names]
+            if not any(row["accepted_length"] for row in rows):
+                raise ValueError(
+                    "bench load: no text has a round behind its first token, so that policies do "
+                    "not differ: give other prompts or a larger max_new_tokens"
+                )
             found = compare(runs)
             to_none += [{"concurrency": clients, **ratio} for ratio in found["to_none"]]
             to_best += [{"concurrency": clients, **ratio} for ratio in found["to_best"]]

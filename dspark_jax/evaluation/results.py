@@ -47,6 +47,19 @@ def mean_accepted_length(results: Sequence[Generation]) -> float:
     return round(sum(lengths) / max(len(lengths), 1), 4)
 
 
+def require_drafts(results: Sequence[Generation], what: str) -> None:
+    """Checks that there are rounds in which a draft was decided about.
+
+    Raises:
+        ValueError: there are none, so that any drafter would look the same.
+    """
+    if not any(accepts for result in results for accepts in result.accepted_lengths):
+        raise ValueError(
+            f"{what}: no text has a round behind its first token, so that nothing was measured: "
+            "give other prompts or a larger max_new_tokens"
+        )
+
+
 def accept_rates(results: Sequence[Generation], num_draft: int) -> list[float | None]:
     """Share of the drafts of each slot that were accepted, of those that were decided about.
 

@@ -29,6 +29,7 @@ from dspark_jax.evaluation.results import (
     accept_rates,
     format_rates,
     mean_accepted_length,
+    require_drafts,
     sound,
 )
 from dspark_jax.progress import progress
@@ -85,7 +86,7 @@ def bench_speed(
         The measurements as JSON values; ``sets`` holds those of each file where there are several.
 
     Raises:
-        ValueError: a prompt or an option cannot be used.
+        ValueError: a prompt or an option cannot be used, or no text has a round.
         FloatingPointError: the target's logits are not finite.
     """
     assert decoder.drafter is not None
@@ -99,6 +100,8 @@ def bench_speed(
     with Engine(decoder, plain) as without, Engine(decoder, config) as drafting:
         num_draft = drafting.policy.num_draft
         pairs = _measure({"plain": without, "dspark": drafting}, requests, repeats)
+    everything = [pair.dspark.result for name in sets for pair in pairs[name]]
+    require_drafts(everything, "bench speed")
     greedy = limits.temperature == 0
     break_even = (seconds["verify"] + seconds["draft"]) / seconds["plain"]
     report = {

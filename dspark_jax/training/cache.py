@@ -209,10 +209,14 @@ def check_values(reader: CacheReader) -> Iterator[int]:
     """Read every value of a cache; yields the number of each sample that is sound.
 
     Raises:
-        LoadError: names the first sample with a value that cannot be.
+        LoadError: names the first sample with a value that cannot be; or no sample has two tokens
+            of an answer in a row, which a block takes.
     """
+    blocks = False
     for number in range(len(reader)):
         sample = reader[number]
+        mask_S = sample.loss_mask_S
+        blocks |= bool((mask_S[:-1] & mask_S[1:]).any())
         for wrong, remark in (
             ((sample.token_S < 0).any(), "a negative token id"),
             ((sample.loss_mask_S > 1).any(), "a loss mask that is neither 0 nor 1"),
@@ -222,6 +226,11 @@ def check_values(reader: CacheReader) -> Iterator[int]:
             if wrong:
                 raise LoadError(f"{reader.directory}: sample {number} has {remark}")
         yield number
+    if not blocks:
+        raise LoadError(
+            f"{reader.directory}: no sample has two tokens of an answer in a row: nothing could "
+            "be trained on it; write the cache again from conversations with answers"
+        )
 
 
 def _read_manifest(directory: Path) -> tuple[CacheSpec, int, list[str]]:

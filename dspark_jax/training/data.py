@@ -268,6 +268,22 @@ def make_batch(
     return Batch(tokens, masks, features, pad([sample.hidden_SD for sample in cached]))
 
 
+def require_blocks(sequences: Sequence[TokenSequence], name: str) -> None:
+    """Checks that a part of the data has a block: an anchor, and a token of the answer behind it.
+
+    Raises:
+        ValueError: it has none, so that losses and metrics would be those of nothing.
+    """
+    for sequence in sequences:
+        mask_S = np.asarray(sequence.loss_mask_S, bool)
+        if (mask_S[:-1] & mask_S[1:]).any():
+            return
+    raise ValueError(
+        f"the {name} conversations have no two tokens of an answer in a row: there is nothing to "
+        "draft; give longer answers, or more data"
+    )
+
+
 def batches_from(
     sequences: Sequence[TokenSequence], recipe: TrainConfig, start_step: int
 ) -> Iterator[Batch]:

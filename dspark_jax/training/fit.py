@@ -220,5 +220,5 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
     params = gather(state.result)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
-        save_drafter(out / "drafter", run.cfg, params, run.own)
+        save_drafter(out / "drafter", run.cfg, params, run.own, run.trained_for)
     return out / "drafter"

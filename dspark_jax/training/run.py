@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -168,6 +168,9 @@ def load_sequences(
         )
     cut = len(sequences) - recipe.eval_sequences
     logger.info("%d sequences, %d dropped", cut, dropped)
+    data.require_blocks(sequences[:cut], "training")
+    if recipe.eval_sequences:
+        data.require_blocks(sequences[cut:], "held-out")
     return sequences[:cut], sequences[cut:]
 
 
@@ -342,7 +345,8 @@ def programs_of(target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfi
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe made ready: data, programs, frozen weights and the state to begin with."""
+    """A recipe made ready: data, programs, frozen weights, the state to begin with, and what the
+    drafter records of its target."""
 
     recipe: TrainConfig
     target_cfg: TargetConfig
@@ -354,6 +358,7 @@ class Run:
     programs: Programs
     frozen: Frozen
     state: TrainState
+    trained_for: Mapping[str, str]
 
     @property
     def rate(self) -> LearningRate:
@@ -392,4 +397,7 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     average = jax.tree.map(jnp.copy, params) if recipe.average_decay else None  # both are donated
     state = TrainState(place(np.int32(0), programs.state.step), params, moments, average)
     frozen = place(frozen, programs.frozen)
-    return Run(recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state)
+    return Run(
+        recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state,
+        target.identity(),
+    )  # fmt: skip

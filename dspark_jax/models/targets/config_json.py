@@ -254,6 +254,15 @@ def rope_config_dict(rope: RopeConfig) -> dict[str, Any]:
     return fields
 
 
+def rope_spellings(rope: RopeConfig) -> dict[str, Any]:
+    """RoPE in the words of new and of older readers, who would fall back to defaults."""
+    fields = rope_config_dict(rope)
+    old = {"rope_theta": rope.theta, "rope_parameters": fields}
+    if rope.kind != "default":
+        old["rope_scaling"] = {key: v for key, v in fields.items() if key != "rope_theta"}
+    return old
+
+
 def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
     """The blocks in the words of a Qwen3 ``config.json``; :func:`block_config` reads them back."""
     return {
@@ -273,7 +282,7 @@ def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
         "num_hidden_layers": cfg.num_layers,
         "num_key_value_heads": cfg.num_kv_heads,
         "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_parameters": rope_config_dict(cfg.rope),
+        **rope_spellings(cfg.rope),
         "sliding_window": max(cfg.windows, default=0) or None,
         "tie_word_embeddings": False,
         "use_sliding_window": any(cfg.windows),

@@ -83,6 +83,7 @@ def write_drafter(cfg: DrafterConfig) -> dict[str, Any]:
         "num_key_value_heads": cfg.num_kv_heads,
         "num_kv_shared_layers": 0,
         "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_theta": cfg.rope.theta,
         "rope_parameters": {FULL: rope, WINDOWED: {"rope_theta": 1e4, "rope_type": "default"}},
         "tie_word_embeddings": False,
         "vocab_size": cfg.vocab_size,
