@@ -27,12 +27,15 @@ TOP_LEVEL = {
 IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the repository
 
 # Each layer of the tree, lowest first, and what of the project it may import besides itself.
-FOUNDATION = {f"dspark_jax.{name}" for name in ("axes", "config", "overrides", "progress", "rules")}
+FOUNDATION = {
+    f"dspark_jax.{name}" for name in ("axes", "config", "files", "overrides", "progress", "rules")
+}
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
 LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.config": {"dspark_jax.axes"},
+    "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
     "dspark_jax.rules": set(),
@@ -40,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.models": NUMERICS,
     "dspark_jax.checkpoints": FOUNDATION | {"dspark_jax.models"},
-    "dspark_jax.scheduler": NUMERICS | {"dspark_jax.checkpoint"},
+    "dspark_jax.scheduler": NUMERICS,
     "dspark_jax.engine": NUMERICS
     | {f"dspark_jax.{name}" for name in ("__version__", "models", "scheduler")},
     "dspark_jax.training": NUMERICS
@@ -49,7 +52,6 @@ LAYERS: dict[str, set[str]] = {
     | {
         f"dspark_jax.{name}"
         for name in (
-            "checkpoint",
             "checkpoints",
             "engine",
             "model",

@@ -246,7 +246,7 @@ TENSOR_FAULTS = {
     "left over": ({"mystery__weight": np.ones(3, np.float32)}, "mystery.weight is left over"),
     "wrong shape": ({"norm__weight": np.ones(3, np.float32)}, "norm.weight has shape [3]"),
     "transposed": ({"fc__weight": np.ones((96, 32), np.float32)}, "fc.weight has shape [96, 32]"),
-    "wrong dtype": ({"norm__weight": np.ones(32, np.int8)}, "norm.weight has dtype I8"),
+    "wrong dtype": ({"norm__weight": np.ones(32, np.int8)}, "norm.weight has dtype int8"),
 }
 
 
@@ -274,7 +274,7 @@ def test_missing_and_unreadable_files_are_refused(drafter_dir, tmp_path):
     (drafter_dir / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").write_text("{")
-    assert "not readable as JSON" in refusal(load_drafter, drafter_dir)
+    assert "not readable JSON" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").write_text("[1]")
     assert "must hold a JSON object" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").unlink()

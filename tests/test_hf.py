@@ -272,8 +272,6 @@ def test_harmless_leftovers_are_ignored_and_others_are_not(directory):
     change_tensors(directory, {"lm_head.weight": embedding, **frequencies})
     cfg, _ = load_hf_target(directory, jnp.float32)
     assert cfg.tied
-    change_tensors(directory, {"lm_head.weight": embedding + 1})
-    assert "differs from model.embed_tokens.weight" in refusal(directory)
     change_tensors(directory, {"lm_head.weight": embedding, "model.extra": embedding})
     assert "model.extra is left over" in refusal(directory)
 

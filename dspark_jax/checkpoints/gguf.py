@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, split_experts
 from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.files import absent, foreign
 from dspark_jax.models.rope import rope_frequencies
 from dspark_jax.models.targets.config_json import rope_config_dict
 from dspark_jax.models.targets.family import TargetParams
@@ -25,6 +26,8 @@ from dspark_jax.models.targets.gguf_dialects import DIALECTS, GLOBAL_NAMES, Dial
 from dspark_jax.models.targets.table import FAMILIES, family_of
 
 ROPE_FACTORS = "rope_freqs.weight"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
 NOT_ROTATED = 1e20  # divisors above it stop a channel
 # What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
 BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
@@ -58,6 +61,18 @@ class GgufFile(gguf.GGUFReader):
     def data(self, mapped: np.ndarray) -> None:
         self._data = _Bytes(mapped)
 
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        """The reader's table of tensors, whose types are all known."""
+        known = {kind.value for kind in gguf.GGMLQuantizationType}
+        for tensor in fields:
+            _, name, _, _, (kind,), _ = tensor.parts
+            if int(kind) not in known:
+                raise LoadError(
+                    f"tensor {bytes(name).decode()} has type {kind}, which is unknown to the "
+                    f"installed gguf package: update it, or take another quantisation"
+                )
+        super()._build_tensors(start_offs, fields)
+
     def value(self, key: str, kind: Any, default: Any = None) -> Any:
         """A metadata value.
 
@@ -90,18 +105,46 @@ def open_gguf(path: str | Path) -> GgufFile:
         LoadError: there is no such file, or it is broken, truncated, or one part of several.
     """
     if not Path(path).is_file():
-        raise LoadError(f"{path}: no such file; name an existing GGUF file")
+        raise LoadError(f"{path}: {absent(path)}; name an existing GGUF file")
     try:
+        _check_start(Path(path))
         with np.errstate(over="raise"):
             file = GgufFile(path)
         parts = file.value("split.count", int, 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}") from None
+    except LoadError as error:
+        raise LoadError(f"{path}: {error}") from None
     except BROKEN as error:
         raise LoadError(f"{path}: broken or truncated GGUF file ({error})") from None
     if parts > 1:
         raise LoadError(f"{path}: one of {parts} parts; merge them into one GGUF file first")
     return file
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether this names a GGUF file, by its ending or by how it begins."""
+    if str(path).lower().endswith(".gguf"):
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a directory, or none
+        return False
+
+
+def _check_start(path: Path) -> None:
+    """Name what is no GGUF file, or of a version or byte order that is not read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and start[:4] != MAGIC:
+        raise LoadError(f"this is {foreign(path) or 'no GGUF file: download it again'}")
+    version = int.from_bytes(start[4:], "little")
+    if version and not version % 2**16:
+        raise LoadError("a big-endian GGUF file, which is not read: take a little-endian one")
+    if len(start) == 8 and version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise LoadError(f"GGUF version {version}: only {known} are read, convert the model anew")
 
 
 def load_gguf_target(
@@ -213,7 +256,7 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
         return plain if factor == 1.0 else plain | {"rope_type": "linear", "factor": factor}
-    wanted = gguf.dequantize(divisors[0].data, divisors[0].tensor_type).reshape(-1)
+    wanted = _floats(divisors[0]).reshape(-1)
     rotated = wanted == 1.0
     if (wanted[~rotated] > NOT_ROTATED).all() and rotated.any() and not rotated.all():
         share = int(rotated.sum()) / len(rotated)
@@ -245,7 +288,7 @@ def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         tensor = by_name[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
+        values = _floats(tensor).reshape(_shape(tensor))
         if dialect.shift and name.endswith("norm.weight"):
             return values - np.float32(dialect.shift)
         if dialect.pairs and ".q_proj." in name:
@@ -254,8 +297,31 @@ def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
             return _halves(values, cfg.num_kv_heads)
         return values
 
+    for tensor in by_name.values():
+        _check_type(tensor, origin)
     shapes = {name: _shape(tensor) for name, tensor in by_name.items()}
     return split_experts(Tensors(origin, shapes, read))
+
+
+def _floats(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The numbers of a tensor, float32 but where the file has more."""
+    if tensor.tensor_type == gguf.GGMLQuantizationType.F64:
+        return tensor.data
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _check_type(tensor: gguf.ReaderTensor, origin: str) -> None:
+    """Name a tensor that cannot be dequantised, before any is."""
+    kind = tensor.tensor_type
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        if kind != gguf.GGMLQuantizationType.F64:
+            gguf.dequantize(np.zeros(size, np.uint8), kind)
+    except NotImplementedError:
+        raise LoadError(
+            f"{origin}: tensor {tensor.name} has type {kind.name}, which the installed gguf "
+            f"package does not turn into floats: update it, or take another quantisation"
+        ) from None
 
 
 def _hf_name(name: str, dialect: Dialect) -> str:

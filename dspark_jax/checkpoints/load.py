@@ -13,13 +13,12 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
-from dspark_jax.checkpoints.gguf import gguf_config, load_gguf_target, open_gguf
+from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, load_gguf_target, open_gguf
 from dspark_jax.checkpoints.hf import (
     CONFIG_FILE,
-    load_hf_target,
     model_directory,
-    read_checkpoint,
-    target_config,
+    open_hf_target,
+    read_hf_weights,
 )
 from dspark_jax.checkpoints.speculators import KIND, load_speculators
 from dspark_jax.checkpoints.tensors import LoadError, read_json
@@ -94,7 +93,7 @@ def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
     """
     if str(source) == "default":
         source = default_target_path()
-    if str(source).endswith(".gguf"):
+    if is_gguf(source):
         target, read_weights = _gguf_target(Path(source))
     else:
         target, read_weights = _hf_target(source)
@@ -119,14 +118,14 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
 def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     """A target out of a directory or hub id."""
     directory = model_directory(source)
-    cfg, _ = read_checkpoint(directory, target_config)
+    cfg, tensors = open_hf_target(directory)
     tokenizer = load_tokenizer(directory)
     generation = directory / "generation_config.json"
     configs = [read_json(generation)] if generation.is_file() else []
     cfg = replace(cfg, suppressed=_suppressed(generation, configs, cfg.vocab_size))
     name = Path(source).resolve().name
     target = Target(cfg, None, tokenizer, name, stop_ids(tokenizer, *configs))
-    return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
+    return target, lambda dtype, mesh: read_hf_weights(cfg, tensors, dtype, mesh)
 
 
 def _suppressed(path: Path, configs: list[dict[str, Any]], vocab_size: int) -> tuple[int, ...]:

@@ -28,7 +28,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.checkpoint import write_atomically
 from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.config import POSITION_STEP, round_up
@@ -41,6 +40,7 @@ from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
 from dspark_jax.evaluation.results import sound
+from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
 from pallas_kernels import random
 

@@ -18,7 +18,6 @@ from dspark_jax.models.targets.config_json import (
 )
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
-TEXT = "text_config"
 DRAFT_LAYERS = "gemma4_text"  # name of the layers of drafters
 
 
@@ -78,17 +77,13 @@ class Config(TargetConfig):
         return super().sizes | {"E": self.num_experts, "O": self.token_size, "X": 1}
 
 
-def config(hf: Mapping[str, Any]) -> Config:
-    """The configuration out of the ``config.json`` of a text model, or of one that has others
-    beside it.
+def config(text: Mapping[str, Any]) -> Config:
+    """The configuration out of the ``config.json`` of a text model.
 
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
-    name, text = hf["model_type"], hf
-    if TEXT in hf:
-        text = {**field(hf, TEXT, dict)}
-        text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings"))
+    name = text["model_type"]
     generation = 2 if name == "gemma2" else 3 if name.startswith("gemma3") else 4
     for key in ("attention_bias", "use_bidirectional_attention"):
         if text.get(key) not in (None, False, "vision"):  # which is about images alone
