@@ -25,12 +25,12 @@ from dspark_jax.checkpoints.tensors import (
     split_experts,
     text_part,
 )
-from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors
+from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors, what_else
 from dspark_jax.config import TargetConfig
-from dspark_jax.files import write_together
+from dspark_jax.files import absent, write_together
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import FAMILIES, family_of
-from dspark_jax.models.targets.text_config import text_config
+from dspark_jax.models.targets.text_config import TEXT_OF, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,11 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
     """
     text = text_config(config)
     name = text["model_type"]
-    if name is None:
-        raise LoadError(f"model_type is missing: use a model of {', '.join(FAMILIES)}")
     if name not in tuple(FAMILIES):
-        beside = "" if config.get("text_config") is None else f" (in {config.get('model_type')!r})"
-        raise LoadError(
-            f"model_type {name!r}{beside} is not supported: use a model of {', '.join(FAMILIES)}"
-        )
+        said = "is missing" if name is None else f"{name!r} is not supported"
+        beside = "" if config.get("text_config") is None else f" of {config.get('model_type')!r}"
+        known = ", ".join(sorted({*FAMILIES, *TEXT_OF}))
+        raise LoadError(f"model_type{beside} {said}: use a model of {known}")
     return FAMILIES[name].config(text)
 
 
@@ -97,6 +95,8 @@ def read_checkpoint(
     """
     directory = model_directory(source)
     path = directory / CONFIG_FILE
+    if not path.exists():
+        raise LoadError(f"{path}: {absent(path)}; {what_else(directory)}")
     config = read_json(path)
     try:
         cfg = parse(config)

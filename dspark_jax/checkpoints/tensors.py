@@ -296,7 +296,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         LoadError: the file is missing, or not that.
     """
     if not Path(path).exists():
-        raise LoadError(f"{path}: {files.absent(path)}; is this a model directory?")
+        raise LoadError(f"{path}: {files.absent(path)}")
     try:
         content = files.read_json(path)
     except ValueError as error:

@@ -56,8 +56,13 @@ QUANTISED = {
     "k_scale": "fp8",
     "v_scale": "fp8",
 }
-PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
-OTHER_WEIGHTS = ("consolidated", "adapter_")  # the same weights once more, or a part of others
+# Files that are no weights as read here -> what they are, and the remedy.
+OTHERS = {
+    r".*\.gguf": "a GGUF file: name it itself instead of its directory",
+    r"adapter_.*": "an adapter: merge it with its model first",
+    r".*\.(bin|pt|pth|ckpt)": "pickled, and not read: convert it to safetensors",
+    r"consolidated.*": "of another layout: take the files made for transformers",
+}
 
 # Of a file, its tensors as views of it.
 Views = dict[str, np.ndarray]
@@ -96,7 +101,7 @@ def read_tensors(directory: str | Path) -> Tensors:
 def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str]]:
     """The files that hold the weights, and what an index says of which tensor lies where."""
     there = sorted(path.name for path in directory.glob("*.safetensors"))
-    there = [name for name in there if not name.startswith((".", *OTHER_WEIGHTS))]
+    there = [name for name in there if not re.match(r"\.|adapter_|consolidated", name)]
     index = directory / INDEX_FILE
     if not index.is_file():
         return _unindexed(directory, there), {}
@@ -105,8 +110,8 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str]]:
         raise LoadError(f"{index}: weight_map must map tensors to files")
     files = sorted(set(places.values()))
     for file in files:
-        if Path(file).name != file:
-            raise LoadError(f"{index}: {file!r} is not a plain file name")
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise LoadError(f"{index}: {file!r} is not the plain name of a safetensors file")
     if WEIGHTS_FILE in there and WEIGHTS_FILE not in files:  # as in transformers
         logger.warning("%s is not used: %s holds the model", index, WEIGHTS_FILE)
         return [WEIGHTS_FILE], {}
@@ -153,23 +158,18 @@ def _unindexed(directory: Path, there: list[str]) -> list[str]:
             f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there, and several other "
             f"files might be meant ({', '.join(there[:4])}): keep the right one alone"
         )
-    raise LoadError(f"{directory}: {_without_weights(directory)}")
-
-
-def _without_weights(directory: Path) -> str:
-    """What to do with a directory that has no safetensors."""
-    names = sorted(path.name for path in directory.iterdir())
-    found = [name for name in names if name.lower().endswith(".gguf")]
-    if found:
-        return f"holds GGUF files: name one of them itself, such as {directory / found[0]}"
-    found = [name for name in names if Path(name).suffix in PICKLED]
     reason = f"neither {WEIGHTS_FILE} nor {INDEX_FILE} is there"
-    if found:
-        return f"{reason}; pickled weights ({found[0]}) are not read: convert them to safetensors"
-    found = [name for name in names if name.startswith(OTHER_WEIGHTS)]
-    if found:
-        return f"{reason}, only {found[0]}: take the files that Hugging Face calls {WEIGHTS_FILE}"
-    return f"{reason}: the download is incomplete, or this is no model"
+    raise LoadError(f"{directory}: {reason}; {what_else(directory)}")
+
+
+def what_else(directory: Path) -> str:
+    """What a directory holds that is no model, and what to do with it, for a message."""
+    names = sorted(path.name for path in directory.iterdir())
+    for pattern, what in OTHERS.items():
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            return f"{found[0]} is {what}"
+    return "is this a model directory, and the download complete?"
 
 
 def map_safetensors(path: Path) -> Views:

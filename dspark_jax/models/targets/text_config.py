@@ -17,19 +17,20 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "max_position_embeddings",
+    "sliding_window",
 )
-# ``model_type`` -> these sizes; None for as many key/value heads as heads.
+# ``model_type`` -> these sizes; None for as many key/value heads as heads, and for no window.
 DEFAULTS: Mapping[str, tuple[int | None, ...]] = {
-    "llama": (32000, 4096, 11008, 32, 32, None, 2048),
-    "mistral": (32000, 4096, 14336, 32, 32, 8, 131072),
-    "qwen2": (151936, 4096, 22016, 32, 32, 32, 32768),
-    "qwen3": (151936, 4096, 22016, 32, 32, 32, 32768),
-    "qwen3_moe": (151936, 2048, 6144, 24, 32, 4, 32768),
-    "smollm3": (128256, 2048, 11008, 36, 16, 4, 32768),
-    "gemma2": (256000, 2304, 9216, 26, 8, 4, 8192),
-    "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 131072),
-    "gemma4_text": (262144, 2304, 9216, 30, 8, 4, 131072),
-    "gemma4_unified_text": (262144, 2304, 9216, 30, 8, 4, 262144),
+    "llama": (32000, 4096, 11008, 32, 32, None, 2048, None),
+    "mistral": (32000, 4096, 14336, 32, 32, 8, 131072, 4096),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32, 32768, 4096),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32, 32768, 4096),
+    "qwen3_moe": (151936, 2048, 6144, 24, 32, 4, 32768, 4096),
+    "smollm3": (128256, 2048, 11008, 36, 16, 4, 32768, None),
+    "gemma2": (256000, 2304, 9216, 26, 8, 4, 8192, 4096),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 131072, 4096),
+    "gemma4_text": (262144, 2304, 9216, 30, 8, 4, 131072, 512),
+    "gemma4_unified_text": (262144, 2304, 9216, 30, 8, 4, 262144, 1024),
 }
 # Models that have others beside their text -> what their text is where they do not say.
 TEXT_OF = {
