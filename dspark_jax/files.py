@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -65,7 +66,8 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # renamed, or never made
+                part.unlink()
 
 
 def read_json(path: str | Path, what: str = "") -> Any:
