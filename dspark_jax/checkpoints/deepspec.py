@@ -42,7 +42,7 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     """
     known = {blocks.architecture: blocks for blocks in DRAFT_BLOCKS.values()}
     architectures = config.get("architectures")
-    name = isinstance(architectures, list) and len(architectures) == 1 and architectures[0]
+    name = isinstance(architectures, list) and len(architectures) == 1 and str(architectures[0])
     if name == DFLASH:
         config = _flat_dflash(config)
     if name in (DFLASH, DSPARK):  # which name the method, and not the layers

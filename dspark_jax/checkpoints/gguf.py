@@ -30,7 +30,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NOT_ROTATED = 1e20  # divisors above it stop a channel
 # What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
-BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
+BROKEN = (
+    ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError,
+    RecursionError,
+)  # fmt: skip
 
 
 class _Bytes:
@@ -50,7 +53,15 @@ class _Bytes:
 
 
 class GgufFile(gguf.GGUFReader):
-    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping."""
+    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping.
+
+    Attributes:
+        path: where it lies.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        super().__init__(path)
 
     @property
     def data(self) -> Any:
@@ -68,8 +79,8 @@ class GgufFile(gguf.GGUFReader):
             _, name, _, _, (kind,), _ = tensor.parts
             if int(kind) not in known:
                 raise LoadError(
-                    f"tensor {bytes(name).decode()} has type {kind}, which is unknown to the "
-                    f"installed gguf package: update it, or take another quantisation"
+                    f"{self.path}: tensor {bytes(name).decode()} has type {kind}, which is unknown "
+                    f"to the installed gguf package: update it, or take another quantisation"
                 )
         super()._build_tensors(start_offs, fields)
 
@@ -90,11 +101,12 @@ class GgufFile(gguf.GGUFReader):
         try:
             value = found.contents()
         except BROKEN as error:
-            raise LoadError(f"metadata {key} is broken ({error})") from None
+            raise LoadError(f"{self.path}: metadata {key} is broken ({error})") from None
         if kind is float and isinstance(value, int):
             return float(value)
         if not isinstance(value, kind):
-            raise LoadError(f"metadata {key} is not of type {getattr(kind, '__name__', kind)}")
+            name = getattr(kind, "__name__", kind)
+            raise LoadError(f"{self.path}: metadata {key} is not of type {name}")
         return value
 
 
@@ -113,8 +125,8 @@ def open_gguf(path: str | Path) -> GgufFile:
         parts = file.value("split.count", int, 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}") from None
-    except LoadError as error:
-        raise LoadError(f"{path}: {error}") from None
+    except LoadError:
+        raise
     except BROKEN as error:
         raise LoadError(f"{path}: broken or truncated GGUF file ({error})") from None
     if parts > 1:
@@ -138,13 +150,17 @@ def _check_start(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     if len(start) == 8 and start[:4] != MAGIC:
-        raise LoadError(f"this is {foreign(path) or 'no GGUF file: download it again'}")
+        raise LoadError(f"{path}: this is {foreign(path) or 'no GGUF file: download it again'}")
     version = int.from_bytes(start[4:], "little")
     if version and not version % 2**16:
-        raise LoadError("a big-endian GGUF file, which is not read: take a little-endian one")
+        raise LoadError(
+            f"{path}: a big-endian GGUF file, which is not read: take a little-endian one"
+        )
     if len(start) == 8 and version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
-        raise LoadError(f"GGUF version {version}: only {known} are read, convert the model anew")
+        raise LoadError(
+            f"{path}: GGUF version {version}: only {known} are read, convert the model anew"
+        )
 
 
 def load_gguf_target(
@@ -180,6 +196,8 @@ def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
     """
     try:
         return _config(file)
+    except LoadError:
+        raise
     except BROKEN as error:
         raise LoadError(f"{path}: {error}") from None
 
@@ -190,7 +208,7 @@ def _config(file: GgufFile) -> TargetConfig:
     def get(key: str, default: Any = None, kind: Any = int) -> Any:
         value = file.value(f"{name}.{key}", kind, default)
         if value is None:
-            raise LoadError(f"metadata {name}.{key} is missing")
+            raise ValueError(f"metadata {name}.{key} is missing")
         return value
 
     shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
@@ -198,7 +216,7 @@ def _config(file: GgufFile) -> TargetConfig:
     head_dim = get("attention.key_length", width // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if get(key, head_dim) != head_dim:
-            raise LoadError(
+            raise ValueError(
                 f"{name}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
             )
     config = {
@@ -222,7 +240,7 @@ def _config(file: GgufFile) -> TargetConfig:
         local = {"rope_theta": config.pop("rope_local_base"), "rope_type": "default"}
         rope = {"full_attention": rope, "sliding_attention": local}
     if get("expert_count", 0) and "num_experts" not in config:
-        raise LoadError(f"{name}.expert_count is {get('expert_count')}: not supported")
+        raise ValueError(f"{name}.expert_count is {get('expert_count')}: not supported")
     return FAMILIES[dialect.model_type].config(config | {"rope_parameters": rope})
 
 
@@ -230,7 +248,7 @@ def _dialect(file: GgufFile) -> tuple[str, Dialect]:
     """The architecture of a file, and how its files are read."""
     name = file.value("general.architecture", str)
     if name not in DIALECTS:
-        raise LoadError(
+        raise ValueError(
             f"general.architecture {name!r} is not supported: use a model of {', '.join(DIALECTS)}"
         )
     return name, DIALECTS[name]
@@ -244,7 +262,7 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
     factor = file.value(f"{name}.rope.scaling.factor", float, 0.0)
     factor = factor or file.value(f"{name}.rope.scale_linear", float, 1.0)
     if not theta > 0:
-        raise LoadError(f"{name}.rope.freq_base is {theta}: it must be positive")
+        raise ValueError(f"{name}.rope.freq_base is {theta}: it must be positive")
     plain = {"rope_theta": theta, "rope_type": "default"}
     if kind == "yarn":
         length = file.value(f"{name}.rope.scaling.original_context_length", int)
@@ -252,7 +270,7 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
         attention = file.value(f"{name}.rope.scaling.attn_factor", float)
         return plain | scaled | ({} if attention is None else {"attention_factor": attention})
     if kind not in ("none", "linear"):
-        raise LoadError(f"{name}.rope.scaling of type {kind!r} is not supported")
+        raise ValueError(f"{name}.rope.scaling of type {kind!r} is not supported")
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
         return plain if factor == 1.0 else plain | {"rope_type": "linear", "factor": factor}
@@ -269,7 +287,9 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
             frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
         ):
             return rope_config_dict(rope)
-    raise LoadError(f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported")
+    raise ValueError(
+        f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported"
+    )
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
