@@ -135,6 +135,7 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(directory, whole):
         path.rename(directory / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert_whole(snapshot, whole)
+    assert "snapshots is a folder of the hub's cache: name a directory in it" in refusal(directory)
     shutil.rmtree(directory / "blobs")
     assert "config.json: a link to ../../blobs/" in refusal(snapshot)
 

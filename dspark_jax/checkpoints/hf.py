@@ -38,6 +38,7 @@ ConfigT = TypeVar("ConfigT")
 
 CONFIG_FILE = "config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
+COPIES = ["consolidated*", "original/*"]  # the same weights in other layouts
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -73,7 +74,8 @@ def model_directory(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        found = snapshot_download(str(source), allow_patterns=HUB_FILES, ignore_patterns=COPIES)
+        return Path(found)
     except Exception as error:  # its own errors, the HTTP library's, the operating system's
         raise LoadError(
             f"{source}: no such directory, and the Hugging Face hub did not give it out "

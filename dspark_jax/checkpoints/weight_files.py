@@ -58,6 +58,7 @@ QUANTISED = {
 }
 # Files that are no weights as read here -> what they are, and the remedy.
 OTHERS = {
+    r"snapshots": "a folder of the hub's cache: name a directory in it",
     r".*\.gguf": "a GGUF file: name it itself instead of its directory",
     r"adapter_.*": "an adapter: merge it with its model first",
     r".*\.(bin|pt|pth|ckpt)": "pickled, and not read: convert it to safetensors",
@@ -186,7 +187,9 @@ def map_safetensors(path: Path) -> Views:
             raise LoadError(f"{path} is {reason}")
         safe_open(path, framework="numpy")  # which checks the header against the file
         mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise LoadError(f"{path} is not readable: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise LoadError(f"{path}: broken or truncated safetensors file ({error})") from None
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
     header = json.loads(mapped[8:start].tobytes())
