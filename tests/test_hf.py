@@ -248,7 +248,7 @@ def prefixed(directory, before, after, head):
     path = directory / "model.safetensors"
     tensors = load_file(path)
     names = {name: name.replace(before, after, 1) for name in tensors}
-    image = {"vision_tower.patch.weight": np.ones((2, 2), np.int8)}
+    image = {"vision_tower.patch.weight": np.ones((2, 2), np.int8)} if after else {}
     if head:
         image[head] = tensors["model.embed_tokens.weight"] + 1
     save_file({names[name]: value for name, value in tensors.items()} | image, path)
@@ -262,6 +262,7 @@ def prefixed(directory, before, after, head):
         ("mistral3", "model.", "language_model.model.", ""),
         ("smolvlm", "model.", "model.text_model.", "lm_head.weight"),
         ("some_vl", "model.", "model.language_model.", ""),
+        ("saved without its head", "model.", "", ""),
     ],
 )
 def test_the_text_of_a_model_that_has_others_beside_it(kind, before, after, head, directory):

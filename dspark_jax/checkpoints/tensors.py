@@ -238,7 +238,7 @@ def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
 def text_part(tensors: Tensors) -> Tensors:
     """The language model of a checkpoint that has others beside it, under the names of one that
     has none: ``model.language_model.x`` and ``language_model.model.x`` are ``model.x``; some call
-    it ``text_model``."""
+    it ``text_model``, and a model that is saved without its head leaves out ``model``."""
     names = {}
     for name in tensors.shapes:
         found = re.fullmatch(
@@ -246,6 +246,8 @@ def text_part(tensors: Tensors) -> Tensors:
         )
         if found:
             names[found[1] or f"model.{found[2]}"] = name
+    if not names and "embed_tokens.weight" in tensors.shapes:  # saved without its head
+        names = {f"model.{name}": name for name in tensors.shapes if name != "lm_head.weight"}
     if not names:
         return tensors
     if "lm_head.weight" in tensors.shapes:
