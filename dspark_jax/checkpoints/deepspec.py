@@ -54,7 +54,7 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
         blocks = known[name]
     else:
         every = ", ".join([*known, DSPARK, DFLASH])
-        raise LoadError(f"architectures {architectures} is not supported: only one of {every}")
+        raise LoadError(f"architectures {architectures!r} is not supported: only one of {every}")
     reduced = config.get("draft_vocab_size")
     return DrafterConfig(
         **blocks.read(config),
