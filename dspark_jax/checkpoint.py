@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,6 @@ import jax
 import orbax.checkpoint as ocp
 
 Tree = Any
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) so that a reader, or a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # others may write it too
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
-
-
-def read_json(path: Path, what: str) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: the file is missing or is not JSON; the message names it and ``what`` it is.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path} is not readable JSON: {error}") from None
 
 
 class Checkpoints:

@@ -29,7 +29,16 @@ IGNORED_OUTPUT = {"build", "dist", "runs"}  # what .gitignore keeps out of the r
 # Each layer of the tree, lowest first, and what of the project it may import besides itself.
 FOUNDATION = {
     f"dspark_jax.{name}"
-    for name in ("axes", "characters", "config", "overrides", "progress", "rendering", "rules")
+    for name in (
+        "axes",
+        "characters",
+        "config",
+        "files",
+        "overrides",
+        "progress",
+        "rendering",
+        "rules",
+    )
 }
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
 LAYERS: dict[str, set[str]] = {
@@ -37,6 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.axes": set(),
     "dspark_jax.characters": set(),
     "dspark_jax.config": {"dspark_jax.axes", "dspark_jax.rendering"},
+    "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
     "dspark_jax.rendering": {"dspark_jax.characters"},
@@ -45,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.models": NUMERICS,
     "dspark_jax.checkpoints": FOUNDATION | {"dspark_jax.models"},
-    "dspark_jax.scheduler": NUMERICS | {"dspark_jax.checkpoint"},
+    "dspark_jax.scheduler": NUMERICS,
     "dspark_jax.engine": NUMERICS
     | {f"dspark_jax.{name}" for name in ("__version__", "models", "scheduler")},
     "dspark_jax.training": NUMERICS
@@ -54,7 +64,6 @@ LAYERS: dict[str, set[str]] = {
     | {
         f"dspark_jax.{name}"
         for name in (
-            "checkpoint",
             "checkpoints",
             "engine",
             "model",

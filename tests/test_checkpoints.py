@@ -128,6 +128,28 @@ def test_bfloat16_checkpoints_survive_a_round_trip(drafter_dir, tmp_path):
     assert load_drafter(drafter_dir, jnp.float32)[1].fc_FYD.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [(np.float64,), (ml_dtypes.float8_e5m2,), (np.float16, ml_dtypes.bfloat16), (np.float16, None)],
+)
+def test_other_and_mixed_floats_become_single_precision(kinds, drafter_dir):
+    tensors = load_file(drafter_dir / "model.safetensors")
+    for index, name in enumerate(tensors):
+        kind = kinds[index % len(kinds)] or np.float32
+        tensors[name] = tensors[name].astype(kind)
+    # The layers of one parameter are of different kinds, too.
+    stack = [name for name in tensors if name.endswith("self_attn.q_proj.weight")]
+    for index, name in enumerate(stack):
+        tensors[name] = tensors[name].astype(kinds[index % len(kinds)] or np.float32)
+    save_file(tensors, drafter_dir / "model.safetensors")
+    _, params, _ = load_drafter(drafter_dir)
+    assert params.layers[0].q_DNH.dtype == jnp.float32
+    loaded = np.asarray(params.layers[0].q_DNH)
+    for index, name in enumerate(stack):
+        expected = tensors[name].astype(np.float32).T.reshape(loaded[index].shape)
+        np.testing.assert_array_equal(loaded[index], expected)
+
+
 def reduced_drafter(**changes):
     """A drafter without the target's vocabulary and with a reduced one of its own."""
     cfg = DrafterConfig(
@@ -246,7 +268,7 @@ TENSOR_FAULTS = {
     "left over": ({"mystery__weight": np.ones(3, np.float32)}, "mystery.weight is left over"),
     "wrong shape": ({"norm__weight": np.ones(3, np.float32)}, "norm.weight has shape [3]"),
     "transposed": ({"fc__weight": np.ones((96, 32), np.float32)}, "fc.weight has shape [96, 32]"),
-    "wrong dtype": ({"norm__weight": np.ones(32, np.int8)}, "norm.weight has dtype I8"),
+    "wrong dtype": ({"norm__weight": np.ones(32, np.int8)}, "norm.weight has dtype int8"),
 }
 
 
@@ -274,7 +296,7 @@ def test_missing_and_unreadable_files_are_refused(drafter_dir, tmp_path):
     (drafter_dir / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").write_text("{")
-    assert "not readable as JSON" in refusal(load_drafter, drafter_dir)
+    assert "not readable JSON" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").write_text("[1]")
     assert "must hold a JSON object" in refusal(load_drafter, drafter_dir)
     (drafter_dir / "config.json").unlink()

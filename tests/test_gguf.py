@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from dspark_jax.checkpoints.gguf import load_gguf_target, open_gguf
+from dspark_jax.checkpoints.gguf import is_gguf, load_gguf_target, open_gguf
 from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import RopeConfig
@@ -52,7 +52,7 @@ def llama3_divisors(config):
     return np.array(divisors, np.float32)
 
 
-def write_gguf(path, case, *, kind=F32, metadata=(), tensors=()):
+def write_gguf(path, case, *, kind=F32, dtype=np.float32, metadata=(), tensors=()):
     """The golden target ``case`` as a GGUF file, with metadata and tensors changed or added."""
     config = json.loads((GOLDEN / case / "checkpoint" / "config.json").read_text())
     family, layers = config["model_type"], config["num_hidden_layers"]
@@ -85,6 +85,10 @@ def write_gguf(path, case, *, kind=F32, metadata=(), tensors=()):
         if family == "llama" and ".k_proj." in name:
             value = interleave(value, kv_heads)
         writer_kind = kind if value.ndim == 2 else F32
+        if dtype != np.float32:
+            name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(name, value.astype(dtype))
+            continue
         writer.add_tensor(
             names.get_name(name, try_suffixes=(".weight", ".bias")),
             gguf.quantize(value, writer_kind),
@@ -204,9 +208,56 @@ def test_parts_of_a_split_file_are_refused(tmp_path):
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "nowhere.gguf")
-    for content in (b"", b"GGUF", b"PK\x03\x04" * 100):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 5\n"
+    for content, expected in (
+        (b"", "broken or truncated GGUF file"),
+        (b"GGUF", "broken or truncated GGUF file"),
+        (b"GGUF\x03\0\0\0", "broken or truncated GGUF file"),
+        (b"PK\x03\x04" * 100, "a zip archive"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+        (pointer, "git lfs pull"),
+        (bytes(100), "no GGUF file"),
+        (b"GGUF\x01\0\0\0" + bytes(20), "GGUF version 1: only 2 and 3 are read"),
+        (b"GGUF\0\0\0\x03" + bytes(20), "big-endian"),
+    ):
         (tmp_path / "m.gguf").write_bytes(content)
-        assert "broken or truncated GGUF file" in refusal(tmp_path / "m.gguf")
+        assert expected in refusal(tmp_path / "m.gguf")
+    link = tmp_path / "link.gguf"
+    link.symlink_to("../blobs/1f")
+    assert "a link to ../blobs/1f, which is not there" in refusal(link)
+
+
+def set_type(path, name, kind):
+    """Overwrite the type of a tensor in a file's table."""
+    content = path.read_bytes()
+    # A tensor's entry: the length of its name, the name, dimensions, sizes, type, offset.
+    start = content.index(len(name).to_bytes(8, "little") + name.encode()) + 8 + len(name)
+    place = start + 4 + 8 * int.from_bytes(content[start : start + 4], "little")
+    path.write_bytes(content[:place] + kind.to_bytes(4, "little") + content[place + 4 :])
+
+
+def test_types_of_tensors_that_nobody_reads_are_named(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama_tied")
+    set_type(path, "blk.2.ffn_up.weight", 4242)
+    assert "tensor blk.2.ffn_up.weight has type 4242, which is unknown" in refusal(path)
+    set_type(path, "blk.2.ffn_up.weight", gguf.GGMLQuantizationType.I32)
+    assert "tensor blk.2.ffn_up.weight has type I32" in refusal(path)
+    assert "turn into floats" in refusal(path)
+
+
+def test_double_precision_is_read(tmp_path):
+    path = write_gguf(tmp_path / "double.gguf", "llama_tied", dtype=np.float64)
+    _, target = load_gguf_target(path, jnp.float32)
+    _, expected = load_hf_target(GOLDEN / "llama_tied" / "checkpoint", jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, target, expected)
+
+
+def test_a_file_is_known_by_how_it_begins(tmp_path):
+    path = write_gguf(tmp_path / "sha256-1f", "llama_tied")
+    assert is_gguf(path)
+    assert is_gguf("NOWHERE.GGUF")
+    assert not is_gguf(tmp_path)
+    assert not is_gguf("owner/name")
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from dspark_jax.checkpoints.hf import load_hf_target, target_config
 from dspark_jax.checkpoints.load import load_target
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import RopeConfig
 from dspark_jax.models.rope import rope_frequencies
+from dspark_jax.models.targets.table import FAMILIES
+from dspark_jax.models.targets.text_config import TEXT_OF
 
 DATA = Path(__file__).parent / "data"
 CASES = ("llama_tied", "llama3_rope_untied", "qwen3", "qwen2_bias")
@@ -181,7 +183,109 @@ def test_defaults_of_missing_fields():
     assert target_config(qwen3).head_dim == 128
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_file_does_not_say_is_what_transformers_has(name):
+    for said in ({}, {"use_sliding_window": True}):
+        theirs = AutoConfig.for_model(name, **said).to_json_string(use_diff=False)
+        assert target_config({"model_type": name, **said}) == target_config(json.loads(theirs))
+
+
+@pytest.mark.parametrize("name", TEXT_OF)
+def test_what_a_text_beside_other_models_does_not_say_is_what_transformers_has(name):
+    theirs = AutoConfig.for_model(name, text_config={}).text_config
+    ours = target_config({"model_type": name, "text_config": {}, "tie_word_embeddings": False})
+    said = json.loads(theirs.to_json_string(use_diff=False)) | {"tie_word_embeddings": False}
+    assert ours == target_config(said)
+
+
+NULLABLE = (
+    "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "layer_types",
+    "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "eos_token_id", "text_config",
+    "quantization_config", "partial_rotary_factor", "max_window_layers", "use_sliding_window",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "qwen2_bias"])
+@pytest.mark.parametrize("key", NULLABLE)
+def test_null_says_nothing(key, case):
+    config = golden_config(case)
+    config.pop(key, None)
+    assert target_config(config | {key: None}) == target_config(config)
+
+
+def test_null_is_as_many_heads_of_keys_as_of_queries():
+    config = golden_config("qwen2_bias") | {"num_key_value_heads": None}
+    assert target_config(config).num_kv_heads == config["num_attention_heads"]
+
+
+QUANTISED = {
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
+    "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors"}},
+    "without a quant_method": {"quantization_config": {"load_in_4bit": True}},
+    "quantization is set": {"quantization": {"group_size": 64, "bits": 4}},
+}
+
+
+@pytest.mark.parametrize("expected", QUANTISED)
+def test_quantised_weights_are_refused_by_the_name_of_the_method(expected, directory):
+    text = golden_config("llama_tied")
+    said = QUANTISED[expected]
+    for config in (
+        text | said,
+        {"model_type": "llava", "text_config": text | said},
+        {"model_type": "llava", "text_config": text, **said},
+    ):
+        (directory / "config.json").write_text(json.dumps(config))
+        message = refusal(directory)
+        assert expected in message
+        assert "take the unquantised checkpoint" in message
+        assert "config.json" in message
+
+
+def prefixed(directory, before, after, head):
+    """Rename the tensors of a text model as they are called beside others."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    names = {name: name.replace(before, after, 1) for name in tensors}
+    image = {"vision_tower.patch.weight": np.ones((2, 2), np.int8)} if after else {}
+    if head:
+        image[head] = tensors["model.embed_tokens.weight"] + 1
+    save_file({names[name]: value for name, value in tensors.items()} | image, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "head"),
+    [
+        ("llava", "model.", "language_model.model.", "language_model.lm_head.weight"),
+        ("llava", "model.", "model.language_model.", "lm_head.weight"),
+        ("mistral3", "model.", "language_model.model.", ""),
+        ("smolvlm", "model.", "model.text_model.", "lm_head.weight"),
+        ("some_vl", "model.", "model.language_model.", ""),
+        ("saved without its head", "model.", "", ""),
+    ],
+)
+def test_the_text_of_a_model_that_has_others_beside_it(kind, before, after, head, directory):
+    _, alone = load_hf_target(directory, jnp.float32)
+    text = golden_config("llama_tied")
+    del text["tie_word_embeddings"]
+    config = {"model_type": kind, "text_config": text}
+    (directory / "config.json").write_text(json.dumps(config))
+    prefixed(directory, before, after, head)
+    cfg, target = load_hf_target(directory, jnp.float32)
+    assert cfg.tied == (not head)
+    jax.tree.map(np.testing.assert_array_equal, target.layers, alone.layers)
+    np.testing.assert_array_equal(target.vocab.embed_VD, alone.vocab.embed_VD)
+
+
 UNSUPPORTED = {
+    "no family": ({"model_type": None}, "model_type is missing: use a model of gemma2, gemma3,"),
+    "a family beside others": (
+        {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
+        "model_type of 'qwen2_5_vl' 'qwen2_5_vl_text' is not supported",
+    ),
+    "a text that is none": ({"text_config": ["llama"]}, "text_config is ['llama']"),
+    "a base of nothing": ({"rope_parameters": None, "rope_theta": 0}, "rope_theta is 0.0"),
     "a family": ({"model_type": "mamba"}, "model_type 'mamba'"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "quantised weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -221,39 +325,13 @@ def test_windows_that_no_layer_uses_are_fine():
     assert target_config(config) == target_config(golden_config("qwen2_bias"))
 
 
-def shard(directory):
-    """Split model.safetensors into two files with an index."""
-    tensors = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    places = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
-    for file in set(places.values()):
-        part = {name: value for name, value in tensors.items() if places[name] == file}
-        save_file(part, directory / file)
-    index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return index
+FLOATS = (
+    np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
+)  # fmt: skip
 
 
-@pytest.mark.smoke
-def test_shards_give_the_same_weights_as_one_file(directory):
-    _, whole = load_hf_target(directory, jnp.float32)
-    shard(directory)
-    _, parts = load_hf_target(directory, jnp.float32)
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
-
-
-def test_broken_shards_are_refused(directory):
-    index = shard(directory)
-    (directory / "part-1.safetensors").unlink()
-    assert "part-1.safetensors: no such file" in refusal(directory)
-    index.write_text(json.dumps({"weight_map": {"x": "../target/part-0.safetensors"}}))
-    assert "not a plain file name" in refusal(directory)
-    index.write_text(json.dumps({"weight_map": ["x"]}))
-    assert "weight_map must map" in refusal(directory)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files_load_as_any_dtype(dtype, directory):
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_files_of_any_floats_load_as_any_dtype(dtype, directory):
     half = {
         name: value.astype(dtype)
         for name, value in load_file(directory / "model.safetensors").items()
@@ -266,16 +344,37 @@ def test_half_precision_files_load_as_any_dtype(dtype, directory):
         np.testing.assert_array_equal(np.asarray(params.norm_D), expected)
 
 
-def test_harmless_leftovers_are_ignored_and_others_are_not(directory):
+def test_harmless_leftovers_are_ignored_and_others_are_not(directory, caplog):
     embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     change_tensors(directory, {"lm_head.weight": embedding, **frequencies})
     cfg, _ = load_hf_target(directory, jnp.float32)
     assert cfg.tied
-    change_tensors(directory, {"lm_head.weight": embedding + 1})
-    assert "differs from model.embed_tokens.weight" in refusal(directory)
+    assert not list(caplog.records)
     change_tensors(directory, {"lm_head.weight": embedding, "model.extra": embedding})
     assert "model.extra is left over" in refusal(directory)
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_a_head_in_the_file_is_the_models(tied, directory, caplog):
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(directory, {"lm_head.weight": embedding + 1})
+    change_config(directory, {"tie_word_embeddings": tied})
+    cfg, target = load_hf_target(directory, jnp.float32)
+    assert not cfg.tied
+    np.testing.assert_array_equal(target.vocab.unembed_VD, embedding + 1)
+    said = "tie_word_embeddings is true, but lm_head.weight differs"
+    assert (said in caplog.text) == bool(tied)
+
+
+def test_without_a_head_the_embedding_is_it_unless_that_is_denied(directory, caplog):
+    change_config(directory, {"tie_word_embeddings": None})
+    cfg, target = load_hf_target(directory, jnp.float32)
+    assert cfg.tied
+    assert target.vocab.unembed_VD is None
+    assert "has no lm_head.weight: the embedding is taken for it" in caplog.text
+    change_config(directory, {"tie_word_embeddings": False})
+    assert "lm_head.weight is missing" in refusal(directory)
 
 
 def test_weights_of_another_configuration_are_refused(directory):
@@ -287,15 +386,15 @@ def test_weights_of_another_configuration_are_refused(directory):
     assert "has shape [96, 48], but the configuration says [95, 48]" in refusal(directory)
 
 
-def test_pickled_weights_are_not_read(directory):
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    assert "convert them to safetensors" in refusal(directory)
-
-
 def test_an_unreachable_hub_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "did not give it out" in refusal("nobody/no-such-model")
     assert "no such directory" in refusal(tmp_path / "nowhere")
+
+
+def test_a_file_in_place_of_its_directory_is_refused(directory):
+    for name in ("config.json", "model.safetensors"):
+        assert f"is a file: name its directory, {directory}" in refusal(directory / name)
 
 
 def test_a_directory_with_its_tokenizer_is_a_target(directory):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, split_experts
 from dspark_jax.config import RopeConfig, TargetConfig
+from dspark_jax.files import absent, foreign
 from dspark_jax.models.rope import rope_frequencies
 from dspark_jax.models.targets.config_json import rope_config_dict
 from dspark_jax.models.targets.family import TargetParams
@@ -25,9 +26,14 @@ from dspark_jax.models.targets.gguf_dialects import DIALECTS, GLOBAL_NAMES, Dial
 from dspark_jax.models.targets.table import FAMILIES, family_of
 
 ROPE_FACTORS = "rope_freqs.weight"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
 NOT_ROTATED = 1e20  # divisors above it stop a channel
 # What the gguf package and numpy raise, from wherever it happens to be, on a broken file.
-BROKEN = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError)
+BROKEN = (
+    ValueError, LookupError, TypeError, ArithmeticError, MemoryError, NotImplementedError,
+    RecursionError,
+)  # fmt: skip
 
 
 class _Bytes:
@@ -47,7 +53,15 @@ class _Bytes:
 
 
 class GgufFile(gguf.GGUFReader):
-    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping."""
+    """A memory-mapped GGUF file: metadata and tensor table; tensors are views of the mapping.
+
+    Attributes:
+        path: where it lies.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        super().__init__(path)
 
     @property
     def data(self) -> Any:
@@ -57,6 +71,18 @@ class GgufFile(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
         self._data = _Bytes(mapped)
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        """The reader's table of tensors, whose types are all known."""
+        known = {kind.value for kind in gguf.GGMLQuantizationType}
+        for tensor in fields:
+            _, name, _, _, (kind,), _ = tensor.parts
+            if int(kind) not in known:
+                raise LoadError(
+                    f"{self.path}: tensor {bytes(name).decode()} has type {kind}, which is unknown "
+                    f"to the installed gguf package: update it, or take another quantisation"
+                )
+        super()._build_tensors(start_offs, fields)
 
     def value(self, key: str, kind: Any, default: Any = None) -> Any:
         """A metadata value.
@@ -75,11 +101,12 @@ class GgufFile(gguf.GGUFReader):
         try:
             value = found.contents()
         except BROKEN as error:
-            raise LoadError(f"metadata {key} is broken ({error})") from None
+            raise LoadError(f"{self.path}: metadata {key} is broken ({error})") from None
         if kind is float and isinstance(value, int):
             return float(value)
         if not isinstance(value, kind):
-            raise LoadError(f"metadata {key} is not of type {getattr(kind, '__name__', kind)}")
+            name = getattr(kind, "__name__", kind)
+            raise LoadError(f"{self.path}: metadata {key} is not of type {name}")
         return value
 
 
@@ -90,18 +117,50 @@ def open_gguf(path: str | Path) -> GgufFile:
         LoadError: there is no such file, or it is broken, truncated, or one part of several.
     """
     if not Path(path).is_file():
-        raise LoadError(f"{path}: no such file; name an existing GGUF file")
+        raise LoadError(f"{path}: {absent(path)}; name an existing GGUF file")
     try:
+        _check_start(Path(path))
         with np.errstate(over="raise"):
             file = GgufFile(path)
         parts = file.value("split.count", int, 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}") from None
+    except LoadError:
+        raise
     except BROKEN as error:
         raise LoadError(f"{path}: broken or truncated GGUF file ({error})") from None
     if parts > 1:
         raise LoadError(f"{path}: one of {parts} parts; merge them into one GGUF file first")
     return file
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether this names a GGUF file, by its ending or by how it begins."""
+    if str(path).lower().endswith(".gguf"):
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a directory, or none
+        return False
+
+
+def _check_start(path: Path) -> None:
+    """Name what is no GGUF file, or of a version or byte order that is not read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and start[:4] != MAGIC:
+        raise LoadError(f"{path}: this is {foreign(path) or 'no GGUF file: download it again'}")
+    version = int.from_bytes(start[4:], "little")
+    if version and not version % 2**16:
+        raise LoadError(
+            f"{path}: a big-endian GGUF file, which is not read: take a little-endian one"
+        )
+    if len(start) == 8 and version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise LoadError(
+            f"{path}: GGUF version {version}: only {known} are read, convert the model anew"
+        )
 
 
 def load_gguf_target(
@@ -137,6 +196,8 @@ def gguf_config(file: GgufFile, path: str | Path) -> TargetConfig:
     """
     try:
         return _config(file)
+    except LoadError:
+        raise
     except BROKEN as error:
         raise LoadError(f"{path}: {error}") from None
 
@@ -147,7 +208,7 @@ def _config(file: GgufFile) -> TargetConfig:
     def get(key: str, default: Any = None, kind: Any = int) -> Any:
         value = file.value(f"{name}.{key}", kind, default)
         if value is None:
-            raise LoadError(f"metadata {name}.{key} is missing")
+            raise ValueError(f"metadata {name}.{key} is missing")
         return value
 
     shapes = {tensor.name: _shape(tensor) for tensor in file.tensors}
@@ -155,7 +216,7 @@ def _config(file: GgufFile) -> TargetConfig:
     head_dim = get("attention.key_length", width // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if get(key, head_dim) != head_dim:
-            raise LoadError(
+            raise ValueError(
                 f"{name}.{key} {get(key)} is not the head dimension {head_dim}: not supported"
             )
     config = {
@@ -179,7 +240,7 @@ def _config(file: GgufFile) -> TargetConfig:
         local = {"rope_theta": config.pop("rope_local_base"), "rope_type": "default"}
         rope = {"full_attention": rope, "sliding_attention": local}
     if get("expert_count", 0) and "num_experts" not in config:
-        raise LoadError(f"{name}.expert_count is {get('expert_count')}: not supported")
+        raise ValueError(f"{name}.expert_count is {get('expert_count')}: not supported")
     return FAMILIES[dialect.model_type].config(config | {"rope_parameters": rope})
 
 
@@ -187,7 +248,7 @@ def _dialect(file: GgufFile) -> tuple[str, Dialect]:
     """The architecture of a file, and how its files are read."""
     name = file.value("general.architecture", str)
     if name not in DIALECTS:
-        raise LoadError(
+        raise ValueError(
             f"general.architecture {name!r} is not supported: use a model of {', '.join(DIALECTS)}"
         )
     return name, DIALECTS[name]
@@ -201,7 +262,7 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
     factor = file.value(f"{name}.rope.scaling.factor", float, 0.0)
     factor = factor or file.value(f"{name}.rope.scale_linear", float, 1.0)
     if not theta > 0:
-        raise LoadError(f"{name}.rope.freq_base is {theta}: it must be positive")
+        raise ValueError(f"{name}.rope.freq_base is {theta}: it must be positive")
     plain = {"rope_theta": theta, "rope_type": "default"}
     if kind == "yarn":
         length = file.value(f"{name}.rope.scaling.original_context_length", int)
@@ -209,11 +270,11 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
         attention = file.value(f"{name}.rope.scaling.attn_factor", float)
         return plain | scaled | ({} if attention is None else {"attention_factor": attention})
     if kind not in ("none", "linear"):
-        raise LoadError(f"{name}.rope.scaling of type {kind!r} is not supported")
+        raise ValueError(f"{name}.rope.scaling of type {kind!r} is not supported")
     divisors = [tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS]
     if not divisors:
         return plain if factor == 1.0 else plain | {"rope_type": "linear", "factor": factor}
-    wanted = gguf.dequantize(divisors[0].data, divisors[0].tensor_type).reshape(-1)
+    wanted = _floats(divisors[0]).reshape(-1)
     rotated = wanted == 1.0
     if (wanted[~rotated] > NOT_ROTATED).all() and rotated.any() and not rotated.all():
         share = int(rotated.sum()) / len(rotated)
@@ -226,7 +287,9 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
             frequency / rope_frequencies(rope, head_dim), wanted, rtol=1e-4
         ):
             return rope_config_dict(rope)
-    raise LoadError(f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported")
+    raise ValueError(
+        f"tensor {ROPE_FACTORS} is no RoPE scaling of type llama3: it is not supported"
+    )
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -245,7 +308,7 @@ def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         tensor = by_name[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
+        values = _floats(tensor).reshape(_shape(tensor))
         if dialect.shift and name.endswith("norm.weight"):
             return values - np.float32(dialect.shift)
         if dialect.pairs and ".q_proj." in name:
@@ -254,8 +317,31 @@ def _tensors(file: GgufFile, cfg: TargetConfig, origin: str) -> Tensors:
             return _halves(values, cfg.num_kv_heads)
         return values
 
+    for tensor in by_name.values():
+        _check_type(tensor, origin)
     shapes = {name: _shape(tensor) for name, tensor in by_name.items()}
     return split_experts(Tensors(origin, shapes, read))
+
+
+def _floats(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The numbers of a tensor, float32 but where the file has more."""
+    if tensor.tensor_type == gguf.GGMLQuantizationType.F64:
+        return tensor.data
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _check_type(tensor: gguf.ReaderTensor, origin: str) -> None:
+    """Name a tensor that cannot be dequantised, before any is."""
+    kind = tensor.tensor_type
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        if kind != gguf.GGMLQuantizationType.F64:
+            gguf.dequantize(np.zeros(size, np.uint8), kind)
+    except NotImplementedError:
+        raise LoadError(
+            f"{origin}: tensor {tensor.name} has type {kind.name}, which the installed gguf "
+            f"package does not turn into floats: update it, or take another quantisation"
+        ) from None
 
 
 def _hf_name(name: str, dialect: Dialect) -> str:

@@ -6,9 +6,10 @@ The tensors follow from the declaration (``tensors.py``), the configuration from
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,23 +18,27 @@ from jax.sharding import Mesh
 from safetensors.numpy import save
 
 from dspark_jax.checkpoints.tensors import (
-    WEIGHTS_FILE,
     LoadError,
     Tensors,
     read_json,
     read_params,
-    read_tensors,
     split_experts,
     text_part,
 )
+from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors, what_else
 from dspark_jax.config import TargetConfig
+from dspark_jax.files import absent, write_together
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import FAMILIES, family_of
+from dspark_jax.models.targets.text_config import TEXT_OF, text_config
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 
 CONFIG_FILE = "config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
+COPIES = ["consolidated*", "original/*"]  # the same weights in other layouts
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -44,12 +49,14 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
-    name = config.get("model_type")
+    text = text_config(config)
+    name = text["model_type"]
     if name not in tuple(FAMILIES):
-        raise LoadError(
-            f"model_type {name!r} is not supported: use a model of {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[name].config(config)
+        said = "is missing" if name is None else f"{name!r} is not supported"
+        beside = "" if config.get("text_config") is None else f" of {config.get('model_type')!r}"
+        known = ", ".join(sorted({*FAMILIES, *TEXT_OF}))
+        raise LoadError(f"model_type{beside} {said}: use a model of {known}")
+    return FAMILIES[name].config(text)
 
 
 def model_directory(source: str | Path) -> Path:
@@ -60,12 +67,15 @@ def model_directory(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise LoadError(f"{source} is a file: name its directory, {Path(source).absolute().parent}")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise LoadError(f"{source}: no such directory; name a model directory or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+        found = snapshot_download(str(source), allow_patterns=HUB_FILES, ignore_patterns=COPIES)
+        return Path(found)
     except Exception as error:  # its own errors, the HTTP library's, the operating system's
         raise LoadError(
             f"{source}: no such directory, and the Hugging Face hub did not give it out "
@@ -87,6 +97,8 @@ def read_checkpoint(
     """
     directory = model_directory(source)
     path = directory / CONFIG_FILE
+    if not path.exists():
+        raise LoadError(f"{path}: {absent(path)}; {what_else(directory)}")
     config = read_json(path)
     try:
         cfg = parse(config)
@@ -100,18 +112,63 @@ def write_checkpoint(
 ) -> None:
     """Write a configuration and tensors that :func:`read_checkpoint` reads.
 
-    Each file is written beside its place and renamed into it, the configuration last: whoever
+    Both are written beside their places and renamed into them, the configuration last: whoever
     reads meanwhile sees a whole checkpoint or a directory without one. Other files stay.
+
+    Raises:
+        OSError: there is no room, or no right, to write; what was there before stays.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        (WEIGHTS_FILE, save(dict(tensors), metadata={"format": "pt"})),
-        (CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()),
-    ):
-        beside = directory / f".{name}.{os.getpid()}"
-        beside.write_bytes(content)
-        beside.replace(directory / name)
+    write_together(
+        {
+            directory / WEIGHTS_FILE: save(dict(tensors), metadata={"format": "pt"}),
+            directory / CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True) + "\n",
+        }
+    )
+
+
+def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
+    """A target out of a Hugging Face directory or hub id, whose weights are yet to be read.
+
+    A head in the file is the model's, whatever ``tie_word_embeddings`` says. Where there is none,
+    and nothing says that there ought to be, it is the embedding.
+
+    Args:
+        source: the directory, or ``owner/name`` on the hub.
+
+    Returns:
+        Its configuration, and the tensors that its family declares.
+
+    Raises:
+        LoadError: something is missing, broken or not supported.
+    """
+
+    def parse(hf: Mapping[str, Any]) -> tuple[TargetConfig, Any]:
+        return target_config(hf), text_config(hf).get("tie_word_embeddings")
+
+    (cfg, said), tensors = read_checkpoint(source, parse)
+    tensors = split_experts(text_part(tensors))
+    if HEAD not in tensors.shapes and not cfg.tied and said is None:
+        logger.warning("%s has no %s: the embedding is taken for it", tensors.origin, HEAD)
+        return replace(cfg, tied=True), tensors
+    if cfg.tied and {HEAD, EMBEDDING} <= tensors.shapes.keys():
+        if np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
+            return cfg, tensors.without(HEAD)
+        logger.warning(
+            "%s: tie_word_embeddings is true, but %s differs from %s: it is used",
+            tensors.origin,
+            HEAD,
+            EMBEDDING,
+        )
+        return replace(cfg, tied=False), tensors
+    return cfg, tensors
+
+
+def read_hf_weights(
+    cfg: TargetConfig, tensors: Tensors, dtype: Any, mesh: Mesh | None = None
+) -> TargetParams:
+    """The weights of an opened target; arguments and errors as in :func:`load_hf_target`."""
+    return read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
 
 
 def load_hf_target(
@@ -127,13 +184,5 @@ def load_hf_target(
     Raises:
         LoadError: something is missing, broken or not supported.
     """
-    cfg, tensors = read_checkpoint(source, target_config)
-    tensors = split_experts(text_part(tensors))
-    if cfg.tied and HEAD in tensors.shapes and EMBEDDING in tensors.shapes:
-        if not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
-            raise LoadError(
-                f"{tensors.origin}: tie_word_embeddings is true, but {HEAD} differs from "
-                f"{EMBEDDING}"
-            )
-        tensors = tensors.without(HEAD)
-    return cfg, read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
+    cfg, tensors = open_hf_target(source)
+    return cfg, read_hf_weights(cfg, tensors, dtype, mesh)

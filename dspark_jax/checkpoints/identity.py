@@ -17,7 +17,8 @@ import numpy as np
 
 from dspark_jax.checkpoints.deepspec import TRAINED_FOR
 from dspark_jax.checkpoints.hf import CONFIG_FILE
-from dspark_jax.checkpoints.tensors import read_json, read_tensors
+from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.checkpoints.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
 from dspark_jax.checkpoints.ends import end_ids, known_ends
-from dspark_jax.checkpoints.gguf import gguf_config, load_gguf_target, open_gguf
+from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, load_gguf_target, open_gguf
 from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
 from dspark_jax.checkpoints.hf import (
-    load_hf_target,
+    CONFIG_FILE,
     model_directory,
-    read_checkpoint,
-    target_config,
+    open_hf_target,
+    read_hf_weights,
 )
 from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_another_target
 from dspark_jax.checkpoints.tensors import LoadError, read_json
@@ -101,7 +101,7 @@ def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
     """
     if str(source) == "default":
         source = default_target_path()
-    if str(source).endswith(".gguf"):
+    if is_gguf(source):
         target, read_weights = _gguf_target(Path(source))
     else:
         target, read_weights = _hf_target(source)
@@ -133,7 +133,7 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
 def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     """A target out of a directory or hub id."""
     directory = model_directory(source)
-    cfg, _ = read_checkpoint(directory, target_config)
+    cfg, tensors = open_hf_target(directory)
     tokenizer = load_tokenizer(directory)
     path = directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
@@ -142,14 +142,15 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     if generation.get("eos_token_id") is None:
         path = directory / CONFIG_FILE
         config = read_json(path)
-        generation = config.get("text_config", {}) | config
+        text = config.get("text_config")
+        generation = {**(text if isinstance(text, dict) else {}), **config}
     stated = [
         (f"{path}: eos_token_id", generation.get("eos_token_id")),
         (f"{directory}: the tokenizer's eos_token", tokenizer.eos_token_id),
     ]
     name = Path(source).resolve().name
     target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size), directory)
-    return target, lambda dtype, mesh: load_hf_target(directory, dtype, mesh)[1]
+    return target, lambda dtype, mesh: read_hf_weights(cfg, tensors, dtype, mesh)
 
 
 def _suppressed(where: str, ids: Any, vocab_size: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tensors in files and declared parameters, both ways; safetensors and JSON as untrusted input.
+"""Tensors in files and declared parameters, both ways.
 
 A :class:`~dspark_jax.axes.Param` knows its tensor's name and layout in a file, so one pair of
 functions maps any declaration tree: ``read_params`` (file tensor -> split axes -> transpose ->
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,20 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
 
+from dspark_jax import files
 from dspark_jax.axes import Param, Tree, is_param, map_params, partition
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "I64": "int64",
-    "BOOL": "bool",
-}
+UNQUANTISED = "take the unquantised checkpoint, or a GGUF file of the model"
+KEPT = ("float32", "float16", "bfloat16")  # dtypes that parameters may have
 
 
 class LoadError(ValueError):
@@ -110,7 +101,8 @@ def read_params(
     Args:
         declared: pytree of Param.
         tensors: the checkpoint.
-        dtype: dtype of the result; None keeps that of the file.
+        dtype: dtype of the result; None keeps that of the file, where it is one of ``KEPT``, and
+            float32 stands for others and for several.
         mesh: over which every parameter is split as its axes say; None for the default device.
 
     Raises:
@@ -159,15 +151,18 @@ def _read_parts(
         tensor = from_file(param, tensors.read(name))
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise LoadError(
-                f"{tensors.origin}: {name} has dtype {tensor.dtype}: weights must be floats"
+                f"{tensors.origin}: {name} has dtype {tensor.dtype}, but weights must be floats: "
+                f"{UNQUANTISED}"
             )
         shares = [tensor[index[spread:]] for index in indices]
         if not parts:
-            kind = tensor.dtype if dtype is None else dtype
+            kind = (str(tensor.dtype) in KEPT and tensor.dtype) or np.float32
             parts = [
-                np.empty((*map(len, members), *share.shape), kind)
+                np.empty((*map(len, members), *share.shape), kind if dtype is None else dtype)
                 for members, share in zip(held, shares, strict=True)
             ]
+        elif dtype is None and tensor.dtype != parts[0].dtype != np.float32:
+            parts = [part.astype(np.float32) for part in parts]
         for part, share, members in zip(parts, shares, held, strict=True):
             if all(at in some for at, some in zip(place, members, strict=True)):
                 within = tuple(some.index(at) for at, some in zip(place, members, strict=True))
@@ -240,44 +235,19 @@ def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_tensors(directory: str | Path) -> Tensors:
-    """The tensors of a checkpoint directory, one safetensors file or several with an index.
-
-    Raises:
-        LoadError: a file is missing, truncated or otherwise broken, or a dtype is not supported.
-    """
-    directory = Path(directory)
-    if (directory / INDEX_FILE).is_file():
-        places = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-            raise LoadError(f"{directory / INDEX_FILE}: weight_map must map tensors to files")
-        files = sorted(set(places.values()))
-    elif (directory / WEIGHTS_FILE).is_file():
-        files = [WEIGHTS_FILE]
-    else:
-        raise LoadError(
-            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there (pickled *.bin "
-            f"weights are not read: convert them to safetensors)"
-        )
-    views: dict[str, np.ndarray] = {}
-    for file in files:
-        if Path(file).name != file:
-            raise LoadError(f"{directory / INDEX_FILE}: {file!r} is not a plain file name")
-        views |= _map_safetensors(directory / file)
-    shapes = {name: view.shape for name, view in views.items()}
-    return Tensors(str(directory), shapes, views.__getitem__)
-
-
 def text_part(tensors: Tensors) -> Tensors:
     """The language model of a checkpoint that has others beside it, under the names of one that
-    has none: ``model.language_model.x`` and ``language_model.model.x`` are ``model.x``."""
+    has none: ``model.language_model.x`` and ``language_model.model.x`` are ``model.x``; some call
+    it ``text_model``, and a model that is saved without its head leaves out ``model``."""
     names = {}
     for name in tensors.shapes:
         found = re.fullmatch(
-            r"(?:model\.)?language_model\.(?:(lm_head\..*)|(?:model\.)?(.*))", name
+            r"(?:model\.)?(?:language|text)_model\.(?:(lm_head\..*)|(?:model\.)?(.*))", name
         )
         if found:
             names[found[1] or f"model.{found[2]}"] = name
+    if not names and "embed_tokens.weight" in tensors.shapes:  # saved without its head
+        names = {f"model.{name}": name for name in tensors.shapes if name != "lm_head.weight"}
     if not names:
         return tensors
     if "lm_head.weight" in tensors.shapes:
@@ -321,43 +291,18 @@ def split_experts(tensors: Tensors) -> Tensors:
     return Tensors(tensors.origin, shapes, read) if places else tensors
 
 
-def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as views of its mapping: nothing is read yet."""
-    if not path.is_file():
-        raise LoadError(f"{path}: no such file; the download is incomplete")
-    try:
-        safe_open(path, framework="numpy")  # which checks the header against the file
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path}: broken or truncated safetensors file ({error})") from None
-    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:start].tobytes())
-    header.pop("__metadata__", None)
-    views = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise LoadError(
-                f"{path}: {name} has dtype {entry['dtype']}; supported are "
-                f"{', '.join(DTYPES.values())}: use a checkpoint that is not quantised"
-            )
-        first, end = (start + offset for offset in entry["data_offsets"])
-        view = mapped[first:end].view(jnp.dtype(DTYPES[entry["dtype"]]))
-        views[name] = view.reshape(entry["shape"])
-    return views
-
-
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
         LoadError: the file is missing, or not that.
     """
+    if not Path(path).exists():
+        raise LoadError(f"{path}: {files.absent(path)}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: no such file; is this a model directory?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path}: not readable as JSON ({error})") from None
+        content = files.read_json(path)
+    except ValueError as error:
+        raise LoadError(str(error)) from None
     if not isinstance(content, dict):
-        raise LoadError(f"{path}: must hold a JSON object")
+        raise LoadError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
     return content

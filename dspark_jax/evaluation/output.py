@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dspark_jax.checkpoint import read_json, write_atomically
+from dspark_jax.files import read_json, write_atomically
 
 
 def check_recipe(out: Path, recipe: dict[str, Any]) -> None:

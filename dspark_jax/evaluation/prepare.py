@@ -28,7 +28,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.checkpoint import write_atomically
 from dspark_jax.checkpoints.conversations import Conversation, Turn
 from dspark_jax.engine.config import POSITION_STEP, round_up
 from dspark_jax.engine.decoder import Decoder
@@ -40,6 +39,7 @@ from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.text import TextStream
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines, take_over_parts
 from dspark_jax.evaluation.results import sound
+from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
 from pallas_kernels import random
 

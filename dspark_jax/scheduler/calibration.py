@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.checkpoint import read_json, write_atomically
+from dspark_jax.files import read_json, write_atomically
 
 FILE_NAME = "calibration.json"
 FORMAT = 1

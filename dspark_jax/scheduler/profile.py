@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoint import read_json, write_atomically
+from dspark_jax.files import read_json, write_atomically
 from dspark_jax.scheduler.budget import RoundCosts
 from dspark_jax.scheduler.shape import Shape, Sizes, holds
 

@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-from dspark_jax.checkpoint import write_atomically
+from dspark_jax.files import write_atomically
 from dspark_jax.training.cache import (
     ARRAYS,
     BFLOAT16,

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dspark_jax.checkpoint import write_atomically
+from dspark_jax.files import write_atomically
 from dspark_jax.training.records import read_metrics
 
 PANELS = (

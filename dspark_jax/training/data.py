@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.checkpoint import read_json
 from dspark_jax.checkpoints.chat import encode_conversation, find_chat_format, needs_format
 from dspark_jax.checkpoints.conversations import Conversation
 from dspark_jax.checkpoints.lines import account_for
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.config import TrainConfig
+from dspark_jax.files import read_json
 from dspark_jax.rendering import PLAIN
 from dspark_jax.training.cache import CachedSample
 from dspark_jax.training.step import Batch

@@ -17,9 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dspark_jax.axes import gather, place
-from dspark_jax.checkpoint import Checkpoints, write_atomically
+from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.config import TrainConfig
+from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from dspark_jax.checkpoint import read_json, write_atomically
 from dspark_jax.config import TrainConfig
+from dspark_jax.files import read_json, write_atomically
 from dspark_jax.training.cache import INDEX
 from dspark_jax.training.data import TokenSequence, origins
 

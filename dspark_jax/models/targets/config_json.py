@@ -14,6 +14,7 @@ from typing import Any
 from dspark_jax.config import RopeConfig, RopeKind, TransformerConfig
 
 MAX_LAYERS = 4096
+QUANTISATION = ("quantization_config", "compression_config", "quantization")
 BLOCK_TYPE = "qwen3"  # the ``model_type`` of drafters' blocks
 
 
@@ -64,7 +65,7 @@ def block_config(
     Raises:
         ValueError: a field is missing or wrong, or the blocks are of a kind that is not supported.
     """
-    activation = config.get("hidden_act", "silu")
+    activation = config.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r} is not supported: only silu")
     sizes = size_config(config, head_dim)
@@ -86,8 +87,7 @@ def size_config(config: Mapping[str, Any], head_dim: int | None = None) -> dict[
     Raises:
         ValueError: a size is missing or wrong, or the weights are quantised.
     """
-    if config.get("quantization_config"):
-        raise ValueError("quantization_config is set: such models are not supported")
+    _check_unquantised(config)
     layers = field(config, "num_hidden_layers", int)
     if layers > MAX_LAYERS:  # each is planned for before a weight is missed
         raise ValueError(f"num_hidden_layers is {layers}: it must be at most {MAX_LAYERS}")
@@ -104,6 +104,19 @@ def size_config(config: Mapping[str, Any], head_dim: int | None = None) -> dict[
         "rms_norm_eps": field(config, "rms_norm_eps", float, 1e-6),
         "max_positions": field(config, "max_position_embeddings", int),
     }
+
+
+def _check_unquantised(config: Mapping[str, Any]) -> None:
+    """Refuse quantised weights, by the name of their method."""
+    for key in QUANTISATION:
+        value = config.get(key)
+        if value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            named = "without a quant_method" if method is None else f"of the method {method!r}"
+            raise ValueError(
+                f"{key} is set, {named}: quantised weights are not supported, take the unquantised "
+                "checkpoint, or a GGUF file of the model"
+            )
 
 
 def window_of(config: Mapping[str, Any]) -> int:
@@ -165,7 +178,7 @@ def rope_config(
         if not layer_type:
             raise ValueError(f"{key} differ by layer: not supported for this model_type")
         rope = field(rope, layer_type, dict, {})
-    theta = field(rope, "rope_theta", float, config.get("rope_theta") or theta)
+    theta = field(rope, "rope_theta", float, field(config, "rope_theta", float, theta))
     kind: Any = rope.get("rope_type") or rope.get("type") or "default"
     kinds = typing.get_args(RopeKind)
     if kind not in kinds:

@@ -18,7 +18,6 @@ from dspark_jax.models.targets.config_json import (
 )
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
-TEXT = "text_config"
 DRAFT_LAYERS = "gemma4_text"  # name of the layers of drafters
 
 
@@ -78,17 +77,13 @@ class Config(TargetConfig):
         return super().sizes | {"E": self.num_experts, "O": self.token_size, "X": 1}
 
 
-def config(hf: Mapping[str, Any]) -> Config:
-    """The configuration out of the ``config.json`` of a text model, or of one that has others
-    beside it.
+def config(text: Mapping[str, Any]) -> Config:
+    """The configuration out of the ``config.json`` of a text model.
 
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
-    name, text = hf["model_type"], hf
-    if TEXT in hf:
-        text = {**field(hf, TEXT, dict)}
-        text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings"))
+    name = text["model_type"]
     generation = 2 if name == "gemma2" else 3 if name.startswith("gemma3") else 4
     for key in ("attention_bias", "use_bidirectional_attention"):
         if text.get(key) not in (None, False, "vision"):  # which is about images alone
@@ -98,7 +93,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         raise ValueError(f"hidden_activation {activation!r}: only gelu_pytorch_tanh is supported")
     sizes = size_config(text, head_dim=256)
     types = _layer_types(text, sizes["num_layers"], generation)
-    window = window_of({"sliding_window": 512 if generation == 4 else 4096, **text})
+    window = window_of(text)
     windows = layer_windows({"layer_types": types}, window, [False] * sizes["num_layers"])
     common = {
         **sizes,
@@ -193,11 +188,13 @@ def full_heads(text: Mapping[str, Any], types: list[Any]) -> tuple[int, int, boo
     """
     heads = field(text, "num_key_value_heads", int)
     value_is_key = field(text, "attention_k_eq_v", bool, False)
-    if "per_layer_config" not in text:
+    if text.get("per_layer_config") is None:
         if value_is_key:
             heads = field(text, "num_global_key_value_heads", int, heads)
         return heads, field(text, "global_head_dim", int, 512), value_is_key
-    given = field(text, "per_layer_config", dict)
+    # The numbers of the layers may be of equal length: 05, 11.
+    listed = field(text, "per_layer_config", dict)
+    given = {str(key).lstrip("0") or "0": own for key, own in listed.items()}
     width = field(text, "head_dim", int, 256)
     full = [layer for layer, name in enumerate(types) if name == FULL]
     found = set()

@@ -99,7 +99,11 @@ def _rotary(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     if listed is None:
         interval = field(hf, "no_rope_layer_interval", int, 4)
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {0, 1}:
+    if (
+        not isinstance(listed, list)
+        or len(listed) != layers
+        or not all(n in (0, 1) for n in listed)
+    ):
         raise ValueError(
             f"no_rope_layers {listed!r} must list 1 (RoPE) or 0 for each of the {layers} layers"
         )
@@ -221,7 +225,7 @@ def read_drafter(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
     sizes = block_config(config, head_dim=128)
-    listed = "sliding_attention" in (config.get("layer_types") or ())
+    listed = "sliding_attention" in field(config, "layer_types", list, [])
     used = listed or field(config, "use_sliding_window", bool, False)
     first = count_field(config, "max_window_layers", 28)
     slides = [layer >= first for layer in range(sizes["num_layers"])]

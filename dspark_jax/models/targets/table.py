@@ -18,11 +18,8 @@ FAMILIES: Mapping[str, TargetFamily] = {
     "qwen3": llama,
     "qwen3_moe": qwen3_moe,
     "gemma2": gemma,
-    "gemma3": gemma,
     "gemma3_text": gemma,
-    "gemma4": gemma,
     "gemma4_text": gemma,
-    "gemma4_unified": gemma,
     "gemma4_unified_text": gemma,
     "smollm3": llama,
 }
