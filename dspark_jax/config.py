@@ -388,10 +388,7 @@ class TrainConfig:
 
     def rendering(self) -> Rendering:
         """How conversations become text; raises ValueError where that cannot be."""
-        args = self.template_args
-        if not isinstance(args, tuple) or not all(isinstance(text, str) for text in args):
-            raise ValueError(f"template_args is {args!r}: give a tuple of KEY=VALUE texts")
-        return Rendering(self.system, self.chat_template, parse_arguments(args))
+        return Rendering(self.system, self.chat_template, parse_arguments(self.template_args))
 
     def _check_integers(self, least: int, *fields: str) -> None:
         for field in fields:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,14 @@ class Rendering:
         return {name: value for name, value in values.items() if value != getattr(PLAIN, name)}
 
 
-def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """Arguments of a template out of ``KEY=VALUE`` texts; a value that is not JSON is a string.
 
     Raises:
-        ValueError: a text is none, or a key is there twice.
+        ValueError: these are no such texts, or a key is there twice.
     """
+    if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"template_args is {texts!r:.60}: give a tuple of KEY=VALUE texts")
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -286,5 +286,9 @@ def test_arguments_of_the_template_are_settings_of_a_recipe(setting, expected):
 def test_a_setting_that_cannot_be_rendered_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         override(TrainConfig(), [setting])
-    with pytest.raises(ValueError, match=r"template_args is \['a=1'\]: give a tuple"):
-        TrainConfig(template_args=["a=1"])
+
+
+@pytest.mark.parametrize("given", ["a=1", {"a": 1}, (1,), None])
+def test_a_configuration_lists_the_arguments_of_the_template(given):
+    with pytest.raises(ValueError, match=r"template_args is .*: give a tuple of KEY=VALUE texts"):
+        TrainConfig(template_args=given)
