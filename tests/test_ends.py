@@ -112,6 +112,19 @@ def test_one_string_is_one_stop_string():
         Request([1], stop_strings="")
 
 
+def test_a_target_whose_texts_have_no_end_is_warned_about(tmp_path, caplog):
+    directory = write_target(tmp_path / "target")
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    with caplog.at_level(logging.WARNING):
+        open_target(directory)
+        assert not caplog.records
+        path.write_text(json.dumps(config | {"eos_token": None}))
+        (directory / "special_tokens_map.json").unlink(missing_ok=True)
+        assert open_target(directory)[0].stop_ids == ()
+    assert "nothing says where its texts end" in caplog.text
+
+
 def test_ends_of_a_directory(tmp_path):
     """generation_config.json counts, and config.json where the other says nothing."""
     directory = write_target(tmp_path / "target")

@@ -250,6 +250,20 @@ def test_the_log_drops_repeated_and_torn_lines(tmp_path):
 # What is refused, and when.
 
 
+def test_a_token_beyond_the_rows_of_the_target_is_refused_with_its_line(recipe, tmp_path):
+    rows = Path(recipe.data).read_text().split("\n")
+    rows[2] = rows[2].replace("say it", "say <extra>")
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(rows))
+    recipe = dataclasses.replace(recipe, data=str(path))
+    target, cfg, recipe = sequences_for(recipe)
+    cfg = dataclasses.replace(cfg, vocab_size=len(target.tokenizer))
+    run.load_sequences(run.open_source(recipe), target, cfg, recipe)
+    target.tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(ValueError, match=rf"data\.jsonl:3: .* the id {cfg.vocab_size}, and"):
+        run.load_sequences(run.open_source(recipe), target, cfg, recipe)
+
+
 def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
     other = dataclasses.replace(recipe, learning_rate=1.0, markov_rank=5)
     expected = r"another recipe \(markov_rank: 4 -> 5, learning_rate: 0.003 -> 1.0\)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
+
+logger = logging.getLogger(__name__)
 
 # dtype of the parameters and mesh, as in load_target -> the weights.
 ReadWeights = Callable[[Any, Mesh | None], TargetParams]
@@ -105,6 +108,12 @@ def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
         target, read_weights = _gguf_target(Path(source))
     else:
         target, read_weights = _hf_target(source)
+    if not target.stop_ids:
+        logger.warning(
+            "%s: nothing says where its texts end, and answers are cut at their limits: name "
+            "an eos_token_id in generation_config.json or an eos_token in tokenizer_config.json",
+            source,
+        )
     cfg = target.cfg
     unnamed = ids_without_token(target.tokenizer, cfg.vocab_size)
     suppressed = tuple(sorted({*cfg.suppressed, *unnamed}))

@@ -142,7 +142,7 @@ class Request:
             if largest >= vocab_size:
                 raise ValueError(
                     f"{name} has the id {largest}, and the target's ids are 0..{vocab_size - 1}: "
-                    "use the target's own tokenizer"
+                    "use the target's own tokenizer, and no token that it has no row for"
                 )
 
 
