@@ -70,6 +70,7 @@ from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
 from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import join_target_parts
+from dspark_jax.checkpoints.identity import trained_for
 from dspark_jax.checkpoints.load import load_target, open_target, read_drafter
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine.request import Request
@@ -264,7 +265,8 @@ def save_rounded(work: Path, cfg: Any, params: Any, own: Any) -> None:
     """Write the drafter in bfloat16."""
     shutil.rmtree(work / "drafter_bfloat16", ignore_errors=True)
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-    save_drafter(work / "drafter_bfloat16", cfg, rounded, own)
+    record = trained_for(work / "drafter")
+    save_drafter(work / "drafter_bfloat16", cfg, rounded, own, record)
 
 
 def pack(work: Path, out: Path) -> list[Path]:

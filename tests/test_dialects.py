@@ -35,7 +35,8 @@ SAME = {
     "the method's name": FLAT | {"architectures": ["DSparkDraftModel"]},
     "a family's name": FLAT | {"architectures": ["Lfm2DSparkDraftModel"]},
     "all nested": PLAIN | {"dflash_config": DFLASH, "dspark_config": DSPARK},
-    "nested and beside": FLAT | {"dflash_config": DFLASH | {"causal": False}},
+    "nested and beside": FLAT
+    | {"dflash_config": DFLASH | {"causal": False, "loss_type": "l1", "version": 2}},
     "layers by their inputs": NO_LAYERS | {"aux_hidden_state_layer_ids": INPUTS},
     "layers in both ways": FLAT | {"eagle_aux_hidden_state_layer_ids": INPUTS},
     "an offset of none": NO_LAYERS

@@ -22,7 +22,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.request import Request
-from dspark_jax.training import data, fit, records, run, step
+from dspark_jax.training import data, fit, growth, records, run, step
 from dspark_jax.training.anchors import block_labels
 from dspark_jax.training.losses import draft_blocks
 from dspark_jax.training.records import MetricsLog
@@ -459,7 +459,7 @@ def test_a_run_starts_from_a_shallower_drafter(recipe, whole, tmp_path):
     assert after.cfg.num_layers == deep
     first = next(fit.batches_of(before, 0))
     with pytest.raises(ValueError, match=r"num_layers: 1 -> "):
-        run.check_same_sizes("deep", before.cfg, after.cfg)
+        growth.check_same_sizes("deep", before.cfg, after.cfg)
     blocks = []
     for ready in (before, after):
         feature_BSFD = step.target_outputs(ready.frozen, first, ready.target_cfg, ready.cfg)[0]

@@ -70,13 +70,12 @@ UNDERSTOOD: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # Other settings of the method are named like this.
 PREFIXED = re.compile("(markov|dspark|dflash|anchor|drafter|confidence_head)_")
-# Of the method, without bearing on the numbers: how it was or shall be trained and served.
+# Of the method, without bearing on the numbers; in part they belong to other methods.
 BOOKKEEPING = (
-    "num_anchors", "max_anchors", "confidence_head_alpha", "confidence_loss_alpha",
-    "ce_loss_alpha", "l1_loss_alpha", "loss_decay_gamma", "training_block_size",
-    "num_speculative_tokens", "pure_draft_prefix_len", "emb_dim", "gru_hidden_dim",
-    "swa_window_size", "lambda_base_start", "lambda_base_decay_ratio", "auf",
+    "num_anchors", "max_anchors", "num_speculative_tokens", "pure_draft_prefix_len", "emb_dim",
+    "gru_hidden_dim", "swa_window_size", "lambda_base_start", "lambda_base_decay_ratio", "auf",
 )  # fmt: skip
+TRAINING = re.compile("loss|train|alpha|name|path|version|seed")
 # Of the method, and read.
 READ = (
     "block_size", "mask_token_id", "noise_token_id", "mask_token", "markov_rank",
@@ -184,7 +183,7 @@ def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
     for method in METHODS:
         nested = field(config, method, dict, {})
         for key, value in nested.items():
-            if value is None or key in BOOKKEEPING:
+            if value is None or key in BOOKKEEPING or TRAINING.search(key):
                 continue
             if key == "sliding_window" and "sliding_attention" not in str(
                 config.get("layer_types")
@@ -222,7 +221,8 @@ def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -
                 raise LoadError(f"{key} {value!r} is not supported: only {right[0]!r}")
     known = {*READ, *UNDERSTOOD, *BOOKKEEPING, *METHODS}
     for key, value in flat.items():
-        if PREFIXED.match(key) and key not in known and value not in (None, False):
+        meant = PREFIXED.match(key) and not TRAINING.search(key) and key not in known
+        if meant and value not in (None, False):
             raise LoadError(f"{key} {value!r} is not understood: it may change what is drafted")
     width = flat.get("target_hidden_size")
     if width not in (None, flat.get("hidden_size")):

@@ -285,7 +285,7 @@ def _add_convert(commands: Any, summary: str) -> None:
     command = _add_command(commands, "convert", summary)
     command.set_defaults(command="convert")
     add = command.add_argument
-    add("source", metavar="DRAFTER", help="directory or hub id, DeepSpec's layout or speculators'")
+    add("source", metavar="DRAFTER", help="directory or hub id, in any known layout")
     add_output(command)
     add_target(command)
     add_rendering(command)

@@ -6,11 +6,13 @@ they change nothing until training finds something for them to add.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.dspark import DrafterParams
 
 # The last products of a layer's two branches, with their biases.
@@ -33,3 +35,25 @@ def with_layers_of(params: DrafterParams, fresh: DrafterParams) -> DrafterParams
 
     layers = jax.tree_util.tree_map_with_path(join, params.layers, fresh.layers)
     return params.replace(layers=layers)  # type: ignore[attr-defined]
+
+
+def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
+    """Refuse a drafter that is not of the recipe's sizes; it may be shallower, where all layers
+    are alike, and of another block length.
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    free = {"owns_vocab", "max_positions", "num_anchors", "block_size"}
+    if found.num_layers < wanted.num_layers and len({*wanted.windows, *found.windows}) < 2:
+        free |= {"num_layers", "windows"}
+    differ = [
+        f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
+        for field in dataclasses.fields(DrafterConfig)
+        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
+            "change these settings, or start afresh"
+        )

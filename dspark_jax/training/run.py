@@ -30,7 +30,7 @@ from dspark_jax.training import data
 from dspark_jax.training.bigram import start_from_bigrams
 from dspark_jax.training.cache import MANIFEST, CacheReader
 from dspark_jax.training.features import cache_spec, cached_sequences
-from dspark_jax.training.growth import with_layers_of
+from dspark_jax.training.growth import check_same_sizes, with_layers_of
 from dspark_jax.training.local_heads import start_with_local_heads
 from dspark_jax.training.optimizer import LearningRate, learning_rate, make_optimizer
 from dspark_jax.training.step import (
@@ -222,28 +222,6 @@ def starting_point(
 def fresh_params(recipe: TrainConfig, cfg: DrafterConfig) -> DrafterParams:
     """Random weights, float32."""
     return init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
-
-
-def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -> None:
-    """Refuse a drafter that is not of the recipe's sizes; it may be shallower, where all layers
-    are alike, and of another block length.
-
-    Raises:
-        ValueError: names the fields that differ.
-    """
-    free = {"owns_vocab", "max_positions", "num_anchors", "block_size"}
-    if found.num_layers < wanted.num_layers and len({*wanted.windows, *found.windows}) < 2:
-        free |= {"num_layers", "windows"}
-    differ = [
-        f"{field.name}: {getattr(wanted, field.name)!r} -> {getattr(found, field.name)!r}"
-        for field in dataclasses.fields(DrafterConfig)
-        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
-    ]
-    if differ:
-        raise ValueError(
-            f"init_drafter {source} is another drafter than the recipe's ({', '.join(differ)}): "
-            "change these settings, or start afresh"
-        )
 
 
 def check_kernels(recipe: TrainConfig) -> None:
