@@ -148,7 +148,12 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
 
     (cfg, said), tensors = read_checkpoint(source, parse)
     tensors = split_experts(text_part(tensors))
-    if HEAD not in tensors.shapes and not cfg.tied and said is None:
+    if HEAD not in tensors.shapes and not cfg.tied:
+        if said is not None:
+            raise LoadError(
+                f"{tensors.origin}: tie_word_embeddings is false, but {HEAD} is missing: complete "
+                f"the download, or set it to true in {CONFIG_FILE} where the embedding is the head"
+            )
         logger.warning("%s has no %s: the embedding is taken for it", tensors.origin, HEAD)
         return replace(cfg, tied=True), tensors
     if cfg.tied and {HEAD, EMBEDDING} <= tensors.shapes.keys():
