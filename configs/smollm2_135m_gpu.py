@@ -7,9 +7,8 @@ Command: dspark train configs/smollm2_135m_gpu.py --set data=answers.jsonl
         --prompts prompts.jsonl --answered responses.jsonl
     ``bench`` times the kernels (at most 30 % of the time); ``answers`` has the target answer the
     prompts that no ``--answered`` file has (at most half of what is left); ``train`` gets the rest:
-    it times a step, and chooses ``steps`` so that the learning rate has decayed in time.
-    ``--stage bench,answers`` picks some. Each has a process of its own: what crashes there leaves
-    the others alone. Exit code 2 is wrong input. The same command goes on where it was stopped.
+    it times a step, and chooses ``steps`` so that the learning rate has decayed in time. Each has a
+    process of its own. Exit code 2 is wrong input; the same command goes on where it was stopped.
 
 Without a network: jax for CUDA must be there; bring what else is missing, and the model in parts
     (one after the other if need be), made with
@@ -64,7 +63,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.axes import place
-from dspark_jax.checkpoint import Checkpoints, read_json, write_atomically
+from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.checkpoints.conversations import read_answered
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import join_target_parts
@@ -75,6 +74,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.answers import answer_until, plain_engine, questions
 from dspark_jax.evaluation.output import check_recipe, open_lines, read_lines
 from dspark_jax.evaluation.prompts import read_prompts
+from dspark_jax.files import read_json, write_atomically
 from dspark_jax.overrides import override
 from dspark_jax.training.fit import batches_of, evaluate, fit
 from dspark_jax.training.records import sha256

@@ -22,7 +22,7 @@ from dspark_jax.checkpoints.deepspec import drafter_config, load_drafter
 from dspark_jax.checkpoints.gguf import load_gguf_target, open_gguf
 from dspark_jax.checkpoints.hf import load_hf_target, target_config
 from dspark_jax.checkpoints.load import load_target
-from dspark_jax.checkpoints.speculators import speculators_config, speculators_config_dict
+from dspark_jax.checkpoints.speculators import speculators_config_dict
 from dspark_jax.checkpoints.tokenizer import load_tokenizer
 from tests import tiny_model
 
@@ -155,7 +155,7 @@ def test_configurations_of_drafters(folder, data):
 def test_configurations_of_drafters_of_speculators(data):
     verifier = {"name_or_path": "x", "architectures": ["LlamaForCausalLM"]}
     config = speculators_config_dict(tiny_model.DRAFTER, verifier)
-    read(speculators_config, data.draw(changed(config)), tiny_model.TARGET.num_layers)
+    read(drafter_config, data.draw(changed(config)))
 
 
 @pytest.fixture(scope="module")

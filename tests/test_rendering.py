@@ -253,7 +253,7 @@ def test_without_the_template_training_needs_the_answers_ids(tokenizer):
     (found,), _ = data.tokenize([talk], tokenizer, 5, recipe)
     assert found.token_S.tolist() == [*tokenizer.encode("why"), 3, 4, 5]
     with pytest.raises(
-        LoadError, match=r"chat_template is false.* give every answer's response_ids"
+        ValueError, match=r"chat_template is false.* give every answer's response_ids"
     ):
         data.tokenize([Conversation((USER, ANSWER), "d:1")], tokenizer, 5, recipe)
 

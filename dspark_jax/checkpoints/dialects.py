@@ -154,7 +154,8 @@ def _method(config: Mapping[str, Any]) -> str:
              "DSparkDraftModel", "DFlashDraftModel"]
         )  # fmt: skip
         raise LoadError(
-            f"architectures {config.get('architectures')} is not supported: only one of {every}"
+            f"architectures {config.get('architectures')!r:.80} is not supported: only one of "
+            f"{every}"
         )
     markov = config.get("markov_rank") or "dspark_config" in config or projector == "dspark"
     return "dspark" if markov or not nested else "dflash"
@@ -256,9 +257,9 @@ def _architecture(flat: Mapping[str, Any], method: str) -> str:
         raise LoadError(f"model_type {kind!r} of the layers: only {BLOCK_TYPE} works")
     if kind in (None, BLOCK_TYPE, method):
         return DRAFT_BLOCKS[""].architecture
-    if kind not in DRAFT_BLOCKS:
+    if not isinstance(kind, str) or kind not in DRAFT_BLOCKS:
         raise LoadError(f"model_type {kind!r} of the layers is not supported")
-    return DRAFT_BLOCKS[str(kind)].architecture
+    return DRAFT_BLOCKS[kind].architecture
 
 
 def _layer_ids(flat: Mapping[str, Any]) -> list[int]:

@@ -190,7 +190,8 @@ def map_safetensors(path: Path) -> Views:
     except OSError as error:
         raise LoadError(f"{path} is not readable: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise LoadError(f"{path}: broken or truncated safetensors file ({error})") from None
+        reason = " ".join(str(error).split())
+        raise LoadError(f"{path}: broken or truncated safetensors file ({reason})") from None
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
     header = json.loads(mapped[8:start].tobytes())
     header.pop("__metadata__", None)
