@@ -20,7 +20,8 @@ from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.targets.llama import declare_cache, extend
 from dspark_jax.models.vocab import unembed
 
-GREEDY = json.loads((Path(__file__).parent / "data/smollm2_greedy/greedy.json").read_text())
+DATA = Path(__file__).parent / "data"
+GREEDY = json.loads((DATA / "smollm2_greedy/greedy.json").read_text())
 # Below this difference of the two best logits another order of the sums may pick the other one.
 CLOSE = 1e-3
 
@@ -32,6 +33,13 @@ def target():
     except LoadError as error:
         pytest.skip(f"needs the default model: {error}")
     return load_target("default")
+
+
+def test_texts_have_the_ids_that_llama_cpp_gives_them(target):
+    recorded = json.loads((DATA / "llama_cpp_ids.json").read_text(encoding="utf-8"))["ids"]
+    assert len(recorded) > 40
+    for text, ids in recorded:
+        assert target.tokenizer.encode(text, add_special_tokens=False) == ids, text
 
 
 def test_the_default_target_is_what_it_says(target):
