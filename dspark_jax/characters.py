@@ -1,4 +1,4 @@
-"""Text that can be written as UTF-8: Python's strings may hold what is no character."""
+"""Texts: what is none, as Python's strings may hold it, and what an error says in one line."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ def check_characters(name: str, text: str) -> None:
             f"{name} has {found} at character {error.start + 1}, which is {what}: write the "
             "character that was meant"
         ) from None
+
+
+def is_text(text: str) -> bool:
+    """Whether :func:`check_characters` has nothing against a text."""
+    try:
+        check_characters("", text)
+    except ValueError:
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dspark_jax.characters import first_line
+
 Tree = Any
 
 
@@ -55,10 +57,6 @@ class Checkpoints:
         except Exception as error:  # Orbax and its storage raise anything on damaged files
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} does not fit this configuration or is "
-                f"damaged ({_first_line(error)}): train into another directory, or remove that "
+                f"damaged ({first_line(error)}): train into another directory, or remove that "
                 "step to go on from the one before"
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

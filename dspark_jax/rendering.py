@@ -67,9 +67,7 @@ class Rendering:
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON values for recipes."""
-        values = {name: getattr(self, name) for name in ("system", "chat_template")}
-        values["template_args"] = self.template_args
-        return {name: value for name, value in values.items() if value != getattr(PLAIN, name)}
+        return {name: value for name, value in vars(self).items() if value != getattr(PLAIN, name)}
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
+from dspark_jax.characters import is_text
 from dspark_jax.checkpoints.lines import account_for, every_line, places_of
 
 logger = logging.getLogger(__name__)
@@ -217,15 +218,6 @@ def _conversation(row: Any, origin: str, place: int) -> Conversation:
     known = None if ids is None else tuple(ids)
     finished = finish == "stop"
     return Conversation(tuple(turns), origin, known, finished, tuple(tools), place, end_id)
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON can spell half a character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _system(row: dict[str, Any]) -> list[Turn]:

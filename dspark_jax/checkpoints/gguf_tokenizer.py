@@ -16,10 +16,11 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
+from dspark_jax.characters import first_line
 from dspark_jax.checkpoints.ends import known_ends
 from dspark_jax.checkpoints.gguf import GgufFile
 from dspark_jax.checkpoints.gguf_splits import CUTS, DEFAULT
-from dspark_jax.checkpoints.library import first_line, quiet
+from dspark_jax.checkpoints.library import quiet
 from dspark_jax.checkpoints.pieces import (
     BYTE,
     CONTROL,

@@ -1,4 +1,4 @@
-"""Dealing with transformers and tokenizers: silence, and their errors in one line."""
+"""Dealing with transformers and tokenizers: silence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(level)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

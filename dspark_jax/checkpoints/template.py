@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 
-from dspark_jax.characters import check_characters
+from dspark_jax.characters import check_characters, first_line
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.rendering import PLAIN, RESERVED, Rendering
 
@@ -52,8 +52,7 @@ def apply_template(
             )
         )
     except Exception as error:  # a template raises whatever it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise LoadError(f"the chat template refuses the {what}: {reason}") from None
+        raise LoadError(f"the chat template refuses the {what}: {first_line(error)}") from None
     check_characters(f"the rendered {what}", text)
     return text
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.characters import check_characters
+from dspark_jax.characters import check_characters, first_line
 from dspark_jax.checkpoints.gguf import open_gguf
 from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
-from dspark_jax.checkpoints.library import first_line, quiet
+from dspark_jax.checkpoints.library import quiet
 from dspark_jax.checkpoints.pieces import make_cutter, piece_tokenizer, read_pieces
 from dspark_jax.checkpoints.template import apply_template, is_plain
 from dspark_jax.checkpoints.tensors import LoadError, read_json

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.conversations import is_text
+from dspark_jax.characters import is_text
 from dspark_jax.checkpoints.lines import json_lines
 from dspark_jax.engine.decoder import Decoder
 from dspark_jax.engine.request import Request, within_context
