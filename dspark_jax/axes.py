@@ -9,6 +9,7 @@ axes of the sharding rules:
     N query heads        K key/value heads      H head dimension   R Markov rank
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
+    Z pages of a cache
     X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
@@ -201,6 +202,7 @@ def unstacked(declared: Tree) -> Tree:
 # are sharded in parameters alone: activations are split over slots or sequences.
 MESH_RULES: Mapping[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
+    "Z": ("data", "fsdp"),
     "N": ("tensor",),
     "K": ("tensor",),
     "M": ("tensor",),

@@ -25,6 +25,7 @@ from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
+from dspark_jax.engine.memory import complete
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt, Request, key_of, seed_of, within_context
 from dspark_jax.engine.setting import setting_of
@@ -175,6 +176,7 @@ class Model:
             kernels=self.kernels,
             slots=slots,
         )
+        config = complete(self.decoder, config)
         setting, profile = setting_of(self.decoder, config), None
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
         path = cache_directory() / "rounds" / f"{digest[:16]}.json"

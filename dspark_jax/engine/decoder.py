@@ -137,4 +137,5 @@ def state_config(
             not is_unstacked(target.layers),
             drafter is not None and not is_unstacked(drafter.layers),
         ),
+        config.pages,
     )
