@@ -236,7 +236,8 @@ class TrainConfig:
             proportionally fewer.
         updates_per_batch: optimiser updates that share one pass of the target.
         sequences_per_update: sequences of the batch that one update sees; 0 is all of them.
-        micro_batches: parts of an update's sequences, computed one after the other: less memory.
+        micro_batches: parts of an update's sequences, computed one after the other, by the target
+            as by the drafter: less memory.
         steps: batches; 0 is ``epochs`` passes over the data.
         average_decay: of the exponential mean of the weights, which is evaluated and exported
             instead of them; 0 keeps none.
@@ -253,7 +254,8 @@ class TrainConfig:
             and vocabulary. Loss and metrics do not depend on them.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
-        kernels: the implementation of the operations of ``pallas_kernels``.
+        kernels: the implementation of the operations of ``pallas_kernels``, of the target's pass
+            as of the drafter's.
         cache: directory of a target cache, which has the sequences and their features, so that
             ``data`` is not read; empty runs the target in every step.
         cache_gb: above 0, ``cache`` is a place for at most so many GB (1e9 bytes), where the

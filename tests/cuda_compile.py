@@ -122,7 +122,7 @@ def compile_to_sass(function: Callable[..., Any], *arguments: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "exported"
         file.write_bytes(lower(function, *arguments).serialize())
-        done = _run_child(file)
+        done = run_child("tests.cuda_compile", str(file))
     said = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"compilation ended with {done.returncode}:\n{said[-4000:]}")
@@ -173,29 +173,43 @@ def ptxas_version() -> str:
     return found[1] if found else said
 
 
-def _run_child(file: Path) -> subprocess.CompletedProcess[str]:
+def run_child(
+    module: str, *arguments: str, flags: str = "", timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """``python -m module arguments`` where XLA finds the toolkit, with more flags of XLA."""
     toolkit = _toolkit()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",  # no look for a driver
         "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit}",
+        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} {flags}",
         "CUDA_ROOT": str(toolkit),
         "PATH": f"{toolkit}/bin{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    command = [sys.executable, "-m", "tests.cuda_compile", str(file)]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
+
+
+def topology(count: int) -> list[jax.Device]:
+    """H100s that are not there, to compile for."""
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET_CONFIG, topology=f"1x1x{count}"
+    )
+    return list(found.devices)
 
 
 def _compile(file: Path) -> None:
     """The child's work."""
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET_CONFIG, topology="1x1x1"
-    ).devices[0]
-    mesh = jax.sharding.Mesh([device], ("x",))
+    mesh = jax.sharding.Mesh(topology(1), ("x",))
     exported = export.deserialize(bytearray(file.read_bytes()))
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = [

@@ -17,7 +17,7 @@ from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import run
 from dspark_jax.training.optimizer import learning_rate
-from dspark_jax.training.step import Batch, Frozen, TrainState
+from dspark_jax.training.state import Batch, Frozen, TrainState
 from pallas_kernels import dispatch
 from pallas_kernels.anchor_attention.api import anchor_attention
 from pallas_kernels.anchor_attention.cases import CASES, Case, make_inputs

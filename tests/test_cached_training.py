@@ -27,6 +27,7 @@ from dspark_jax.training import (
     write_cache,
 )
 from dspark_jax.training.cache import BFLOAT16, INDEX, MANIFEST, CacheReader, CacheSpec
+from dspark_jax.training.state import Frozen
 from tests.tiny_model import TARGET, write_drafter, write_target
 
 GOLDEN = Path(__file__).parent / "data" / "target_cache" / "cache"
@@ -110,7 +111,7 @@ def test_cached_batches_are_online_batches(recipe, written):
     recipe = dataclasses.replace(recipe, length_buckets=())
     target = load_target(recipe.target, jnp.bfloat16)
     cfg = run.drafter_config(recipe, target)
-    frozen = step.Frozen(target.params, Vocab(None, None, np.arange(40)), None)
+    frozen = Frozen(target.params, Vocab(None, None, np.arange(40)), None)
     outputs = jax.jit(partial(step.target_outputs, target_cfg=target.cfg, cfg=cfg))
     recipes = recipe, dataclasses.replace(recipe, cache=str(written), data="gone.jsonl")
     sets = [run.load_sequences(run.open_source(one), target, cfg, one)[0] for one in recipes]

@@ -30,7 +30,7 @@ SHARED = dataclasses.replace(TARGET, num_kv_heads=2, vocab_size=128)
 MESHES = {
     "data": {"data_parallel": 8},
     "fsdp": {"fsdp": 8},
-    "all": {"data_parallel": 2, "fsdp": 2, "tensor_parallel": 2},
+    "all": {"data_parallel": 2, "fsdp": 2, "tensor_parallel": 2, "micro_batches": 2},
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.hf import load_hf_target
-from dspark_jax.models import layers
+from dspark_jax.models import layers, sequences
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import unembed
 
@@ -46,9 +46,9 @@ def test_logits_and_residual_streams_are_those_of_transformers(case):
 @pytest.mark.parametrize("rows", [1, 4, 128])
 def test_whole_sequences_attend_to_what_came_before(monkeypatch, rows):
     """Whatever number of queries at a time: softmax over the keys up to each one's own."""
-    monkeypatch.setattr(layers, "ATTENTION_ROWS", rows)
+    monkeypatch.setattr(sequences, "ATTENTION_ROWS", rows)
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, n, 8)) for i, n in enumerate((4, 2, 2)))
-    found = jax.jit(lambda *qkv: layers.attend_causally(*qkv))(q, k, v)
+    found = jax.jit(lambda *qkv: sequences.attend_causally(*qkv))(q, k, v)
     for b, t, n in np.ndindex(2, 9, 4):
         score_S = np.asarray(k[b, : t + 1, n // 2], np.float64) @ np.asarray(q[b, t, n]) / 8**0.5
         weight_S = np.exp(score_S) / np.exp(score_S).sum()

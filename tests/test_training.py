@@ -19,7 +19,7 @@ from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import anchors, losses, step
 from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.run import draft_places
-from dspark_jax.training.step import Batch, Frozen, TrainState
+from dspark_jax.training.state import Batch, Frozen, TrainState
 from dspark_jax.training.teacher import LAW_ELEMENTS, Teacher, laws_pay, make_teacher
 from pallas_kernels import chunks
 from tests.tiny_model import DRAFTER, TARGET, random_params

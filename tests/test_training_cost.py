@@ -22,7 +22,7 @@ from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import losses, step
 from dspark_jax.training.optimizer import learning_rate, make_optimizer
-from dspark_jax.training.step import Batch, Frozen
+from dspark_jax.training.state import Batch, Frozen
 from dspark_jax.training.teacher import make_teacher
 from dspark_jax.training.utilisation import drafter_flops
 from pallas_kernels import chunks

@@ -37,7 +37,7 @@ from dspark_jax.rendering import PLAIN, Rendering
 from dspark_jax.training.anchors import block_labels, sample_anchors
 from dspark_jax.training.data import TokenSequence, make_batch
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
-from dspark_jax.training.step import Batch
+from dspark_jax.training.state import Batch
 from dspark_jax.training.teacher import make_teacher
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +12,6 @@ from flax import struct
 from dspark_jax.axes import Param, declare
 from dspark_jax.config import TransformerConfig
 from dspark_jax.models.rope import Table, rotate
-from pallas_kernels.chunks import by_sequences
-
-ATTENTION_ROWS = 128  # queries at a time where whole sequences are read
 
 
 @struct.dataclass
@@ -170,65 +166,6 @@ def project_kv(
     if layer.k_norm_H is not None:
         k_XKH = rms_norm(k_XKH, layer.k_norm_H, cfg.rms_norm_eps)
     return k_XKH if table is None else rotate(k_XKH, table), v_XKH
-
-
-def attend_causally(
-    q_BSNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *,
-    window: int = 0,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Grouped-query attention of whole sequences, each position to itself and those before it.
-
-    ``ATTENTION_ROWS`` queries at a time against the keys that some of them see: half of the scores,
-    or all but a window, are never computed.
-
-    Args:
-        q_BSNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
-        k_BSKH, v_BSKH: keys and values.
-        window: the last so many positions are seen, the own one included; 0 for all.
-        scale: of the scores; None for H ** -0.5.
-        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
-
-    Returns:
-        [B, S, N, H] in the dtype of the queries; softmax in float32.
-    """
-    scale = q_BSNH.shape[-1] ** -0.5 if scale is None else scale
-    attend = functools.partial(_attend_causally, window=window, scale=scale, softcap=softcap)
-    return by_sequences(attend, q_BSNH, k_BSKH, v_BSKH)
-
-
-def _attend_causally(
-    q_BSNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    batch, length, _, dim = q_BSNH.shape
-    kv_heads = k_BSKH.shape[2]
-    k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
-    q = q_BSNH.reshape(batch, length, kv_heads, -1, dim)
-    parts = []
-    for first in range(0, length, ATTENTION_ROWS):
-        end = min(first + ATTENTION_ROWS, length)
-        start = max(0, first - window + 1) if window else 0
-        k, v = k_BKSH[:, :, start:end], v_BKSH[:, :, start:end]
-        part = jnp.moveaxis(q[:, first:end], 1, 3)
-        score = jnp.einsum("bkrth,bksh->bkrts", part, k, preferred_element_type=jnp.float32)
-        score = cap(score * scale, softcap)
-        age_TS = jnp.arange(first, end)[:, None] - jnp.arange(start, end)
-        visible_TS = (age_TS >= 0) & (age_TS < window) if window else age_TS >= 0
-        weight = jax.nn.softmax(jnp.where(visible_TS, score, -jnp.inf), axis=-1).astype(v.dtype)
-        # In the order of the product's own axes: another order makes a CPU copy the values first.
-        out = jnp.einsum("bkrts,bksh->bkrth", weight, v, preferred_element_type=jnp.float32)
-        parts.append(jnp.moveaxis(out.astype(v.dtype), 3, 1))
-    return jnp.concatenate(parts, axis=1).reshape(q_BSNH.shape)
 
 
 def cap(x_X: jax.Array, softcap: float | None) -> jax.Array:

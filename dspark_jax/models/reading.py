@@ -18,7 +18,7 @@ import numpy as np
 
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.layers import attend_causally
+from dspark_jax.models.sequences import attend_causally
 from dspark_jax.models.stacks import Place, Sections, loop_layers, map_stacks, place_of
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import Groups, group_by_slot, group_runs
@@ -88,6 +88,7 @@ def read_sequences(
     cfg: Any,
     feature_layers: Sequence[int] = (),
     fetch: Callable[[Any, int], Any] = lambda layer, stack: layer,
+    kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """``TargetFamily.encode`` with these blocks."""
     length = token_BS.shape[1]
@@ -106,7 +107,7 @@ def read_sequences(
                 here = place.layer == number
                 kept = kept | {number: (jnp.where(here, k, old_k), jnp.where(here, v, old_v))}
         options = {"window": own.window, "scale": own.scale, "softcap": own.softcap}
-        out = attend_causally(q, k, v, **options)
+        out = attend_causally(q, k, v, **options, kernels=kernels)
         x_BSD = blocks.finish(layer, x_BSD, out, place, shared, cfg)
         return x_BSD, _keep_feature(feature_FBSD, x_BSD, place.layer, feature_layers), kept
 

@@ -25,7 +25,7 @@ from dspark_jax.config import TrainConfig
 from dspark_jax.files import read_json
 from dspark_jax.rendering import PLAIN
 from dspark_jax.training.cache import CachedSample
-from dspark_jax.training.step import Batch
+from dspark_jax.training.state import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from dspark_jax.training.cache import (
 )
 from dspark_jax.training.cache_writer import CacheWriter, finish
 from dspark_jax.training.data import TokenSequence
-from dspark_jax.training.step import Batch
+from dspark_jax.training.state import Batch, on_mesh
+from dspark_jax.training.step import parts_of
 
 # int32 [B, S] -> hidden_BSD and feature_BSFD, bfloat16.
 ReadTarget = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -98,30 +99,54 @@ def target_reader(
     params: TargetParams,
     target_cfg: TargetConfig,
     cfg: DrafterConfig,
+    recipe: TrainConfig,
     sequences: NamedSharding | None = None,
 ) -> ReadTarget:
-    """The compiled forward pass whose results are stored.
+    """The compiled forward pass whose results are stored, over parts of a batch where the recipe
+    has micro-batches.
 
     Args:
         params: of the target.
         target_cfg: of the target.
         cfg: of the drafter, which names the feature layers.
+        recipe: of the training.
         sequences: how a batch is split over the mesh of ``params``; None on a single device.
     """
+    read = partial(
+        _read,
+        params,
+        cfg=target_cfg,
+        feature_layers=cfg.target_layer_ids,
+        kernels=recipe.kernels,
+        mesh=None if sequences is None else sequences.mesh,
+    )
 
-    def read(token_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        placed_BS = token_BS if sequences is None else place(token_BS, sequences)
-        read_BS = _read(params, placed_BS, cfg=target_cfg, feature_layers=cfg.target_layer_ids)
-        return gather(read_BS)
+    def read_parts(token_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = parts_of(recipe, len(token_BS))
+        parts = (token_BS[part::count] for part in range(count))
+        placed = (part if sequences is None else place(part, sequences) for part in parts)
+        each = zip(*(gather(read(part)) for part in placed), strict=True)
+        hidden_BSD, feature_BSFD = (
+            np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]) for arrays in each
+        )
+        return hidden_BSD, feature_BSFD
 
-    return read
+    return read_parts
 
 
-@partial(jax.jit, static_argnames=("cfg", "feature_layers"))
+@partial(jax.jit, static_argnames=("cfg", "feature_layers", "kernels", "mesh"))
 def _read(
-    params: TargetParams, token_BS: jax.Array, cfg: TargetConfig, feature_layers: tuple[int, ...]
+    params: TargetParams,
+    token_BS: jax.Array,
+    cfg: TargetConfig,
+    feature_layers: tuple[int, ...],
+    kernels: str,
+    mesh: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_BSD, feature_BSFD = family_of(cfg).encode(params, token_BS, cfg, feature_layers)
+    encode: Callable[..., Any] = partial(family_of(cfg).encode, kernels=kernels)
+    if mesh is not None:
+        encode = on_mesh(encode, mesh)
+    hidden_BSD, feature_BSFD = encode(params, token_BS, cfg, feature_layers)
     return hidden_BSD.astype(BFLOAT16), feature_BSFD.astype(BFLOAT16)
 
 

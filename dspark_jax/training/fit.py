@@ -34,7 +34,7 @@ from dspark_jax.training.records import (
     recipe_record,
 )
 from dspark_jax.training.run import Run, check_kernels, open_source, start_run
-from dspark_jax.training.step import Batch, TrainState
+from dspark_jax.training.state import Batch, TrainState
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
 
@@ -113,7 +113,7 @@ def batches_of(run: Run, start: int) -> Iterator[Batch]:
         run.recipe,
         range(start, run.total),
         cache_spec(run.recipe, run.cfg),
-        target_reader(run.frozen.target, run.target_cfg, run.cfg, sequences),
+        target_reader(run.frozen.target, run.target_cfg, run.cfg, run.recipe, sequences),
     )
 
 

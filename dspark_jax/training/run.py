@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,14 +33,8 @@ from dspark_jax.training.features import cache_spec, cached_sequences
 from dspark_jax.training.growth import check_same_sizes, with_layers_of
 from dspark_jax.training.local_heads import start_with_local_heads
 from dspark_jax.training.optimizer import LearningRate, learning_rate, make_optimizer
-from dspark_jax.training.step import (
-    Frozen,
-    TrainState,
-    evaluation_step,
-    make_layout,
-    step_shardings,
-    train_step,
-)
+from dspark_jax.training.state import Frozen, TrainState, make_layout, on_mesh, step_shardings
+from dspark_jax.training.step import evaluation_step, train_step
 from pallas_kernels.dispatch import require_kernels
 
 logger = logging.getLogger(__name__)
@@ -206,8 +200,13 @@ def starting_point(
         token_BS, supervised_BS = some.token_BS[:rows], some.loss_mask_BS[:rows]
         feature_BSFD = some.feature_BSFD
         if feature_BSFD is None:
-            encode = family_of(target.cfg).encode
-            read = jax.jit(partial(encode, cfg=target.cfg, feature_layers=cfg.target_layer_ids))
+            encode = partial(
+                family_of(target.cfg).encode,
+                cfg=target.cfg,
+                feature_layers=cfg.target_layer_ids,
+                kernels=recipe.kernels,
+            )
+            read = jax.jit(on_mesh(encode, mesh_of(recipe)))
             feature_BSFD = gather(read(target.params, token_BS)[1])
         params = start_with_local_heads(
             params,
@@ -273,16 +272,6 @@ class Programs:
     frozen: Any
     sequences: NamedSharding
     whole: NamedSharding
-
-
-def on_mesh(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """A step that is traced under a mesh, whose axes the kernels look for."""
-
-    def run(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*arguments)
-
-    return run
 
 
 @cache

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,140 +10,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import abstract_params, declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.stacks import is_whole
-from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.models.vocab import Vocab
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
 from dspark_jax.training.losses import LossTotals, draft_blocks, dspark_loss, loss_totals
+from dspark_jax.training.state import Batch, Frozen, Layout, TrainState
 from dspark_jax.training.teacher import Teacher, laws_pay, make_teacher, spell_out
 
-
-@struct.dataclass
-class TrainState:
-    """Everything that the steps change.
-
-    Attributes:
-        step: int32, batches done, of ``updates_per_batch`` optimiser updates each.
-        params: trainable weights, float32.
-        optimizer: state of the optimiser.
-        average: running mean of the weights; None where the recipe has no ``average_decay``.
-    """
-
-    step: jax.Array
-    params: DrafterParams
-    optimizer: Any
-    average: Any = None
-
-    @property
-    def result(self) -> DrafterParams:
-        """The weights to evaluate and to export."""
-        return self.params if self.average is None else self.average
-
-
-@struct.dataclass
-class Frozen:
-    """What every step reads: the target, the drafter's vocabulary, and (reduced vocabulary) the
-    place of every target token in it, ``t2d_V``."""
-
-    target: TargetParams
-    vocab: Vocab
-    t2d_V: Any
-
-
-@struct.dataclass
-class Batch:
-    """Sequences of one length bucket, with padding at the end.
-
-    Attributes:
-        token_BS: int32 ids.
-        loss_mask_BS: bool, the supervised tokens.
-        feature_BSFD, hidden_BSD: bfloat16 outputs of the target out of a cache; None where the
-            step is to run the target.
-    """
-
-    token_BS: Any
-    loss_mask_BS: Any
-    feature_BSFD: Any = None
-    hidden_BSD: Any = None
-
-
-def step_shardings(
-    target_cfg: TargetConfig,
-    cfg: DrafterConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    averaged: bool,
-) -> tuple[Any, Any, NamedSharding]:
-    """Shardings in the form of a ``TrainState`` and a ``Frozen``, and that of a batch's arrays.
-
-    Weights and the optimiser's moments are split by :data:`dspark_jax.axes.MESH_RULES`, sequences
-    over the data and fsdp axes.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    declared = declare_drafter(cfg)
-    params = declared_shardings(declared, mesh)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, abstract_params(declared)),
-        params,
-        transform_non_params=lambda _: replicated,
-    )
-    frozen = frozen_shardings(target_cfg, cfg, mesh)
-    sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    state: Any = TrainState(replicated, params, moments, params if averaged else None)  # type: ignore[arg-type]
-    return state, frozen, sequences
-
-
-def frozen_shardings(
-    target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh, unused: Sequence[str] = ()
-) -> Frozen:
-    """Shardings in the form of a ``Frozen``; ``unused`` mesh axes split nothing."""
-    target = declared_shardings(family_of(target_cfg).declare(target_cfg), mesh, unused)
-    head = places = None
-    if cfg.draft_vocab_size is None:
-        head = target.vocab.unembed_VD
-    else:
-        places = NamedSharding(mesh, PartitionSpec())
-        shape = (cfg.draft_vocab_size, cfg.hidden_size)
-        head = NamedSharding(mesh, partition("UD", shape, mesh, unused))
-    return Frozen(target, target.vocab.replace(unembed_VD=head, d2t_U=places), places)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shardings of weights while they are read: the fsdp axis splits sequences alone.
-
-    Without it the compiler would rather hold all sequences on every device of that axis than
-    gather the weights.
-
-    Attributes:
-        params: in the form of ``DrafterParams``.
-        frozen: in the form of ``Frozen``; but the target's layers stay as they lie.
-        layer: of one of these, gathered when its turn comes; for every stack.
-    """
-
-    params: Any
-    frozen: Any
-    layer: Any
-
-
-def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Layout:
-    """The layout of a step on a mesh."""
-    params = declared_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
-    frozen = frozen_shardings(target_cfg, cfg, mesh, unused=("fsdp",))
-    layers = frozen.target.layers
-    layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)
-    stored = declared_shardings(family_of(target_cfg).declare(target_cfg).layers, mesh)
-    target = frozen.target.replace(layers=stored)  # type: ignore[attr-defined]
-    return Layout(params, frozen.replace(target=target), layer)  # type: ignore[attr-defined]
+# What the target says of some sequences: its features, and its distributions.
+TargetOutputs = tuple[jax.Array, Teacher]
 
 
 def anchors_of(recipe: TrainConfig, length: int) -> int:
@@ -157,14 +34,16 @@ class Blocks:
     """The training blocks of some sequences, with all that the target has to say of them.
 
     Attributes:
-        feature_BSFD: the target's features.
-        teacher: its distributions.
+        batch: the sequences, where the target has yet to read them; None where it has.
+        feature_BSFD: the target's features; None before.
+        teacher: its distributions; None before.
         anchor_BA, keep_BA: anchors, and False for dummy blocks.
         labels: what the slots are trained towards.
     """
 
-    feature_BSFD: jax.Array
-    teacher: Teacher
+    batch: Any
+    feature_BSFD: Any
+    teacher: Any
     anchor_BA: jax.Array
     keep_BA: jax.Array
     labels: BlockLabels
@@ -172,17 +51,20 @@ class Blocks:
 
 def choose_blocks(
     batch: Batch,
-    target: tuple[jax.Array, Teacher],
+    target: TargetOutputs | None,
     key: jax.Array,
     turn: jax.Array | float,
     cfg: DrafterConfig,
     recipe: TrainConfig,
 ) -> Blocks:
-    """Random blocks of a batch; ``turn`` as in :func:`sample_anchors`."""
+    """Random blocks of a batch; ``turn`` as in :func:`sample_anchors`. Without the target's outputs
+    they are yet to be read."""
     num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
     anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
     labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
-    return Blocks(*target, anchor_BA, keep_BA, labels)
+    if target is None:
+        return Blocks(batch, None, None, anchor_BA, keep_BA, labels)
+    return Blocks(None, *target, anchor_BA, keep_BA, labels)
 
 
 def blocks_loss(
@@ -232,24 +114,72 @@ def blocks_gradient(
     recipe: TrainConfig,
     layout: Layout | None = None,
     law_TU: jax.Array | None = None,
+    read: Callable[[Batch], TargetOutputs] | None = None,
 ) -> tuple[DrafterParams, dict[str, jax.Array]]:
-    """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other."""
+    """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other.
+
+    ``read`` gives the target's outputs of a part, where they are yet to be read.
+    """
     totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
     gradient_of = jax.grad(partial(blocks_loss, layout=layout, law_TU=law_TU), has_aux=True)
-    count = recipe.micro_batches
+
+    def gradient(part: Blocks) -> Any:
+        return gradient_of(params, frozen, with_target(part, read), totals, cfg, recipe)
+
+    return sum_over_parts(gradient, blocks, recipe.micro_batches)
+
+
+def with_target(blocks: Blocks, read: Callable[[Batch], TargetOutputs] | None) -> Blocks:
+    """The blocks with the target's outputs, read now if they are yet to be read."""
+    if blocks.batch is None or read is None:
+        return blocks
+    feature_BSFD, teacher = read(blocks.batch)
+    return blocks.replace(batch=None, feature_BSFD=feature_BSFD, teacher=teacher)  # type: ignore[attr-defined]
+
+
+def fewest_parts(least: int, num_sequences: int, shards: int = 1) -> int:
+    """How many parts of one size, at least so many, the sequences fall into: the fewest, of which
+    ``shards`` devices have equal shares. A part of one sequence a device is the smallest."""
+    share = num_sequences // shards
+    return next(count for count in range(min(least, share), share + 1) if share % count == 0)
+
+
+def parts_of(recipe: TrainConfig, num_sequences: int) -> int:
+    """In how many parts the target reads a batch: where an update has several micro-batches, none
+    is larger than one of these."""
+    if recipe.micro_batches == 1:
+        return 1
+    update = min(recipe.sequences_per_update or num_sequences, num_sequences)
+    least = -(-num_sequences * recipe.micro_batches // update)
+    return fewest_parts(least, num_sequences, recipe.data_parallel * recipe.fsdp)
+
+
+def _split(sequences: Any, count: int) -> Any:
+    """[count, B / count, ...]: every count-th sequence, so that a part of a batch that is split
+    over devices is split too."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), sequences)
+
+
+def sum_over_parts(function: Callable[[Any], Any], sequences: Any, count: int) -> Any:
+    """The sum of ``function(part)`` over the parts of a tree of [B, ...], one after the other."""
     if count == 1:
-        return gradient_of(params, frozen, blocks, totals, cfg, recipe)
-    # Every count-th sequence, so that a part of a batch that is split over devices is split too.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), blocks)
+        return function(sequences)
+    parts = _split(sequences, count)
+    forms = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms)
 
-    def add(total: Any, part: Blocks) -> tuple[Any, None]:
-        return jax.tree.map(
-            jnp.add, total, gradient_of(params, frozen, part, totals, cfg, recipe)
-        ), None
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
 
-    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-    start = gradient_of(params, frozen, first, totals, cfg, recipe)
-    return jax.lax.scan(add, start, rest)[0]
+    return jax.lax.scan(add, nothing, parts)[0]
+
+
+def in_parts(function: Callable[[Any], Any], sequences: Any, count: int) -> Any:
+    """``function`` of a tree of [B, ...], to a tree of [B, ...], one part after the other."""
+    if count == 1:
+        return function(sequences)
+    parts = jax.lax.map(function, _split(sequences, count))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def read_target(
@@ -258,11 +188,13 @@ def read_target(
     target_cfg: TargetConfig,
     cfg: DrafterConfig,
     layout: Layout | None = None,
+    kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and last hidden states of the frozen target for a batch, which may bring them."""
+    """Features and last hidden states of the frozen target for a batch, which may bring them;
+    ``kernels`` names the implementation of ``ragged_attention``."""
     if batch.feature_BSFD is not None:
         return batch.feature_BSFD, batch.hidden_BSD
-    encode = family_of(target_cfg).encode
+    encode = partial(family_of(target_cfg).encode, kernels=kernels)
     read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
     if layout is not None:
 
@@ -286,11 +218,30 @@ def target_outputs(
     target_cfg: TargetConfig,
     cfg: DrafterConfig,
     layout: Layout | None = None,
-) -> tuple[jax.Array, Teacher]:
+    kernels: str = "xla",
+) -> TargetOutputs:
     """Features and distributions of the frozen target for a batch that may bring its outputs."""
-    feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout)
+    feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout, kernels)
     reduced = frozen.vocab.d2t_U is not None
     return feature_BSFD, make_teacher(frozen.target.vocab, hidden_BSD, reduced)
+
+
+def _teach(
+    frozen: Frozen,
+    batch: Batch,
+    outputs: tuple[jax.Array, jax.Array],
+    cfg: DrafterConfig,
+    recipe: TrainConfig,
+) -> tuple[TargetOutputs, jax.Array | None]:
+    """The target's outputs for all updates of a batch, with ``law_TU`` where it pays;
+    ``outputs`` are of :func:`read_target`."""
+    feature_BSFD, hidden_BSD = outputs
+    if laws_pay(cfg, recipe, batch.token_BS.size):
+        supervised_BS = batch.loss_mask_BS
+        teacher, law_TU = spell_out(frozen.target.vocab, frozen.vocab, hidden_BSD, supervised_BS)
+        return (feature_BSFD, teacher), law_TU
+    reduced = frozen.vocab.d2t_U is not None
+    return (feature_BSFD, make_teacher(frozen.target.vocab, hidden_BSD, reduced)), None
 
 
 def running_mean(mean: Any, params: Any, count: jax.Array, decay: float) -> Any:
@@ -327,17 +278,18 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     if layout is not None:
         frozen = jax.lax.with_sharding_constraint(frozen, layout.frozen)
-    law_TU = None
-    if laws_pay(cfg, recipe, batch.token_BS.size):
-        feature_BSFD, hidden_BSD = read_target(frozen, batch, target_cfg, cfg, layout)
-        teacher, law_TU = spell_out(
-            frozen.target.vocab, frozen.vocab, hidden_BSD, batch.loss_mask_BS
-        )
-        target = feature_BSFD, teacher
-    else:
-        target = target_outputs(frozen, batch, target_cfg, cfg, layout)
-    seen = (batch.replace(feature_BSFD=None, hidden_BSD=None), target)  # type: ignore[attr-defined]
     size = batch.token_BS.shape[0]
+    source: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "layout": layout}
+    source["kernels"] = recipe.kernels
+    later, law_TU = partial(target_outputs, frozen, **source), None
+    if recipe.updates_per_batch == 1 < recipe.micro_batches:
+        seen: tuple[Batch, Any] = (batch, None)  # each micro-batch is read where it is trained on
+    else:
+        read = partial(read_target, frozen, **source)
+        count = parts_of(recipe, size) if batch.feature_BSFD is None else 1
+        outputs = in_parts(read, batch, count)
+        target, law_TU = _teach(frozen, batch, outputs, cfg, recipe)
+        seen = (batch.replace(feature_BSFD=None, hidden_BSD=None), target)  # type: ignore[attr-defined]
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
 
@@ -351,7 +303,9 @@ def train_step(
             chosen = order_B[(first + jnp.arange(share)) % size]
             part = jax.tree.map(lambda x: x[chosen], seen)
         blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
-        gradient, metrics = blocks_gradient(params, frozen, blocks, cfg, recipe, layout, law_TU)
+        gradient, metrics = blocks_gradient(
+            params, frozen, blocks, cfg, recipe, layout, law_TU, later
+        )
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = optax.apply_updates(params, change)
@@ -393,7 +347,12 @@ def evaluation_step(
     recipe: TrainConfig,
 ) -> dict[str, jax.Array]:
     """Metrics of held-out sequences, always with the same anchors."""
-    target = target_outputs(frozen, batch, target_cfg, cfg)
-    blocks = choose_blocks(batch, target, jax.random.key(recipe.seed), 0.0, cfg, recipe)
+    read = partial(target_outputs, frozen, target_cfg=target_cfg, cfg=cfg, kernels=recipe.kernels)
+    blocks = choose_blocks(batch, None, jax.random.key(recipe.seed), 0.0, cfg, recipe)
     totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
-    return blocks_loss(params, frozen, blocks, totals, cfg, recipe)[1]
+
+    def metrics(part: Blocks) -> dict[str, jax.Array]:
+        return blocks_loss(params, frozen, with_target(part, read), totals, cfg, recipe)[1]
+
+    count = fewest_parts(recipe.micro_batches, batch.token_BS.shape[0])
+    return sum_over_parts(metrics, blocks, count)

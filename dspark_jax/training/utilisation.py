@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.training.step import Batch, anchors_of
+from dspark_jax.training.state import Batch
+from dspark_jax.training.step import anchors_of
 
 # Dense matrix products a second, from the vendors' data sheets: (bfloat16, float32). The float32
 # figures of the tensor cores are those of TF32, which XLA uses only where it is told to.

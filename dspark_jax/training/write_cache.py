@@ -15,7 +15,13 @@ from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete
 from dspark_jax.training.features import cache_spec, store, target_reader
 from dspark_jax.training.records import sha256
-from dspark_jax.training.run import drafter_config, load_sequences, mesh_of, open_source
+from dspark_jax.training.run import (
+    check_kernels,
+    drafter_config,
+    load_sequences,
+    mesh_of,
+    open_source,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,7 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
     """
     if not 0 <= process < processes:
         raise ValueError(f"process {process} must lie in 0..{processes - 1}")
+    check_kernels(recipe)
     recipe, sequences, spec, cfg, target, read_weights = _contents(recipe)
     if (out / MANIFEST).exists():
         found = CacheReader(out)
@@ -70,7 +77,7 @@ def write_cache(recipe: TrainConfig, out: Path, process: int = 0, processes: int
         mesh = mesh_of(recipe)
         params = read_weights(jnp.dtype(recipe.dtype), mesh)
         split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        read = target_reader(params, target.cfg, cfg, split)
+        read = target_reader(params, target.cfg, cfg, recipe, split)
         with CacheWriter(out, spec, process, processes) as writer:
             store(writer, sequences, plans, {i: i for i in range(first, end)}, recipe, read)
     return finish(out, spec, processes)

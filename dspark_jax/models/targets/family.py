@@ -69,6 +69,7 @@ class TargetFamily(Protocol):
         cfg: Any,
         feature_layers: Sequence[int] = ...,
         fetch: Callable[[Any, int], Any] = ...,
+        kernels: str = ...,
     ) -> tuple[jax.Array, jax.Array]:
         """Read whole sequences from position 0, causally, without a cache.
 
@@ -81,6 +82,7 @@ class TargetFamily(Protocol):
             feature_layers: layers whose residual stream is returned; -1 is the embedding output.
             fetch: what is done to the weights of a layer, in the stack of this number, when its
                 turn comes, such as gathering them.
+            kernels: the implementation of the operations of ``pallas_kernels``.
 
         Returns:
             hidden_BSD after the final norm, and feature_BSFD; both in the dtype of the weights.

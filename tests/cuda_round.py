@@ -1,0 +1,352 @@
+"""A whole decoding round compiled for an H100 that is not there: what it moves against the floor.
+
+    python -m tests.cuda_round --slots 8 --positions 1024 --layers 36 --tensor 8
+
+prints one line of JSON, with ``--top N`` after the N largest items. The models have the sizes of
+Qwen3-8B and of its released drafter, in bfloat16; ``--layers`` takes fewer. The program is the
+engine's own, with the form of the weights and of the state that the engine would use on a GPU.
+All figures are those of one device.
+
+Without a GPU XLA does not tune: most matrix products become untuned Triton fusions, where a GPU
+would choose cuBLAS for some. Bytes and launches differ then, usually downwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from dspark_jax.axes import (
+    abstract_buffers,
+    abstract_params,
+    declared_shardings,
+    is_param,
+    make_mesh,
+    partition,
+)
+from dspark_jax.config import DrafterConfig
+from dspark_jax.engine import programs
+from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.decoder import Decoder, state_config
+from dspark_jax.engine.inputs import RoundConfig, RoundInput, Weights
+from dspark_jax.engine.plan import HostPlan, round_input
+from dspark_jax.engine.state import StateConfig, declare_state
+from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.targets.llama import Config as TargetConfig
+from dspark_jax.models.targets.llama import declare as declare_target
+from dspark_jax.scheduler.shape import Shape, Sizes
+from pallas_kernels import dispatch
+from tests import cuda_compile, hlo_bytes
+
+SIZES = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "max_positions": 40960,
+}
+FEATURE_LAYERS = (1, 9, 17, 25, 33)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round.
+
+    Attributes:
+        slots, positions: of the state, of one data shard.
+        layers: of the target.
+        kernels: implementation of the operations.
+        tensor: devices over which heads, MLP and vocabulary are split.
+        draft: drafts that are verified for every slot; 0 for a round without a draft.
+        chunks, chunk_rows: pieces of prompts, and positions of each.
+        valid: share of the positions that the slots hold.
+        unstacked: whether layers are weights of their own.
+        sampled: of a conditional's branches the one that moves more is counted, and not less.
+    """
+
+    slots: int = 8
+    positions: int = 1024
+    layers: int = 36
+    kernels: str = "mosaic_gpu"
+    tensor: int = 1
+    draft: int = 7
+    chunks: int = 0
+    chunk_rows: int = 32
+    valid: float = 0.5
+    unstacked: bool = False
+    sampled: bool = False
+
+    @property
+    def target(self) -> TargetConfig:
+        """Sizes of the target."""
+        return TargetConfig(**SIZES, num_layers=self.layers, qk_norm=True)
+
+    @property
+    def drafter(self) -> DrafterConfig:
+        """Sizes of the drafter; as many of its features as there are layers."""
+        features = tuple(layer for layer in FEATURE_LAYERS if layer < self.layers - 2)
+        return DrafterConfig(
+            **SIZES,
+            num_layers=5,
+            num_target_layers=self.layers,
+            target_layer_ids=features or (0,),
+            mask_token_id=151669,
+            markov_rank=256,
+            confidence=True,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are verified: anchors and drafts."""
+        return self.slots * (self.draft + 1)
+
+
+def measure(case: Case, top: int = 0, timeout_s: float = 1800) -> dict[str, Any]:
+    """Compiles a round in a process of its own and counts.
+
+    Args:
+        case: the round.
+        top: so many of the largest items are listed under ``items``.
+        timeout_s: of the compilation.
+
+    Raises:
+        RuntimeError: this machine cannot compile, or the round does not.
+    """
+    reason = cuda_compile.problem()
+    if reason:
+        raise RuntimeError(reason)
+    given = json.dumps(dataclasses.asdict(case) | {"top": top})
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+        done = cuda_compile.run_child(
+            "tests.cuda_round", "--child", given, folder, flags=flags, timeout_s=timeout_s
+        )
+    if done.returncode:
+        raise RuntimeError(f"compilation ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_bytes.Item]]:
+    """What :func:`measure` gives, and all items; in a process of its own."""
+    # Nothing here runs: what the product asks of its device is asked of the H100s.
+    dispatch.device_problem = lambda device=None: None
+    jax.default_backend = lambda: "gpu"
+    devices = cuda_compile.topology(case.tensor)
+    mesh = make_mesh(tensor=case.tensor, devices=devices) if case.tensor > 1 else None
+    decoder = Decoder(abstract_weights(case, mesh), case.target, case.drafter, None, mesh)
+    form = state_config(decoder, case.slots, case.positions, EngineConfig())
+    state = abstract_buffers(declare_state(form), mesh)
+    cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels)
+    rows = case.chunk_rows if case.chunks else 0
+    program = programs.round_program(cfg, form, case.num_rows, rows, mesh)
+    arguments = decoder.weights, state, _given(case, mesh)
+    if mesh is None:
+        arguments = jax.tree.map(
+            lambda x: _abstract(x, SingleDeviceSharding(devices[0])), arguments
+        )
+    start = time.perf_counter()
+    compiled = program.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    parsed = hlo_bytes.parse(compiled.as_text())
+    items = hlo_bytes.Program(*parsed, kernel_bytes(case, form), case.sampled).items
+    collectives = [item for item in items if item.kind == "collective"]
+    moved, least = hlo_bytes.total_bytes(items), floor(case, mesh)
+    thunks = _thunks(dump)
+    result = {
+        "gb": round(moved / 1e9, 3),
+        "floor_gb": round(least / 1e9, 3),
+        "ratio": round(moved / least, 3),
+        "kernels": sum(item.kernels * item.times for item in items),
+        "command_buffers": thunks.count(("CommandBuffer", False)),
+        "conditionals": thunks.count(("Conditional", False)) + thunks.count(("Conditional", True)),
+        "conditionals_outside": thunks.count(("Conditional", False)),
+        "loops": thunks.count(("While", False)) + thunks.count(("While", True)),
+        "loops_outside": thunks.count(("While", False)),
+        "collectives": hlo_bytes.count(items, "collective"),
+        "collective_mb": round(hlo_bytes.total_bytes(collectives) / 1e6, 3),
+        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+        "compile_s": round(seconds, 1),
+    }
+    return result, items
+
+
+def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _thunks(dump: Path) -> list[tuple[str, bool]]:
+    """(kind, whether a command buffer holds it) of all that the compiled program launches."""
+    texts = [file.read_text() for file in dump.glob("*thunk_sequence_after_thunk_passes.txt")]
+    found, around = [], []
+    for line in max(texts, key=len).splitlines():
+        thunk = re.match(r"( *)\d+: k(\w+)", line)
+        if thunk:
+            depth, kind = len(thunk[1]), thunk[2]
+            around = [(d, k) for d, k in around if d < depth]
+            found.append((kind, "CommandBuffer" in [k for _, k in around]))
+            around.append((depth, kind))
+    return found
+
+
+def abstract_weights(case: Case, mesh: Mesh | None) -> Weights:
+    """The weights in the form in which the engine holds them on GPUs."""
+    declared = declare_target(case.target), declare_drafter(case.drafter)
+    target, drafter = (abstract_params(each, jnp.bfloat16) for each in declared)
+    if mesh is not None:
+        target, drafter = (
+            jax.tree.map(_abstract, each, declared_shardings(d, mesh))
+            for each, d in zip((target, drafter), declared, strict=True)
+        )
+    if case.unstacked:
+        target, drafter = _unstacked(target), _unstacked(drafter)
+    return Weights(target, drafter, target.vocab)
+
+
+def _unstacked(params: Any) -> Any:
+    def layer(leaf: Any, index: int) -> Any:
+        sharding = leaf.sharding
+        if sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    layers = tuple(
+        tuple(
+            jax.tree.map(lambda leaf: layer(leaf, 0), stack)
+            for _ in range(jax.tree.leaves(stack)[0].shape[0])
+        )
+        for stack in params.layers
+    )
+    return params.replace(layers=layers)
+
+
+def _given(case: Case, mesh: Mesh | None) -> RoundInput:
+    """What the engine tells a round."""
+    shape = Shape(Sizes(case.slots, case.positions), case.draft, case.num_rows, case.chunks)
+    plan = HostPlan(0, (), (), frozenset(), ((),), shape)
+    temperature_BG = np.zeros((case.slots, case.drafter.block_size), np.float32)
+    given = round_input(plan, temperature_BG)
+    if mesh is None:
+        return given
+    place = NamedSharding(mesh, programs.BY_SLOT)
+    return jax.tree.map(lambda leaf: _abstract(leaf, place), given)
+
+
+def floor(case: Case, mesh: Mesh | None) -> float:
+    """Bytes of one device that no round does without: each weight read once, but one row of an
+    embedding a token and the bias of a draft's tokens once for each of them, one after the other;
+    the valid keys and values; logits written and read."""
+    target, drafter = declare_target(case.target), declare_drafter(case.drafter)
+
+    def of(tree: Any, itemsize: int = 2) -> float:
+        leaves = jax.tree.leaves(tree, is_leaf=is_param)
+        return sum(itemsize * math.prod(_shard(leaf.axes, leaf.shape, mesh)) for leaf in leaves)
+
+    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_VR)
+    weights = of(target) + of(drafter) - embeddings
+    layers = case.target.num_layers + case.drafter.num_layers
+    caches = 2 * layers * valid_keys(case, case.slots)
+    logits = case.num_rows
+    if case.draft:
+        slots = case.drafter.block_size
+        weights += of(target.vocab.unembed_VD) + (slots - 1) * of(drafter.head.w2_RU)
+        logits += case.slots * slots
+    vocabulary = _shard("V", (SIZES["vocab_size"],), mesh)[0]
+    return weights + caches + 2 * 4 * logits * vocabulary
+
+
+def _shard(axes: str, shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
+    """The part of an array that one device holds."""
+    if mesh is None:
+        return shape
+    return NamedSharding(mesh, partition(axes, shape, mesh)).shard_shape(shape)
+
+
+def valid_keys(case: Case, slots: int) -> float:
+    """Bytes of the keys of one layer that some slots hold, on one device."""
+    heads = SIZES["num_kv_heads"] // case.tensor
+    return 2 * slots * heads * case.valid * case.positions * SIZES["head_dim"]
+
+
+def kernel_bytes(case: Case, form: StateConfig) -> Callable[[list[str], str], float]:
+    """What a Mosaic kernel moves: of a cache the valid part of one layer, for the slots whose
+    queries it has; everything else once."""
+    buffers = jax.tree.leaves(declare_state(form))
+    caches = {_one_layer(buffer.shape) for buffer in buffers if "KSH" in buffer.axes}
+    caches = {_split_heads(shape, case.tensor) for shape in caches}
+
+    def moved(operands: list[str], result: str) -> float:
+        shapes = [shape for operand in operands for _, shape in hlo_bytes.arrays(operand)]
+        held = [_one_layer(shape) in caches for shape in shapes]
+        queries = [s for s, cache in zip(shapes, held, strict=True) if len(s) == 4 and not cache]
+        slots = min([shape[0] for shape in queries] + [case.slots])
+        read = [
+            valid_keys(case, slots) if cache else hlo_bytes.num_bytes(operand)
+            for operand, cache in zip(operands, held, strict=True)
+        ]
+        return hlo_bytes.num_bytes(result) + sum(read)
+
+    return moved
+
+
+def _one_layer(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[B, K, S, H] of a cache, whose layers may be stacked."""
+    return shape[-4:]
+
+
+def _split_heads(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    return (shape[0], shape[1] // parts, *shape[2:])
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line; one for every field of :class:`Case`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Case):
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--top", type=int, default=0, help="list so many of the largest items")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = vars(arguments())
+    child, top = given.pop("child"), given.pop("top")
+    if child is None:
+        found = measure(Case(**given), top)
+        for line in found.pop("items"):
+            print(line)
+        print(json.dumps(found))
+        return
+    asked = json.loads(child[0])
+    top = asked.pop("top")
+    found, items = compile_round(Case(**asked), Path(child[1]))
+    items = sorted(items, key=lambda item: -item.bytes * item.times)[:top]
+    found["items"] = [
+        f"{item.bytes * item.times / 1e9:8.3f} GB = {item.times:4d} x {item.bytes / 1e6:9.2f} MB "
+        f"[{item.kind}] {item.label}"
+        for item in items
+    ]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
