@@ -13,7 +13,6 @@ from pallas_kernels.random import ACCEPT, DRAFT, FIELD, RESIDUAL
 target_logprob = jax.jit(sampling.target_logprob)
 draft_logprob = jax.jit(sampling.draft_logprob)
 first_argmax = jax.jit(xla.first_argmax)
-sample_logprob = jax.jit(sampling.sample_logprob)
 excess = jax.jit(xla.excess)
 acceptance_rate = jax.jit(sampling.acceptance_rate)
 stream_key = jax.jit(random.stream_key)
@@ -117,6 +116,37 @@ def test_a_whole_vocabulary():
         np.testing.assert_allclose(np.exp(law[row]).sum(), 1, rtol=1e-5)
 
 
+def smallest_reach_by_sorting(gap, weight, need):
+    """Of one row: the first of the sorted gaps within which the weights suffice."""
+    for reach in np.unique(gap):
+        if weight[gap <= reach].sum() >= need:
+            return reach
+    return np.float32(np.inf)
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("size", [1, 97, 700, 2049])
+def test_both_searches_find_the_threshold_that_sorting_finds(sparing, size):
+    """Weights are multiples of 2^-10 with exact sums, so that the order of a sum means nothing."""
+    rng, rows = np.random.default_rng(size), 8
+    gap = rng.exponential(5, (rows, size)).astype(np.float32)
+    gap[1] = rng.integers(0, 3, size)  # ties
+    gap[2, 1:] = np.inf
+    gap[3] = np.nextafter(np.float32(1), rng.integers(0, 3, size), dtype=np.float32)  # neighbours
+    gap[:, 0] = 0
+    weight = (rng.integers(0, 1024, (rows, size)) / 1024).astype(np.float32)
+    need = rng.uniform(0, 1, rows).astype(np.float32) * weight.sum(-1)
+    need[4:7] = np.inf, 0, weight[6].sum()
+    search = jax.jit(sampling.Search(sparing=sparing).smallest_reach)
+    found = search(gap, weight, need)
+    expected = list(map(smallest_reach_by_sorting, gap, weight, need))
+    np.testing.assert_array_equal(found, expected)
+    count = np.array([1, 2, 3, 50, size, size + 1, np.inf, 1], np.float32)
+    found = search(gap, jnp.float32(1), count)
+    expected = list(map(smallest_reach_by_sorting, gap, np.ones_like(gap), count))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_leading_axes_broadcast():
     logits = random_logits(0, len(SETTINGS), 3, 97)
     law = target_logprob(logits, *(field[:, None] for field in arguments(SETTINGS)))
@@ -209,7 +239,7 @@ def test_first_argmax_is_argmax_and_stays_in_range():
 def test_draws_follow_the_law():
     law = target_logprob(jnp.array([[0.0, 1.0, -1.0, 2.0, 0.5]]), *arguments([(1.0, 4, 1.0, 0.0)]))
     keys = fold_in(random.seed_key(0), jnp.arange(200_000))
-    tokens = sample_logprob(law, gumbel(keys, 5))
+    tokens = first_argmax(law + gumbel(keys, 5))
     expected = 200_000 * np.exp(np.asarray(law[0], np.float64))
     counts = np.bincount(tokens, minlength=5)
     assert counts[expected == 0].sum() == 0
@@ -220,7 +250,7 @@ def test_draws_follow_the_law():
 def test_a_one_hot_law_ignores_the_noise():
     logits = random_logits(4, 300, 41)
     noise = gumbel(fold_in(random.seed_key(1), jnp.arange(300)), 41)
-    tokens = sample_logprob(draft_logprob(logits, jnp.zeros(300)), noise)
+    tokens = first_argmax(draft_logprob(logits, jnp.zeros(300)) + noise)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
