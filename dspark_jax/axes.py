@@ -9,7 +9,7 @@ axes of the sharding rules:
     N query heads        K key/value heads      H head dimension   R Markov rank
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
-    X any leading axes
+    J products in one    X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
 initialisation, sharding, restoring and the name tables are derived from it. A :class:`Buffer` does
