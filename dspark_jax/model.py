@@ -251,9 +251,8 @@ def load(
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
-    decoder = make_decoder(
-        (found.cfg, found.params), bound, found.tokenizer, mesh, calibration=calibration
-    )
+    target_weights = found.cfg, found.params
+    decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
     return Model(decoder, found.name, name, kernels)

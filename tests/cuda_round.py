@@ -298,7 +298,7 @@ def kernel_bytes(case: Case, form: StateConfig) -> Callable[[list[str], str], fl
     """What a Mosaic kernel moves: of a cache the valid part of one layer, for the slots whose
     queries it has; everything else once."""
     buffers = jax.tree.leaves(declare_state(form))
-    kept = [buffer for buffer in buffers if buffer.axes.endswith(("BKSH", "ZKXH"))]
+    kept = [buffer for buffer in buffers if buffer.axes.endswith(("BKSH", "QKXH"))]
     caches = {_one_layer(buffer.shape) for buffer in kept}
     caches = {_split_heads(shape, case.tensor) for shape in caches}
 

@@ -19,7 +19,7 @@ from dspark_jax.models.drafters.dspark import (
     declare_drafter,
     slot_hidden,
 )
-from dspark_jax.models.stacks import unstack_layers
+from dspark_jax.models.merged import single_layers
 from dspark_jax.models.targets.llama import declare as declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
@@ -250,10 +250,11 @@ def test_gradient_is_that_of_a_dense_softmax():
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_drafted_block_is_the_one_of_training(stacked):
     """One anchor a slot: the attention of decoding and the one that is trained agree."""
-    drafter = random_params(0, declare_drafter(DRAFTER))
+    drafter = jax.device_put(random_params(0, declare_drafter(DRAFTER)))
     vocab = random_params(1, declare_target(TARGET)).vocab
     if not stacked:
-        drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
+        layers = tuple(single_layers(stack, merge=True) for stack in drafter.layers)
+        drafter = dataclasses.replace(drafter, layers=layers)
     rng = np.random.default_rng(2)
     declared = declare_context(DRAFTER, Room(3, 16, 4, jnp.float32))
     context = jax.tree.map(

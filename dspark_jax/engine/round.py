@@ -13,8 +13,8 @@ from dspark_jax.engine import verify
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.models.cache import with_pages
 from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs
+from dspark_jax.models.cache import with_pages
 from dspark_jax.models.drafters.dspark import slot_hidden
 from dspark_jax.models.drafters.heads import DraftBlock, sample_block
 from dspark_jax.models.vocab import suppress

@@ -70,7 +70,7 @@ class StateConfig:
         num_stop_ids: most stop ids of a request.
         dtypes: of the target's and the drafter's cache.
         stacked: whether their layers are stacked.
-        num_pages: Z, pages that all slots share; 0 where each has room for all positions.
+        num_pages: Q, pages that all slots share; 0 where each has room for all positions.
     """
 
     target: TargetConfig

@@ -47,7 +47,7 @@ class KVCache:
 
     Attributes:
         k, v: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers; of a cache
-            in pages [L, Z, K, PAGE, H].
+            in pages [L, Q, K, PAGE, H].
         page_BX: int32 pages of every slot; None for a cache without pages, and while it is stored.
         paged: whether it lies in pages.
     """
@@ -72,7 +72,7 @@ class Room:
         ahead: the most positions that one slot may have been written behind a row that attends:
             a block, or all chunks of a round.
         dtype: of keys and values.
-        pages: Z, pages that layers that see everything share; 0 where every slot has room for all
+        pages: Q, pages that layers that see everything share; 0 where every slot has room for all
             positions.
     """
 
@@ -101,7 +101,7 @@ def declare_kv(num_layers: int, num_heads: int, head_dim: int, window: int, room
     paged = bool(room.pages) and not window
     if paged:
         shape = num_layers, room.pages, num_heads, PAGE, head_dim
-        buffer = Buffer("LZKXH", shape, room.dtype)
+        buffer = Buffer("LQKXH", shape, room.dtype)
     else:
         shape = num_layers, room.slots, num_heads, room.length(window), head_dim
         buffer = Buffer("LBKSH", shape, room.dtype)

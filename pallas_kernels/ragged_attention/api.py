@@ -61,8 +61,8 @@ def ragged_attention(
         groups: which rows attend to which slot (:mod:`~pallas_kernels.ragged_attention.groups`).
         limit_T: int32: row t sees the positions before it; at most S without a window.
         layer: int32, which layer of the caches is meant; None for caches of one layer.
-        page_BX: int32 pages of every slot, of caches in pages, which are [Z, K, PAGE, H] or
-            [L, Z, K, PAGE, H]; None for caches that lie in one piece. No window then.
+        page_BX: int32 pages of every slot, of caches in pages, which are [Q, K, PAGE, H] or
+            [L, Q, K, PAGE, H]; None for caches that lie in one piece. No window then.
         own: keys and values [P, W, K, H] that all rows of a group see beside the cache.
         window: the last so many positions before the limit are seen, static; None for all.
         scale: of the scores; None for H ** -0.5.

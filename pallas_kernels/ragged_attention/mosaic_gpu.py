@@ -44,7 +44,7 @@ def attend_groups(
     window: int | None,
 ) -> jax.Array:
     """[P, C, N, H], as :func:`pallas_kernels.ragged_attention.xla.attend_groups`; the caches are
-    [L, Z, K, PAGE, H] where there is a table of pages.
+    [L, Q, K, PAGE, H] where there is a table of pages.
 
     Raises:
         ValueError: a dtype or a size that the kernel has no form for.
