@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from dspark_jax.engine.engine import Engine
     from dspark_jax.engine.reader import Generation, RoundTrace
     from dspark_jax.engine.request import Request
-    from dspark_jax.engine.round import accept, decode_round, draft, plan_lengths, rank
+    from dspark_jax.engine.round import decode_round, draft, plan_lengths, rank
     from dspark_jax.engine.stats import Stats
     from dspark_jax.engine.stream import Event
+    from dspark_jax.engine.tokens import accept
     from dspark_jax.evaluation.confidence import calibrate
     from dspark_jax.model import Model, load
     from dspark_jax.rules import Rule
@@ -58,9 +59,10 @@ _HOMES = {
     "engine.engine": ("Engine",),
     "engine.reader": ("Generation", "RoundTrace"),
     "engine.request": ("Request",),
-    "engine.round": ("accept", "decode_round", "draft", "plan_lengths", "rank"),
+    "engine.round": ("decode_round", "draft", "plan_lengths", "rank"),
     "engine.stats": ("Stats",),
     "engine.stream": ("Event",),
+    "engine.tokens": ("accept",),
     "evaluation.confidence": ("calibrate",),
     "model": ("Model", "load"),
     "rules": ("Rule",),

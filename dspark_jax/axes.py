@@ -8,6 +8,7 @@ axes of the sharding rules:
     L layers             F feature layers       D width            M MLP width
     N query heads        K key/value heads      H head dimension   R Markov rank
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
+    Z vocabulary of a table so narrow that every device looks tokens up in a whole one
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
     X any leading axes
 

@@ -68,7 +68,11 @@ def by_sequences(function: Callable[..., Any], *arrays_BX: Any) -> Any:
     )
 
 
-def by_rows(function: Callable[..., Any], *arrays_TX: jax.Array) -> Any:
+def by_rows(
+    function: Callable[..., Any],
+    *arrays_TX: jax.Array,
+    on_cpu: Callable[..., Any] | None = None,
+) -> Any:
     """``function`` of arrays with a leading axis of rows; each row's result is its own alone.
 
     On a CPU, where XLA writes out what it reduces, a few rows at a time: what is written then stays
@@ -77,8 +81,10 @@ def by_rows(function: Callable[..., Any], *arrays_TX: jax.Array) -> Any:
     Args:
         function: of arrays [T, ...], to a tree of arrays [T, ...]; any T.
         arrays_TX: the rows; bfloat16 ones are never widened as a whole.
+        on_cpu: the same with conditions and loops in it, if it is the faster for them: where the
+            host does not compute itself, it waits for them.
     """
-    in_few = functools.partial(_in_few_rows, function)
+    in_few = functools.partial(_in_few_rows, on_cpu or function)
     return jax.lax.platform_dependent(*arrays_TX, cpu=in_few, default=function)
 
 

@@ -65,10 +65,10 @@ REDUCED = np.array([0, 1, -1, 2, 3, 4, -1, 5, 6, 7, 8, -1])  # token 10, place 8
 @pytest.mark.parametrize("t2d_V", [ALL, REDUCED], ids=["all", "reduced"])
 def test_full_rank_is_the_smoothed_bigram_law(t2d_V):
     sequences, size = chain(0, 30), t2d_V.max() + 1
-    w1_VR, w2_RU = bigram_factors(sequences, t2d_V, VOCAB, size, VOCAB + 1)
-    assert (w1_VR.shape, w2_RU.shape) == ((VOCAB, VOCAB + 1), (VOCAB + 1, size))
+    w1_ZR, w2_RU = bigram_factors(sequences, t2d_V, VOCAB, size, VOCAB + 1)
+    assert (w1_ZR.shape, w2_RU.shape) == ((VOCAB, VOCAB + 1), (VOCAB + 1, size))
     unigram, law = counted(sequences, t2d_V, size)
-    found = log_softmax(w1_VR @ w2_RU)
+    found = log_softmax(w1_ZR @ w2_RU)
     np.testing.assert_allclose(found, law, rtol=0, atol=1e-5)
     # Token 10 is never followed by anything; 11 occurs in prompts alone.
     np.testing.assert_allclose(found[10:], np.stack([unigram] * 2), rtol=0, atol=1e-5)
@@ -94,12 +94,12 @@ def test_low_rank_predicts_better_than_the_unigram_law_and_more_rank_better_stil
 
 def test_the_factors_are_balanced_and_the_same_every_time():
     sequences = chain(0, 10)
-    w1_VR, w2_RU = bigram_factors(sequences, ALL, VOCAB, VOCAB, 5)
+    w1_ZR, w2_RU = bigram_factors(sequences, ALL, VOCAB, VOCAB, 5)
     np.testing.assert_allclose(
-        np.linalg.norm(w1_VR, axis=0), np.linalg.norm(w2_RU, axis=1), rtol=1e-4
+        np.linalg.norm(w1_ZR, axis=0), np.linalg.norm(w2_RU, axis=1), rtol=1e-4
     )
     for one, other in zip(
-        (w1_VR, w2_RU), bigram_factors(sequences, ALL, VOCAB, VOCAB, 5), strict=True
+        (w1_ZR, w2_RU), bigram_factors(sequences, ALL, VOCAB, VOCAB, 5), strict=True
     ):
         np.testing.assert_array_equal(one, other)
 
@@ -108,8 +108,8 @@ def test_the_factors_are_balanced_and_the_same_every_time():
 def test_hardly_any_data_still_gives_numbers(answer):
     sequence = answered([11], answer)
     for rank in (2, 5, 40):
-        w1_VR, w2_RU = bigram_factors([sequence], REDUCED, VOCAB, 9, rank)
-        assert np.isfinite(w1_VR @ w2_RU).all()
+        w1_ZR, w2_RU = bigram_factors([sequence], REDUCED, VOCAB, 9, rank)
+        assert np.isfinite(w1_ZR @ w2_RU).all()
 
 
 def test_a_drafter_starts_with_them_and_a_quiet_backbone():
@@ -117,8 +117,8 @@ def test_a_drafter_starts_with_them_and_a_quiet_backbone():
     sequences, vocab = chain(0, 5), cfg.vocab_size
     params = random_params(3, declare_drafter(cfg))
     started = start_from_bigrams(params, sequences, None, cfg)
-    w1_VR, w2_RU = bigram_factors(sequences, np.arange(vocab), vocab, vocab, 6)
-    np.testing.assert_array_equal(started.head.w1_VR, w1_VR)
+    w1_ZR, w2_RU = bigram_factors(sequences, np.arange(vocab), vocab, vocab, 6)
+    np.testing.assert_array_equal(started.head.w1_ZR, w1_ZR)
     np.testing.assert_array_equal(started.head.w2_RU, w2_RU)
     np.testing.assert_allclose(started.norm_D, NORM_START * params.norm_D)
     np.testing.assert_array_equal(started.fc_FYD, params.fc_FYD)

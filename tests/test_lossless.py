@@ -24,6 +24,7 @@ from dspark_jax.scheduler import schedule
 from pallas_kernels import random
 from pallas_kernels.accept_block import api, rule
 from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan
+from pallas_kernels.accept_block.xla import first_argmax
 
 target_logprob = jax.jit(sampling.target_logprob)
 draft_logprob = jax.jit(sampling.draft_logprob)
@@ -143,13 +144,10 @@ def draw_block(laws, row_B, keys_B2, anchor_B, position_B, coupled):
 
     def draw(previous_B, slot):
         law_BU = laws.draft_NGVU[row_B, slot, previous_B]
+        key_B2, id_U = random.stream_key(keys_B2, random.DRAFT, position_B, slot), None
         if coupled:
-            key_B2 = random.noise_key(keys_B2, position_B + 1 + slot)
-            noise_BU = random.gumbel_at(key_B2, laws.ids_U)
-        else:
-            key_B2 = random.stream_key(keys_B2, random.DRAFT, position_B, slot)
-            noise_BU = random.gumbel(key_B2, law_BU.shape[-1])
-        index_B = sampling.sample_logprob(law_BU, noise_BU)
+            key_B2, id_U = random.noise_key(keys_B2, position_B + 1 + slot), laws.d2t_U
+        index_B = api.sample_tokens(law_BU, jnp.ones(len(law_BU)), key_B2, id_U)
         return laws.ids_U[index_B], (index_B, law_BU, laws.confidence_GV[slot, previous_B])
 
     _, by_slot = jax.lax.scan(draw, anchor_B, jnp.arange(laws.draft_NGVU.shape[1]))
@@ -371,7 +369,7 @@ def plain_texts(law_VV, keys, num):
     for position in range(1, 1 + num):
         key_B2 = random.noise_key(keys, jnp.int32(position))
         noise_BV = random.gumbel(key_B2, law_VV.shape[-1])
-        token_B = sampling.sample_logprob(law_VV[token_B], noise_BV)
+        token_B = first_argmax(law_VV[token_B] + noise_BV)
         texts.append(token_B)
     return jnp.stack(texts, axis=1)
 

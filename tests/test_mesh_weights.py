@@ -70,7 +70,7 @@ def test_nothing_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, 
     monkeypatch.setattr(tensors, "from_file", spy)
     monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     weights = load(target, drafter, mesh=mesh).decoder.weights
-    assert len(seen) > 10
+    assert len(seen) >= 10
     found = weights.target, weights.drafter
     expected = declared_shardings(declared, mesh)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, found, expected))

@@ -14,6 +14,7 @@ from dspark_jax.scheduler import schedule
 from pallas_kernels import random
 from pallas_kernels.accept_block import rule, xla
 from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan, accept_block
+from pallas_kernels.accept_block.xla import first_argmax
 
 GOLDEN = Path(__file__).parent / "data" / "verify_sampling"
 
@@ -22,7 +23,6 @@ B, G, V = 300, 3, 11  # shared, so that each function is compiled once
 truncate_at_stop = jax.jit(verify.truncate_at_stop)
 commit_tokens = jax.jit(verify.commit_tokens)
 draft_logprob = jax.jit(sampling.draft_logprob)
-sample_logprob = jax.jit(sampling.sample_logprob)
 stream_key = jax.jit(random.stream_key)
 fold_in = jax.jit(random.fold_in)
 uniform, gumbel = (jax.jit(draw, static_argnums=1) for draw in (random.uniform, random.gumbel))
@@ -173,7 +173,7 @@ def test_rejection_draws_its_own_streams():
     assert set(np.asarray(accepted).tolist()) == set(range(G + 1))
     law = next_weight(at(target, accepted), draft, accepted, length)
     noise = gumbel(stream_key(keys, random.RESIDUAL, anchor, accepted), V)
-    np.testing.assert_array_equal(outcome.next_B, sample_logprob(law, noise))
+    np.testing.assert_array_equal(outcome.next_B, first_argmax(law + noise))
 
 
 def test_rows_beyond_the_length_are_not_read():
@@ -229,13 +229,13 @@ def test_acceptance_happens_at_its_rate():
     draft = jnp.broadcast_to(random_laws(rng, 1, 1, V), (N, 1, V))
     keys = fold_in(random.seed_key(5), jnp.arange(N))
     anchor, length = jnp.full(N, 9, jnp.int32), jnp.ones(N, jnp.int32)
-    index = sample_logprob(draft[:, 0], gumbel(stream_key(keys, random.DRAFT, anchor, 0), V))
+    index = first_argmax(draft[:, 0] + gumbel(stream_key(keys, random.DRAFT, anchor, 0), V))
     outcome = accept_rejection(target, index[:, None], draft, None, length, keys, anchor)
     rate = float(sampling.acceptance_rate(target[0, 0], draft[0, 0], None))
     error = np.sqrt(rate * (1 - rate) / N)
     assert abs(outcome.accepted_B.mean() - rate) < 4 * error
 
-    index = sample_logprob(draft[:, 0], gumbel(random.noise_key(keys, anchor + 1), V))
+    index = first_argmax(draft[:, 0] + gumbel(random.noise_key(keys, anchor + 1), V))
     coupled = accept_coupled(target, index[:, None], length, keys, anchor).accepted_B.mean()
     # A coupling without communication reaches at least (1 - TV) / (1 + TV) (Daliri et al. 2024).
     assert rate / (2 - rate) - 4 * error < coupled < rate + 4 * error

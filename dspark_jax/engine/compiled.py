@@ -15,7 +15,7 @@ from dspark_jax.axes import abstract_buffers
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.executables import Executable, Program, program_of
-from dspark_jax.engine.inputs import RoundConfig, RoundInput
+from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, RoundInput
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.programs import (
     BY_SLOT,
@@ -48,12 +48,15 @@ class Programs:
         decoder: whose models they run; the weights are arguments of every call, and only their
             shapes are kept here.
         config, policy, ladder: of the engine.
+        kinds: what rounds may be asked for, the least first, each with programs of its own. A CPU
+            has one program for all, with conditions in it.
     """
 
     decoder: Decoder
     config: EngineConfig
     policy: Policy
     ladder: Ladder
+    kinds: tuple[Asks, ...] = field(default_factory=lambda: _kinds())
     _known: dict[Any, Program] = field(default_factory=dict)
     _placed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -66,9 +69,16 @@ class Programs:
         """Compile everything, with a progress bar, until ``stop()``."""
         sizes = self.sizes()
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
-        todo += [(self.round, (shape,)) for size in sizes for shape in self.shapes(size)]
+        for kind in reversed(self.kinds):  # the first serve everybody
+            todo += [(self._round, (shape, kind)) for size in sizes for shape in self.shapes(size)]
         if self.policy.kind == "causal":
-            todo += [(self.draft, (size, n)) for size in sizes for n in (0, *self.ladder.chunks)]
+            chunks = 0, *self.ladder.chunks
+            todo += [
+                (self.draft, (size, n, kind))
+                for kind in self.kinds
+                for size in sizes
+                for n in chunks
+            ]
         todo += [(self.admit, (size,)) for size in sizes]
         todo += [
             (self.move, (old, new))
@@ -93,26 +103,43 @@ class Programs:
                 shapes.append(Shape(sizes, self.policy.num_draft, rows, chunks))
         return shapes
 
-    def round(self, shape: Shape) -> Executable:
-        """``decode_round(weights, state, given)``; under the causal policy the drafts are given."""
+    def round(self, shape: Shape, asks: Asks = "greedy") -> Executable:
+        """``decode_round(weights, state, given)``; under the causal policy the drafts are given.
 
+        Args:
+            shape: of the round.
+            asks: the most that anybody in it asks for. A program that does more serves as well, if
+                it is the one that need not be compiled first.
+        """
+        able = self._able(asks)
+        return self._round(shape, next((kind for kind in able if self._has(shape, kind)), able[0]))
+
+    def ready(self, shape: Shape, asks: Asks = "greedy") -> bool:
+        """Whether a program of such rounds is compiled."""
+        return any(self._has(shape, kind) for kind in self._able(asks))
+
+    def _able(self, asks: Asks) -> tuple[Asks, ...]:
+        """The kinds that do what is asked, the least first."""
+        return self.kinds[self.kinds.index(asks) :] if asks in self.kinds else self.kinds
+
+    def _has(self, shape: Shape, kind: Asks) -> bool:
+        return (shape, kind) in self._known and self._known[shape, kind].ready
+
+    def _round(self, shape: Shape, kind: Asks) -> Executable:
         def build() -> tuple[Any, ...]:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
-            cfg, weights = self._config(shape.num_draft), self.decoder.weights
+            cfg, weights = self._config(shape.num_draft, kind), self.decoder.weights
             form = self.form(shape.sizes)
             parts = cfg, form, shape.num_rows, rows_per_chunk, self.decoder.mesh
             args = weights, self._state(shape.sizes), self._given(shape)
             return round_program, parts, args
 
-        return self._once(shape, build)
+        return self._once((shape, kind), build)
 
-    def ready(self, shape: Shape) -> bool:
-        """Whether the program of such rounds is compiled."""
-        return shape in self._known and self._known[shape].ready
-
-    def draft(self, sizes: Sizes, num_chunks: int) -> Executable:
+    def draft(self, sizes: Sizes, num_chunks: int, asks: Asks = "greedy") -> Executable:
         """``draft_ahead(weights, state, given, steps_per_s_T)``."""
-        return self._once((sizes, num_chunks), lambda: self._draft(sizes, num_chunks))
+        kind = self._able(asks)[0]
+        return self._once((sizes, num_chunks, kind), lambda: self._draft(sizes, num_chunks, kind))
 
     def admit(self, sizes: Sizes) -> Executable:
         """``admit(state, slot, values)``."""
@@ -141,7 +168,7 @@ class Programs:
             self._known[key] = program_of(make, parts, jax.tree.map(_abstract, args))
         return self._known[key].executable()
 
-    def _config(self, num_draft: int) -> RoundConfig:
+    def _config(self, num_draft: int, kind: Asks) -> RoundConfig:
         policy = self.policy
         return RoundConfig(
             target=self.decoder.target,
@@ -153,6 +180,7 @@ class Programs:
             lengths=policy.lengths if num_draft else None,
             draft_law=self.config.draft_law if num_draft else None,
             kernels=self.config.kernels,
+            asks=kind,
         )
 
     # What programs are given.
@@ -201,16 +229,16 @@ class Programs:
             temperature_BG = np.zeros(size, np.float32)
         given = jax.tree.map(_abstract, self.round_input(plan, temperature_BG))
         if self.policy.kind == "causal" and shape.num_draft:
-            make, parts, args = self._draft(shape.sizes, shape.num_chunks)
+            make, parts, args = self._draft(shape.sizes, shape.num_chunks, self.kinds[0])
             block, _ = make(*parts).eval_shape(*args)
             given = given.replace(block=jax.tree.map(self._by_slot, block))
         return given
 
-    def _draft(self, sizes: Sizes, num_chunks: int) -> tuple[Any, ...]:
+    def _draft(self, sizes: Sizes, num_chunks: int, kind: Asks) -> tuple[Any, ...]:
         """The program of :meth:`draft` and its arguments."""
         given = self._given(Shape(sizes, 0, sizes.slots, num_chunks))
         steps_per_s_T = np.zeros(self.ladder.drafted_rows(sizes.slots, 0)[-1] + 1, np.float32)
-        parts = self._config(self.policy.num_draft), self.form(sizes), self.decoder.mesh
+        parts = self._config(self.policy.num_draft, kind), self.form(sizes), self.decoder.mesh
         args = self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
         return draft_program, parts, args
 
@@ -222,6 +250,10 @@ class Programs:
     def _state(self, sizes: Sizes) -> DecodeState:
         state: DecodeState = abstract_buffers(declare_state(self.form(sizes)), self.decoder.mesh)
         return state
+
+
+def _kinds() -> tuple[Asks, ...]:
+    return ("any",) if jax.default_backend() == "cpu" else ASKS
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

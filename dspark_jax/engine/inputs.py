@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import struct
@@ -15,6 +15,10 @@ from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.rules import AcceptanceRule, Rule
 from pallas_kernels.dispatch import Implementation
+
+Asks = Literal["any", "greedy", "sampled", "filtered"]
+# What the host can say of a round; what one does, all behind it do too.
+ASKS: tuple[Asks, ...] = ("greedy", "sampled", "filtered")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class RoundConfig:
         acceptance: rejection sampling, or coupled by a common noise field, or a rule.
         lengths, draft_law: rules of ``EngineConfig``; None is the product's own.
         kernels: the implementation of the operations of ``pallas_kernels``.
+        asks: the most that anybody in the round asks for: "greedy" tokens; "sampled" ones, or
+            log-probabilities; "filtered" ones. All of it is computed without a condition, for which
+            the host of a GPU would have to wait. "any" finds out in the round, which suits a CPU.
     """
 
     target: TargetConfig
@@ -43,6 +50,7 @@ class RoundConfig:
     lengths: Rule | None = None
     draft_law: Rule | None = None
     kernels: Implementation = "xla"
+    asks: Asks = "any"
 
 
 @struct.dataclass
@@ -124,7 +132,7 @@ class RoundReport:
         length_B: int32 committed tokens of the request so far, its prompt included.
         generation_B: int32 which request this is about; the host drops reports of others.
         logprob_BC: float32 log-probability of each token under the target's own law, before
-            temperature and filters; 0 where nobody asked.
+            temperature and filters; 0 in a round without.
         draft_BG: int32 tokens of the draft; None without one.
         confidence_logit_BG: float32 of the draft; None without a draft or a confidence head.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import Ladder, fit
 from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
-from dspark_jax.engine.plan import Admission, HostPlan, Move
+from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import drafted_by
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
@@ -99,7 +99,8 @@ class Loop:
             if self._in_flight and not self._next_round_is_needed():
                 self.settle()
             plan = self._make_plan()
-            if plan is not None and self._in_flight and not self._programs.ready(plan.shape):
+            ready = plan is None or self._programs.ready(plan.shape, plan.asks)
+            if self._in_flight and not ready:
                 joined, self.suspects = self.suspects, []
                 self.settle()  # nobody waits for a compiler to hear what was decided before
                 self._plan, self.suspects = plan, joined
@@ -233,6 +234,7 @@ class Loop:
             frozenset(tenant.slot for tenant in self._tenants),
             chunks,
             self._shape(num_rows, num_chunks),
+            asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
         )
 
     def _join(self) -> list[Tenant]:
@@ -317,9 +319,9 @@ class Loop:
         self.suspects = joined
         given, shape = programs.round_input(plan, self._temperature_BG()), plan.shape
         if self._policy.kind == "causal" and shape.num_draft:
-            shape, given = self._draft_ahead(plan.number, state, given, shape)
-        ready = programs.ready(shape)
-        self._state, report = programs.round(shape)(self.weights, state, given)
+            shape, given = self._draft_ahead(plan, state, given)
+        ready = programs.ready(shape, plan.asks)
+        self._state, report = programs.round(shape, plan.asks)(self.weights, state, given)
         columns, members = shape.num_draft + 1, []
         for tenant in self._tenants:
             if tenant.decoding:
@@ -347,15 +349,16 @@ class Loop:
         return temperature_BG
 
     def _draft_ahead(
-        self, number: int, state: DecodeState, given: RoundInput, shape: Shape
+        self, plan: HostPlan, state: DecodeState, given: RoundInput
     ) -> tuple[Shape, RoundInput]:
         """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
         where the host waits for the device."""
-        size, chunks = shape.sizes, shape.num_chunks
-        costs = self._costs(number, self._ladder.drafted_rows(size.slots, chunks), num_shards=1)
+        size, chunks = plan.shape.sizes, plan.shape.num_chunks
+        buckets = self._ladder.drafted_rows(size.slots, chunks)
+        costs = self._costs(plan.number, buckets, num_shards=1)
         assert costs is not None
         steps_per_s_T = self._programs.put(steps_per_s(costs))
-        draft = self._programs.draft(size, chunks)
+        draft = self._programs.draft(size, chunks, plan.asks)
         block, wanted_D = draft(self.weights, state, given, steps_per_s_T)
         wanted = int(jax.device_get(wanted_D).max())
         if not wanted:

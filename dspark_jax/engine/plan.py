@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.engine.inputs import Chunks, RoundInput
+from dspark_jax.engine.inputs import ASKS, Asks, Chunks, RoundInput
 from dspark_jax.engine.request import Request
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -62,6 +62,7 @@ class HostPlan:
         occupied: slots whose request goes on; all others end.
         chunks: of each data shard.
         shape: of the round.
+        asks: the most that anybody who decodes asks for.
     """
 
     number: int
@@ -70,6 +71,7 @@ class HostPlan:
     occupied: frozenset[int]
     chunks: tuple[tuple[Chunk, ...], ...]
     shape: Shape
+    asks: Asks = "greedy"
 
     @property
     def beginning(self) -> frozenset[int]:
@@ -80,6 +82,18 @@ class HostPlan:
             for chunk in part
             if chunk.last
         )
+
+
+def asked_by(requests: Iterable[Request]) -> Asks:
+    """The most that any of the requests that decode asks for; "greedy" of none."""
+
+    def one(request: Request) -> Asks:
+        sampled = request.temperature > 0
+        if sampled and (request.top_k > 0 or request.top_p < 1 or request.min_p > 0):
+            return "filtered"
+        return "sampled" if sampled or request.logprobs else "greedy"
+
+    return max(map(one, requests), key=ASKS.index, default="greedy")
 
 
 def round_input(plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:

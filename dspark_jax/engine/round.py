@@ -5,34 +5,20 @@ The functions here are pure; ``programs.py`` jits them with a donated state.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from dspark_jax import sampling
 from dspark_jax.engine import verify
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
+from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs
 from dspark_jax.models.drafters.dspark import slot_hidden
 from dspark_jax.models.drafters.heads import DraftBlock, sample_block
 from dspark_jax.models.vocab import suppress
-from dspark_jax.rules import Rule
 from dspark_jax.scheduler import schedule
 from dspark_jax.scheduler.temperatures import calibrated_confidence
-from pallas_kernels import random
-from pallas_kernels.accept_block import api as accept_api
-from pallas_kernels.accept_block.api import (
-    Acceptance,
-    Drafts,
-    Requests,
-    VerifyPlan,
-    accept_block,
-)
-from pallas_kernels.accept_block.xla import first_argmax
 
 
 def decode_round(
@@ -98,7 +84,7 @@ def decode_round(
         finite_B=finite_B,
         length_B=length_B,
         generation_B=state.generation_B,
-        logprob_BC=_raw_logprob(state, logits_TV, plan, committed_BC),
+        logprob_BC=raw_logprobs(state, logits_TV, plan.row_BC, committed_BC, cfg),
         draft_BG=None if block is None else block.token_BG,
         confidence_logit_BG=None if block is None else block.confidence_logit_BG,
     )
@@ -176,24 +162,6 @@ def draft(
     assert weights.drafter is not None
     assert weights.vocab is not None
     vocab = weights.vocab
-
-    def sample(logits_BU: jax.Array, slot: int) -> jax.Array:
-        logprob_BU = sampling.draft_logprob(logits_BU, state.sampling.temperature_B)
-        if cfg.acceptance == "coupled":
-            key_B2 = random.noise_key(state.key_B2, position_B + 1 + slot)
-            if vocab.d2t_U is None:
-                noise_BU = random.gumbel(key_B2, logits_BU.shape[-1])
-            else:
-                noise_BU = random.gumbel_at(key_B2, vocab.d2t_U)
-        else:
-            key_B2 = random.stream_key(state.key_B2, random.DRAFT, position_B, slot)
-            noise_BU = random.gumbel(key_B2, logits_BU.shape[-1])
-        return sampling.sample_logprob(logprob_BU, noise_BU)
-
-    def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
-        sampled = functools.partial(sample, slot=slot)
-        return _unless_greedy(state, first_argmax, sampled, logits_BU)
-
     hidden_BGD = slot_hidden(
         weights.drafter,
         vocab,
@@ -209,12 +177,10 @@ def draft(
             logits_BU = cfg.draft_law.function(logits_BU, slot)
         return suppress(logits_BU, cfg.target.suppressed, vocab.d2t_U)
 
+    def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
+        return draft_tokens(logits_BU, slot, state, position_B, vocab.d2t_U, cfg)
+
     return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter, law)
-
-
-def _unless_greedy(state: DecodeState, greedy: Any, sampled: Any, *args: Any) -> Any:
-    """``greedy(*args)`` where nobody samples, which needs no noise, else ``sampled(*args)``."""
-    return jax.lax.cond(jnp.all(state.sampling.temperature_B == 0), greedy, sampled, *args)
 
 
 def rank(
@@ -268,83 +234,3 @@ def _before_stop(block: DraftBlock, survival_BG: jax.Array, state: DecodeState) 
     token_BG = block.token_BG[:, : survival_BG.shape[1]]
     stop_BG = jnp.any(token_BG[..., None] == state.stop_id_BK[:, None], axis=-1)
     return schedule.end_at_stop(survival_BG, stop_BG)
-
-
-def accept(
-    weights: Weights,
-    state: DecodeState,
-    block: DraftBlock | None,
-    logits_TV: jax.Array,
-    plan: VerifyPlan,
-    position_B: jax.Array,
-    cfg: RoundConfig,
-) -> Acceptance:
-    """The accepted prefix and the target's next token; stop tokens come later."""
-    drafts = Drafts(jnp.zeros((position_B.shape[0], 0), jnp.int32))
-    if block is not None:
-        assert weights.vocab is not None
-        index_BG, logits_BGU = block.index_BG[:, : cfg.num_draft], block.logits_BGU
-        drafts = Drafts(index_BG, logits_BGU[:, : cfg.num_draft], weights.vocab.d2t_U)
-    limits = state.sampling
-    requests = Requests(limits.temperature_B, state.key_B2, position_B)
-    own = cfg.acceptance if isinstance(cfg.acceptance, Rule) else None
-
-    def by(rule: accept_api.Rule, floor_T: jax.Array) -> Acceptance:
-        return _accept_on_mesh(logits_TV, floor_T, plan, drafts, requests, rule, cfg)
-
-    def greedy() -> Acceptance:
-        return by("greedy", jnp.full(logits_TV.shape[0], -jnp.inf))
-
-    def sampled() -> Acceptance:
-        slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
-        limits_B = limits.temperature_B, limits.top_k_B, limits.top_p_B, limits.min_p_B
-        floor_T = sampling.kept_floor(logits_TV, *(value_B[slot_T] for value_B in limits_B))
-        if own is not None:
-            accepted: Acceptance = own.function(logits_TV, floor_T, plan, drafts, requests)
-            return accepted
-        return by(cfg.acceptance, floor_T)  # type: ignore[arg-type]
-
-    if own is not None:
-        return sampled()
-    return _unless_greedy(state, greedy, sampled)
-
-
-def _accept_on_mesh(
-    logits_TV: jax.Array,
-    floor_T: jax.Array,
-    plan: VerifyPlan,
-    drafts: Drafts,
-    requests: Requests,
-    rule: accept_api.Rule,
-    cfg: RoundConfig,
-) -> Acceptance:
-    """``accept_block``, on a mesh by the shards of the vocabulary where it divides over them."""
-    accept = functools.partial(accept_block, rule=rule, implementation=cfg.kernels)
-    mesh = jax.sharding.get_abstract_mesh()
-    num_shards = mesh.shape.get("tensor", 1)
-    if num_shards == 1:
-        return accept(logits_TV, floor_T, plan, drafts, requests)
-    whole, split = PartitionSpec(), PartitionSpec()
-    if logits_TV.shape[-1] % num_shards == 0:
-        accept = functools.partial(accept, axis_name="tensor")
-        split = PartitionSpec(None, "tensor")
-    by_draft: Any = (whole, PartitionSpec(None, *split) if drafts.d2t_U is None else whole, whole)
-    takes = split, whole, whole, Drafts(*by_draft), whole
-    by_shard = jax.shard_map(
-        accept, in_specs=takes, out_specs=whole, axis_names=set(mesh.auto_axes), check_vma=False
-    )
-    acceptance: Acceptance = by_shard(logits_TV, floor_T, plan, drafts, requests)
-    return acceptance
-
-
-def _raw_logprob(
-    state: DecodeState, logits_TV: jax.Array, plan: VerifyPlan, token_BC: jax.Array
-) -> jax.Array:
-    """float32 [B, C] log-probability of committed tokens; 0 where no active slot wants any."""
-
-    def compute() -> jax.Array:
-        log_norm_T = jax.nn.logsumexp(logits_TV, axis=-1)
-        return logits_TV[plan.row_BC, token_BC] - log_norm_T[plan.row_BC]
-
-    wanted = (state.logprobs_B & state.active_B).any()
-    return jax.lax.cond(wanted, compute, lambda: jnp.zeros(token_BC.shape, jnp.float32))

@@ -72,7 +72,7 @@ def read_rows(
         feature_TFD = jnp.concatenate([feature_TFD[:1], unread_TFD, feature_TFD[1:]])
         return jnp.pad(logits_TV, ((0, num_rows - 1), (0, 0))), feature_TFD, cache
 
-    if (cfg.threshold or cfg.gate) and num_slots == 1 and num_rows > 1:
+    if cfg.asks == "any" and (cfg.threshold or cfg.gate) and num_slots == 1 and num_rows > 1:
         # Where the one request verifies nothing, one row will do. Whether it verifies is settled,
         # so that this changes the cost of the round and nothing else.
         everything = functools.partial(read, num_rows, cfg.num_draft + 1)

@@ -47,7 +47,7 @@ def bigram_factors(
         rank: R, at least 2.
 
     Returns:
-        w1_VR and w2_RU, float32; their product is log p(y | x) up to a constant a row. A token
+        w1_ZR and w2_RU, float32; their product is log p(y | x) up to a constant a row. A token
         that never occurs predicts the unigram law.
     """
     before = np.concatenate([one.token_S[:-1][one.loss_mask_S[1:]] for one in sequences])
@@ -64,18 +64,18 @@ def bigram_factors(
     weighted = sparse.diags(row_V) @ excess @ sparse.diags(column_U)
     components = min(rank - 1, min(weighted.shape) - 1)
 
-    w1_VR, w2_RU = np.zeros((vocab_size, rank)), np.zeros((rank, draft_size))
+    w1_ZR, w2_RU = np.zeros((vocab_size, rank)), np.zeros((rank, draft_size))
     if len(before):
         left, value, right = linalg.svds(weighted.tocsr(), k=components, random_state=0)
         seen = row_V > 0
-        w1_VR[seen, :components] = left[seen] * np.sqrt(value) / row_V[seen, None]
+        w1_ZR[seen, :components] = left[seen] * np.sqrt(value) / row_V[seen, None]
         w2_RU[:components] = np.sqrt(value)[:, None] * right / column_U
-    w1_VR[:, -1] = 1.0
+    w1_ZR[:, -1] = 1.0
     w2_RU[-1] = np.log(unigram_U) - np.log(unigram_U).mean()
     # Rows and columns of equal size learn at an equal pace.
-    balance_R = np.sqrt(np.linalg.norm(w1_VR, axis=0) / (np.linalg.norm(w2_RU, axis=1) + 1e-9))
+    balance_R = np.sqrt(np.linalg.norm(w1_ZR, axis=0) / (np.linalg.norm(w2_RU, axis=1) + 1e-9))
     balance_R = np.where(balance_R > 0, balance_R, 1.0)
-    return (w1_VR / balance_R).astype(np.float32), (w2_RU * balance_R[:, None]).astype(np.float32)
+    return (w1_ZR / balance_R).astype(np.float32), (w2_RU * balance_R[:, None]).astype(np.float32)
 
 
 def start_from_bigrams(
@@ -84,7 +84,7 @@ def start_from_bigrams(
     """``params`` with a vanilla head that is the bigram model of the sequences' answers."""
     places = np.arange(cfg.vocab_size) if t2d_V is None else np.asarray(t2d_V)
     draft_size = cfg.draft_vocab_size or cfg.vocab_size
-    w1_VR, w2_RU = bigram_factors(sequences, places, cfg.vocab_size, draft_size, cfg.markov_rank)
-    head = params.head.replace(w1_VR=jnp.asarray(w1_VR), w2_RU=jnp.asarray(w2_RU))
+    w1_ZR, w2_RU = bigram_factors(sequences, places, cfg.vocab_size, draft_size, cfg.markov_rank)
+    head = params.head.replace(w1_ZR=jnp.asarray(w1_ZR), w2_RU=jnp.asarray(w2_RU))
     norm_D = jax.tree.map(lambda x: NORM_START * x, params.norm_D)
     return params.replace(head=head, norm_D=norm_D)  # type: ignore[attr-defined]

@@ -1,4 +1,5 @@
-"""``accept_block``: from the target's logits over drafted blocks to accepted and next tokens.
+"""``accept_block``: from the target's logits over drafted blocks to accepted and next tokens; and
+``sample_tokens``, a draw from the logits of single rows, which is one of its readings.
 
 The logits are read once for the numbers of each row (maximum, normaliser, argmax), and one row of
 each request a second time for its next token; coupled and greedy acceptance read all rows once. No
@@ -12,13 +13,22 @@ Axes: B requests, G slots of a block, T rows, V target vocabulary.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.accept_block import rule as rules
 from pallas_kernels.accept_block import xla
 from pallas_kernels.accept_block.rule import Acceptance, Drafts, Passes, Requests, Rule, VerifyPlan
 
-__all__ = ["Acceptance", "Drafts", "Requests", "Rule", "VerifyPlan", "accept_block"]
+__all__ = [
+    "Acceptance",
+    "Drafts",
+    "Requests",
+    "Rule",
+    "VerifyPlan",
+    "accept_block",
+    "sample_tokens",
+]
 
 
 def accept_block(
@@ -55,14 +65,54 @@ def accept_block(
         ValueError: shapes do not belong together, or there is no such rule or implementation.
         RuntimeError: the implementation does not run on this jax or this device.
     """
-    dispatch.require(implementation)
     _check(logits_TV, floor_T, plan, drafts, requests, rule)
-    passes = Passes(xla.statistics, xla.draw, xla.sample)
-    if implementation == "mosaic_gpu":
-        from pallas_kernels.accept_block import mosaic_gpu  # which older releases of jax lack
-
-        passes = Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
+    passes = _passes(implementation)
     return rules.accept_block(logits_TV, floor_T, plan, drafts, requests, rule, passes, axis_name)
+
+
+def sample_tokens(
+    logits_TV: jax.Array,
+    temperature_T: jax.Array,
+    key_T2: jax.Array | None,
+    id_V: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+    implementation: str = "xla",
+) -> jax.Array:
+    """A token of each row: argmax(logits / temperature + noise), in one reading.
+
+    Args:
+        logits_TV: of the law that is drawn from, bfloat16 or float32; -inf forbids a token.
+        temperature_T: float32, 0 is greedy.
+        key_T2: uint32 keys of the noise; None where all rows are greedy.
+        id_V: int32 places of the tokens in the field of the noise, which XLA alone knows how to
+            read; None for their own.
+        axis_name: inside ``jax.shard_map``, the mesh axis that V and ``id_V`` are split over in
+            equal parts; one number of each row and shard crosses the mesh.
+        implementation: "xla" or "mosaic_gpu".
+
+    Returns:
+        int32 [T], the same from every implementation but for rounding.
+
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: the implementation does not run on this jax or this device.
+    """
+    floor_T = jnp.full(len(logits_TV), -jnp.inf)
+    batch = rules.Batch(logits_TV, temperature_T, floor_T, axis_name)
+    passes = _passes(implementation)
+    if id_V is None:
+        return rules.sample(batch, key_T2, passes).token_T
+    return rules.sample(batch, key_T2, _passes("xla"), id_V=id_V).token_T
+
+
+def _passes(implementation: str) -> Passes:
+    dispatch.require(implementation)
+    if implementation == "xla":
+        return Passes(xla.statistics, xla.draw, xla.sample)
+    from pallas_kernels.accept_block import mosaic_gpu  # which older releases of jax lack
+
+    return Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
 
 
 def _check(

@@ -176,9 +176,7 @@ def _accept_equal(
     target: Batch, key_T2: jax.Array | None, plan: VerifyPlan, drafts: Drafts, passes: Passes
 ) -> Acceptance:
     """Drafts stand while they equal the target's own tokens, with the noise of the keys if any."""
-    sample_T = passes.sample(*target[:3], key_T2, target.axis_name)
-    if target.axis_name is not None:
-        sample_T = xla.merge_samples(_gather(sample_T, target.axis_name), target.temperature_T)
+    sample_T = sample(target, key_T2, passes)
     token_BC = sample_T.token_T[plan.row_BC]
     stands_BG = drafts.token_BG == token_BC[:, :-1]
     accepted_B = leading(stands_BG, plan.length_B)
@@ -188,6 +186,15 @@ def _accept_equal(
         jnp.where(_verified(plan), stands_BG.astype(jnp.float32), 0),
         _finite(sample_T.finite_T, plan),
     )
+
+
+def sample(batch: Batch, key_T2: jax.Array | None, passes: Passes, **options: Any) -> Sample:
+    """A token of each whole row, by one collective where rows are split; ``options`` go to the
+    pass."""
+    found_T = passes.sample(*batch[:3], key_T2, batch.axis_name, **options)
+    if batch.axis_name is None:
+        return found_T
+    return xla.merge_samples(_gather(found_T, batch.axis_name), batch.temperature_T)
 
 
 def _accept_by_chance(

@@ -28,8 +28,7 @@ class Statistics(NamedTuple):
 
     Attributes:
         best_T: float32 the highest logit.
-        first_T: int32 the first token that has it; needed at temperature 0 alone, and 0 where no
-            row has that.
+        first_T: int32 the first token that has it; needed at temperature 0 alone.
         mass_T: float32, sum of exp((logit - best) / temperature) over the tokens that are kept.
         finite_T: bool, all logits are finite.
     """
@@ -90,23 +89,30 @@ def statistics(logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Arra
         temperature_T: float32, 0 is greedy.
         floor_T: float32, the least logit that is kept; -inf keeps all.
     """
-    best_T, mass_T, finite_T = by_rows(_statistics, logits_TV, temperature_T, floor_T)
-    first_T = jax.lax.cond(
-        jnp.any(temperature_T == 0),
-        lambda: by_rows(_first_best, logits_TV),
-        lambda: jnp.zeros(best_T.shape, jnp.int32),
-    )
-    return Statistics(best_T, first_T, mass_T, finite_T)
+    given = logits_TV, temperature_T, floor_T
+    found: Statistics = by_rows(_statistics, *given, on_cpu=_statistics_sparing)
+    return found
 
 
-def _statistics(
-    logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array
-) -> tuple[jax.Array, ...]:
+def _statistics(logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array) -> Statistics:
     logits_TV = logits_TV.astype(jnp.float32)
     best_T, finite_T = _best(logits_TV)
     weight_TV = jnp.exp(-gap(logits_TV, best_T, temperature_T))
     mass_T = jnp.sum(jnp.where(logits_TV >= floor_T[:, None], weight_TV, 0), axis=-1)
-    return best_T, mass_T, finite_T
+    return Statistics(best_T, _first_index(logits_TV, best_T), mass_T, finite_T)
+
+
+def _statistics_sparing(
+    logits_TV: jax.Array, temperature_T: jax.Array, floor_T: jax.Array
+) -> Statistics:
+    """The first token is looked for where a row needs it."""
+    found = _statistics(logits_TV, temperature_T, floor_T)
+    first_T = jax.lax.cond(
+        jnp.any(temperature_T == 0),
+        lambda: _first_index(logits_TV.astype(jnp.float32), found.best_T),
+        lambda: jnp.zeros(found.best_T.shape, jnp.int32),
+    )
+    return found._replace(first_T=first_T)
 
 
 def _best(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,16 +121,13 @@ def _best(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best_T, jnp.isfinite(best_T) & jnp.isfinite(lowest_T)
 
 
-def _first_best(logits_TV: jax.Array) -> jax.Array:
-    return first_argmax(logits_TV.astype(jnp.float32))
-
-
 def sample(
     logits_TV: jax.Array,
     temperature_T: jax.Array,
     floor_T: jax.Array,
     key_T2: jax.Array | None,
     axis_name: str | None = None,
+    id_V: jax.Array | None = None,
 ) -> Sample:
     """A token of each row by the Gumbel noise of its key, in one reading: no normaliser is needed.
 
@@ -135,14 +138,17 @@ def sample(
         key_T2: uint32; None where all rows are greedy.
         axis_name: the mesh axis that the vocabulary is split over, if it is; tokens are of the
             whole vocabulary then, and scores relative to the best of the shard.
+        id_V: int32 places of the tokens in the field of the noise; None for their own.
     """
     start = shard_start(logits_TV.shape[-1], axis_name)
     if key_T2 is None:
         best_T, score_T, token_T, finite_T = by_rows(_greedy, logits_TV)
     else:
-        rows = functools.partial(_sample_unless_greedy, start)
+        if id_V is None:
+            id_V = start + jnp.arange(logits_TV.shape[-1])
+        rows, on_cpu = (functools.partial(way, id_V) for way in (_sample, _sample_unless_greedy))
         given = logits_TV, temperature_T, floor_T, key_T2
-        best_T, score_T, token_T, finite_T = by_rows(rows, *given)
+        best_T, score_T, token_T, finite_T = by_rows(rows, *given, on_cpu=on_cpu)
     return Sample(best_T, score_T, start + token_T, finite_T)
 
 
@@ -153,19 +159,19 @@ def _greedy(logits_TV: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _sample_unless_greedy(
-    start: jax.Array | int, logits_TV: jax.Array, temperature_T: jax.Array, *others: jax.Array
+    id_V: jax.Array, logits_TV: jax.Array, temperature_T: jax.Array, *others: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Noise is nine tenths of the time: rows that need none do without."""
     found: tuple[jax.Array, ...] = jax.lax.cond(
         jnp.all(temperature_T == 0),
         lambda: _greedy(logits_TV),
-        lambda: _sample(start, logits_TV, temperature_T, *others),
+        lambda: _sample(id_V, logits_TV, temperature_T, *others),
     )
     return found
 
 
 def _sample(
-    start: jax.Array | int,
+    id_V: jax.Array,
     logits_TV: jax.Array,
     temperature_T: jax.Array,
     floor_T: jax.Array,
@@ -176,7 +182,7 @@ def _sample(
     # Forbidden tokens are left out by name: in a shard without others they would be the best.
     kept_TV = logits_TV >= jnp.maximum(floor_T, jnp.finfo(jnp.float32).min)[:, None]
     score_TV = jnp.where(kept_TV, -gap(logits_TV, best_T, temperature_T), -jnp.inf)
-    noise_TV = random.gumbel_at(key_T2, start + jnp.arange(logits_TV.shape[-1]))
+    noise_TV = random.gumbel_at(key_T2, id_V)
     score_TV = score_TV + jnp.where(temperature_T[:, None] == 0, 0, noise_TV)
     return best_T, *_first_of_best(score_TV), finite_T
 

@@ -41,7 +41,7 @@ def with_full_vocabulary(
     head = params.head
     if head is None:
         head = MarkovHead(
-            w1_VR=jnp.zeros((cfg.vocab_size, 0), dtype), w2_RU=jnp.zeros((0, len(d2t_U)), dtype)
+            w1_ZR=jnp.zeros((cfg.vocab_size, 0), dtype), w2_RU=jnp.zeros((0, len(d2t_U)), dtype)
         )
     rank, kind = cfg.markov_rank, cfg.markov_head if cfg.markov_rank else "vanilla"
     w2_RV = np.zeros((rank + 1, cfg.vocab_size), dtype)
@@ -50,7 +50,7 @@ def with_full_vocabulary(
     w2_RV[:rank, d2t_U] = head.w2_RU
     mix_IO, bias_O = _grown_mix(head, rank, kind)
     full = MarkovHead(
-        w1_VR=_grown(head.w1_VR, 1, rank, 1.0),
+        w1_ZR=_grown(head.w1_ZR, 1, rank, 1.0),
         w2_RU=jnp.asarray(w2_RV),
         mix_IO=mix_IO,
         mix_bias_O=bias_O,

@@ -27,7 +27,7 @@ from dspark_jax.models.vocab import Vocab, unembed
 class MarkovHead:
     """Weights of a sequential head; ``mix`` is the gate (gated) or joint projection (rnn)."""
 
-    w1_VR: Any
+    w1_ZR: Any
     w2_RU: Any
     mix_IO: Any = None
     mix_bias_O: Any = None
@@ -63,6 +63,7 @@ def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
     if not cfg.markov_rank:
         return None
     rank = cfg.markov_rank
+    looked_up = {"Z": cfg.vocab_size, "R": rank}
     mix = mix_bias = None
     if cfg.markov_head != "vanilla":
         gated = cfg.markov_head == "gated"
@@ -74,7 +75,7 @@ def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
         mix = declare("IO", sizes, f"{name}.weight", out="O")
         mix_bias = declare("O", sizes, f"{name}.bias", out="O", init="zeros")
     return MarkovHead(
-        w1_VR=declare("VR", cfg.sizes, "markov_head.markov_w1.weight", init="embed"),
+        w1_ZR=declare("ZR", looked_up, "markov_head.markov_w1.weight", init="embed"),
         w2_RU=declare("RU", cfg.sizes, "markov_head.markov_w2.weight", out="U"),
         mix_IO=mix,
         mix_bias_O=mix_bias,
@@ -94,7 +95,7 @@ def declare_confidence_head(cfg: DrafterConfig) -> ConfidenceHead | None:
 
 def start_state(head: MarkovHead | None, lead: tuple[int, ...]) -> Any:
     """``s_0 = 0`` [lead, R], which only the rnn head reads; None without a head."""
-    return None if head is None else jnp.zeros((*lead, head.w1_VR.shape[1]), head.w1_VR.dtype)
+    return None if head is None else jnp.zeros((*lead, head.w1_ZR.shape[1]), head.w1_ZR.dtype)
 
 
 def head_step(
@@ -112,7 +113,7 @@ def head_step(
     Returns:
         state_XR, code_XR whose product with W2 is the bias, and embedding_XR ``W1[x_{k-1}]``.
     """
-    embedding_XR = jnp.take(head.w1_VR, previous_X, axis=0, mode="clip")
+    embedding_XR = jnp.take(head.w1_ZR, previous_X, axis=0, mode="clip")
     if kind == "vanilla":
         return state_XR, embedding_XR, embedding_XR
     if kind == "gated":

@@ -1,0 +1,206 @@
+"""From the logits of a round to its tokens: drafted, accepted, and what is said of them.
+
+Two things are the same for all: what nobody asks for is left out, as the host says or the device
+finds; and on a mesh every device works on its own shard of the vocabulary, of which numbers of rows
+alone cross the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dspark_jax import sampling
+from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, Weights
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.rules import Rule
+from pallas_kernels import devices, random
+from pallas_kernels.accept_block import api
+from pallas_kernels.accept_block.api import Acceptance, Drafts, Requests, VerifyPlan
+from pallas_kernels.accept_block.xla import shard_start
+
+_WHOLE = PartitionSpec()
+
+
+def draft_tokens(
+    logits_BU: jax.Array,
+    slot: int,
+    state: DecodeState,
+    position_B: jax.Array,
+    d2t_U: jax.Array | None,
+    cfg: RoundConfig,
+) -> jax.Array:
+    """The tokens of a slot of the blocks, int32 [B] indices of the draft vocabulary: of its own
+    stream of noise, or of the field that coupled acceptance reads."""
+    temperature_B = state.sampling.temperature_B
+    key_B2 = random.stream_key(state.key_B2, random.DRAFT, position_B, slot)
+    id_U = None
+    if cfg.acceptance == "coupled":
+        key_B2, id_U = random.noise_key(state.key_B2, position_B + 1 + slot), d2t_U
+
+    def choose(noisy: bool) -> jax.Array:
+        sample = functools.partial(api.sample_tokens, implementation=cfg.kernels)
+        key, ids = (key_B2, id_U) if noisy else (None, None)
+
+        def takes(axis: str | None) -> Any:
+            return PartitionSpec(None, axis), _WHOLE, _WHOLE, PartitionSpec(axis)
+
+        return _by_shards(sample, takes, logits_BU.shape[-1], logits_BU, temperature_B, key, ids)
+
+    return _where_asked(
+        "sampled", temperature_B > 0, lambda: choose(True), lambda: choose(False), cfg
+    )
+
+
+def accept(
+    weights: Weights,
+    state: DecodeState,
+    block: DraftBlock | None,
+    logits_TV: jax.Array,
+    plan: VerifyPlan,
+    position_B: jax.Array,
+    cfg: RoundConfig,
+) -> Acceptance:
+    """The accepted prefix and the target's next token; stop tokens come later."""
+    drafts = Drafts(jnp.zeros((position_B.shape[0], 0), jnp.int32))
+    if block is not None:
+        assert weights.vocab is not None
+        index_BG, logits_BGU = block.index_BG[:, : cfg.num_draft], block.logits_BGU
+        drafts = Drafts(index_BG, logits_BGU[:, : cfg.num_draft], weights.vocab.d2t_U)
+    limits = state.sampling
+    requests = Requests(limits.temperature_B, state.key_B2, position_B)
+    own = cfg.acceptance if isinstance(cfg.acceptance, Rule) else None
+    num_tokens = logits_TV.shape[-1]
+
+    def by(rule: api.Rule, floor_T: jax.Array) -> Acceptance:
+        judge = functools.partial(api.accept_block, rule=rule, implementation=cfg.kernels)
+
+        def takes(axis: str | None) -> Any:
+            by_draft = _WHOLE if drafts.d2t_U is not None else PartitionSpec(None, None, axis)
+            split: Any = (_WHOLE, by_draft, _WHOLE)
+            return PartitionSpec(None, axis), _WHOLE, _WHOLE, Drafts(*split), _WHOLE
+
+        given = logits_TV, floor_T, plan, drafts, requests
+        accepted: Acceptance = _by_shards(judge, takes, num_tokens, *given)
+        return accepted
+
+    def floor() -> jax.Array:
+        slot_T = jnp.minimum(plan.slot_T, position_B.shape[0] - 1)
+        limits_B = limits.temperature_B, limits.top_k_B, limits.top_p_B, limits.min_p_B
+        limits_T = [value_B[slot_T] for value_B in limits_B]
+
+        def takes(axis: str | None) -> Any:
+            return PartitionSpec(None, axis), *[_WHOLE] * len(limits_T)
+
+        found_T: jax.Array = _by_shards(
+            sampling.kept_floor, takes, num_tokens, logits_TV, *limits_T
+        )
+        return found_T
+
+    def no_floor() -> jax.Array:
+        return jnp.full(logits_TV.shape[0], -jnp.inf)
+
+    def sampled() -> Acceptance:
+        floor_T = _where_asked("filtered", sampling.filters(limits), floor, no_floor, cfg)
+        if own is not None:
+            accepted: Acceptance = own.function(logits_TV, floor_T, plan, drafts, requests)
+            return accepted
+        return by(cfg.acceptance, floor_T)  # type: ignore[arg-type]
+
+    if own is not None:
+        return sampled()
+    asked_B = limits.temperature_B > 0
+    found: Acceptance = _where_asked(
+        "sampled", asked_B, sampled, lambda: by("greedy", no_floor()), cfg
+    )
+    return found
+
+
+def raw_logprobs(
+    state: DecodeState,
+    logits_TV: jax.Array,
+    row_BC: jax.Array,
+    token_BC: jax.Array,
+    cfg: RoundConfig,
+) -> jax.Array:
+    """float32 [B, C] log-probability of committed tokens; 0 where the round computes none."""
+
+    def compute() -> jax.Array:
+        def takes(axis: str | None) -> Any:
+            return PartitionSpec(None, axis), _WHOLE, _WHOLE
+
+        given = logits_TV, row_BC, token_BC
+        found_BC: jax.Array = _by_shards(_logprobs, takes, logits_TV.shape[-1], *given)
+        return found_BC
+
+    asked_B = state.logprobs_B & state.active_B
+    nothing = functools.partial(jnp.zeros, token_BC.shape, jnp.float32)
+    return _where_asked("sampled", asked_B, compute, nothing, cfg)
+
+
+def _logprobs(
+    logits_TV: jax.Array, row_BC: jax.Array, token_BC: jax.Array, axis_name: str | None
+) -> jax.Array:
+    """Of tokens in some rows; from every shard three numbers of each of them."""
+    num_tokens = logits_TV.shape[-1]
+    place_BC = token_BC - shard_start(num_tokens, axis_name)
+    inside_BC = (place_BC >= 0) & (place_BC < num_tokens)
+    logit_BC = jnp.where(inside_BC, logits_TV[row_BC, place_BC], -jnp.inf)
+    best_T = jnp.max(logits_TV, axis=-1)
+    mass_T = jnp.sum(jnp.exp(logits_TV - best_T[:, None]), axis=-1)
+    numbers_NBC = jnp.stack([logit_BC, best_T[row_BC], mass_T[row_BC]])[None]
+    if axis_name is not None:
+        numbers_NBC = jax.lax.all_gather(numbers_NBC[0], axis_name)
+    logit_NBC, best_NBC, mass_NBC = jnp.moveaxis(numbers_NBC, 1, 0)
+    best_BC = jnp.max(best_NBC, axis=0)
+    mass_BC = jnp.sum(mass_NBC * jnp.exp(best_NBC - best_BC), axis=0)
+    return jnp.max(logit_NBC, axis=0) - (jnp.log(mass_BC) + best_BC)
+
+
+def _where_asked(
+    what: Asks,
+    asked_B: jax.Array,
+    compute: Callable[[], Any],
+    otherwise: Callable[[], Any],
+    cfg: RoundConfig,
+) -> Any:
+    """``compute()`` where the host says that this or more is asked; where it does not say what
+    is asked, only if anybody does."""
+    if cfg.asks == "any":
+        return jax.lax.cond(jnp.any(asked_B), compute, otherwise)
+    return compute() if ASKS.index(cfg.asks) >= ASKS.index(what) else otherwise()
+
+
+def _by_shards(
+    function: Callable[..., Any],
+    takes: Callable[[str | None], Any],
+    num_tokens: int,
+    *arrays: Any,
+) -> Any:
+    """``function(*arrays, axis_name=...)``, on a mesh by the shards of a vocabulary that divides
+    over them; by all devices alike where it does not.
+
+    Args:
+        function: its results are the same on all shards.
+        takes: how the arrays are split over an axis of the mesh; or over None.
+        num_tokens: of the vocabulary.
+        arrays: trees.
+    """
+    split = devices.split_over(["tensor"], num_tokens)
+    free = devices.free_axes()
+    if all(size == 1 for size in free.values()):
+        return function(*arrays, axis_name=None)
+    axis = "tensor" if split and free["tensor"] > 1 else None
+    return jax.shard_map(
+        functools.partial(function, axis_name=axis),
+        in_specs=takes(axis),
+        out_specs=_WHOLE,
+        axis_names=set(free),
+        check_vma=False,
+    )(*arrays)
