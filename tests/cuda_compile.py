@@ -197,6 +197,21 @@ def run_child(
     )
 
 
+def said_by_child(module: str, *arguments: str, flags: str = "", timeout_s: float = 1800) -> str:
+    """The last line that :func:`run_child` printed.
+
+    Raises:
+        RuntimeError: this machine cannot compile, or the program does not.
+    """
+    reason = problem()
+    if reason:
+        raise RuntimeError(reason)
+    done = run_child(module, *arguments, flags=flags, timeout_s=timeout_s)
+    if done.returncode:
+        raise RuntimeError(f"compilation ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout.splitlines()[-1]
+
+
 def topology(count: int) -> list[jax.Device]:
     """H100s that are not there, to compile for."""
     from jax.experimental import topologies

@@ -15,25 +15,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
-import re
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from dspark_jax.axes import (
     abstract_buffers,
     abstract_params,
-    declared_shardings,
     is_param,
     make_mesh,
     partition,
@@ -41,8 +41,8 @@ from dspark_jax.axes import (
 from dspark_jax.config import DrafterConfig
 from dspark_jax.engine import programs
 from dspark_jax.engine.config import EngineConfig
-from dspark_jax.engine.decoder import Decoder, state_config
-from dspark_jax.engine.inputs import RoundConfig, RoundInput, Weights
+from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
+from dspark_jax.engine.inputs import Asks, RoundConfig, RoundInput
 from dspark_jax.engine.pages import Pages, pages_for
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.state import StateConfig, declare_state
@@ -78,8 +78,7 @@ class Case:
         chunks, chunk_rows: pieces of prompts, and positions of each.
         valid: share of the positions that the slots hold.
         contiguous: whether every slot has room for all positions, in place of pages.
-        unstacked: whether layers are weights of their own.
-        sampled: of a conditional's branches the one that moves more is counted, and not less.
+        asks: of ``RoundConfig``.
     """
 
     slots: int = 8
@@ -92,8 +91,7 @@ class Case:
     chunk_rows: int = 32
     valid: float = 0.5
     contiguous: bool = False
-    unstacked: bool = False
-    sampled: bool = False
+    asks: Asks = "greedy"
 
     @property
     def target(self) -> TargetConfig:
@@ -126,29 +124,22 @@ class Case:
         return self.slots * (self.draft + 1)
 
 
-def measure(case: Case, top: int = 0, timeout_s: float = 1800) -> dict[str, Any]:
+def measure(case: Case, top: int = 0) -> dict[str, Any]:
     """Compiles a round in a process of its own and counts.
 
     Args:
         case: the round.
         top: so many of the largest items are listed under ``items``.
-        timeout_s: of the compilation.
 
     Raises:
         RuntimeError: this machine cannot compile, or the round does not.
     """
-    reason = cuda_compile.problem()
-    if reason:
-        raise RuntimeError(reason)
     given = json.dumps(dataclasses.asdict(case) | {"top": top})
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-        done = cuda_compile.run_child(
-            "tests.cuda_round", "--child", given, folder, flags=flags, timeout_s=timeout_s
-        )
-    if done.returncode:
-        raise RuntimeError(f"compilation ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        asked = "--child", given, folder
+        said = cuda_compile.said_by_child("tests.cuda_round", *asked, flags=flags)
+    found: dict[str, Any] = json.loads(said)
     return found
 
 
@@ -159,10 +150,10 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
     jax.default_backend = lambda: "gpu"
     devices = cuda_compile.topology(case.tensor)
     mesh = make_mesh(tensor=case.tensor, devices=devices) if case.tensor > 1 else None
-    decoder = Decoder(abstract_weights(case, mesh), case.target, case.drafter, None, mesh)
+    decoder = abstract_decoder(case, mesh)
     form = state_config(decoder, case.slots, case.positions, case.config)
     state = abstract_buffers(declare_state(form), mesh)
-    cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels)
+    cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels, asks=case.asks)
     rows = case.chunk_rows if case.chunks else 0
     program = programs.round_program(cfg, form, case.num_rows, rows, mesh)
     arguments = decoder.weights, state, _given(case, mesh)
@@ -174,20 +165,20 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
     compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     parsed = hlo_bytes.parse(compiled.as_text())
-    items = hlo_bytes.Program(*parsed, kernel_bytes(case, form), case.sampled).items
+    items = hlo_bytes.Program(*parsed, kernel_bytes(case, form)).items
     collectives = [item for item in items if item.kind == "collective"]
     moved, least = hlo_bytes.total_bytes(items), floor(case, mesh)
-    thunks = _thunks(dump)
+    thunks = hlo_bytes.read_thunks(dump)
     result = {
         "gb": round(moved / 1e9, 3),
         "floor_gb": round(least / 1e9, 3),
         "ratio": round(moved / least, 3),
         "kernels": sum(item.kernels * item.times for item in items),
-        "command_buffers": thunks.count(("CommandBuffer", False)),
-        "conditionals": thunks.count(("Conditional", False)) + thunks.count(("Conditional", True)),
-        "conditionals_outside": thunks.count(("Conditional", False)),
-        "loops": thunks.count(("While", False)) + thunks.count(("While", True)),
-        "loops_outside": thunks.count(("While", False)),
+        "command_buffers": hlo_bytes.outside(thunks, "CommandBuffer"),
+        "conditionals": sum(kind == "Conditional" for kind, _ in thunks),
+        "conditionals_outside": hlo_bytes.outside(thunks, "Conditional"),
+        "loops": sum(kind == "While" for kind, _ in thunks),
+        "loops_outside": hlo_bytes.outside(thunks, "While"),
         "collectives": hlo_bytes.count(items, "collective"),
         "collective_mb": round(hlo_bytes.total_bytes(collectives) / 1e6, 3),
         "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
@@ -200,49 +191,33 @@ def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _thunks(dump: Path) -> list[tuple[str, bool]]:
-    """(kind, whether a command buffer holds it) of all that the compiled program launches."""
-    texts = [file.read_text() for file in dump.glob("*thunk_sequence_after_thunk_passes.txt")]
-    found, around = [], []
-    for line in max(texts, key=len).splitlines():
-        thunk = re.match(r"( *)\d+: k(\w+)", line)
-        if thunk:
-            depth, kind = len(thunk[1]), thunk[2]
-            around = [(d, k) for d, k in around if d < depth]
-            found.append((kind, "CommandBuffer" in [k for _, k in around]))
-            around.append((depth, kind))
-    return found
-
-
-def abstract_weights(case: Case, mesh: Mesh | None) -> Weights:
-    """The weights in the form in which the engine holds them on GPUs."""
+def abstract_decoder(case: Case, mesh: Mesh | None) -> Decoder:
+    """The decoder that the engine makes of these models on GPUs, its weights as shapes alone."""
     declared = declare_target(case.target), declare_drafter(case.drafter)
     target, drafter = (abstract_params(each, jnp.bfloat16) for each in declared)
-    if mesh is not None:
-        target, drafter = (
-            jax.tree.map(_abstract, each, declared_shardings(d, mesh))
-            for each, d in zip((target, drafter), declared, strict=True)
-        )
-    if case.unstacked:
-        target, drafter = _unstacked(target), _unstacked(drafter)
-    return Weights(target, drafter, target.vocab)
+    models = (case.target, target), (case.drafter, drafter, target.vocab)
+    with (
+        mock.patch.object(jax, "device_put", _put_shapes),
+        mock.patch.object(jax, "jit", _shapes_of),
+    ):
+        return make_decoder(*models, mesh=mesh)
 
 
-def _unstacked(params: Any) -> Any:
-    def layer(leaf: Any, index: int) -> Any:
-        sharding = leaf.sharding
-        if sharding is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+def _put_shapes(tree: Any, where: Any = None) -> Any:
+    """``jax.device_put`` of shapes."""
+    if where is None or isinstance(where, NamedSharding):
+        return jax.tree.map(lambda leaf: _abstract(leaf, where), tree)
+    return jax.tree.map(_abstract, tree, where)
 
-    layers = tuple(
-        tuple(
-            jax.tree.map(lambda leaf: layer(leaf, 0), stack)
-            for _ in range(jax.tree.leaves(stack)[0].shape[0])
-        )
-        for stack in params.layers
-    )
-    return params.replace(layers=layers)
+
+def _shapes_of(function: Any, out_shardings: Any = None, **options: Any) -> Any:
+    """``jax.jit`` of a function of shapes, which gives shapes."""
+
+    def run(*arguments: Any, **static: Any) -> Any:
+        found = jax.eval_shape(functools.partial(function, **static), *arguments)
+        return _put_shapes(found, out_shardings)
+
+    return run
 
 
 def _given(case: Case, mesh: Mesh | None) -> RoundInput:
@@ -268,7 +243,7 @@ def floor(case: Case, mesh: Mesh | None) -> float:
         leaves = jax.tree.leaves(tree, is_leaf=is_param)
         return sum(itemsize * math.prod(_shard(leaf.axes, leaf.shape, mesh)) for leaf in leaves)
 
-    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_VR)
+    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_ZR)
     weights = of(target) + of(drafter) - embeddings
     layers = case.target.num_layers + case.drafter.num_layers
     caches = 2 * layers * valid_keys(case, case.slots)

@@ -1,8 +1,9 @@
-"""What a compiled program moves: bytes, kernels and collectives, read off its optimised HLO.
+"""What a compiled program does: bytes, kernels and collectives, read off its optimised HLO, and
+control flow, off the list of what it launches.
 
 Every array that a kernel reads or writes counts, also one that may stay in a GPU's L2 cache: what
 is counted is an upper bound of the traffic. Loops count by their known trip counts, a conditional
-by the branch that is asked for. Of a parameter of a fusion counts what its slices and gathers give,
+by the branch that moves most. Of a parameter of a fusion counts what its slices and gathers give,
 and of a buffer that is updated in place the updates alone.
 """
 
@@ -15,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 BITS = {
     **dict.fromkeys(("s2", "u2"), 2),
@@ -145,13 +147,11 @@ class Program:
         entry: name of the first one.
         kernel_bytes: ``(operand types, result type)``: what a Mosaic kernel reads and writes; only
             its author knows.
-        larger: of a conditional's branches the one that moves most counts, otherwise the least.
     """
 
     computations: dict[str, Computation]
     entry: str
     kernel_bytes: Callable[[list[str], str], float]
-    larger: bool = True
 
     @functools.cached_property
     def items(self) -> list[Item]:
@@ -179,9 +179,8 @@ class Program:
             listed = listed or one.attribute(r"((?:true|false)_computation=.*)")
             names = [n for n in re.findall(r"[\w.\-]+", listed) if n in self.computations]
             branches = [list(self._items(branch)) for branch in names]
-            choose = max if self.larger else min
             yield Item("conditional", label, 0, 1, 0)
-            yield from choose(branches, key=total_bytes)
+            yield from max(branches, key=total_bytes)
         elif one.op in ("call", "async-start") and called:
             yield from self._items(called)
         elif one.op.startswith("fusion"):
@@ -273,3 +272,27 @@ def total_bytes(items: list[Item]) -> float:
 def count(items: list[Item], kind: str) -> int:
     """How often a kind of item happens."""
     return sum(item.times for item in items if item.kind == kind)
+
+
+Thunk = tuple[str, bool]  # what is launched, and whether a command buffer holds it
+
+
+def read_thunks(dump: Path) -> list[Thunk]:
+    """All that a program launches, where ``--xla_dump_to`` and ``--xla_dump_hlo_as_text`` have
+    written it."""
+    texts = [file.read_text() for file in dump.glob("*thunk_sequence_after_thunk_passes.txt")]
+    found: list[Thunk] = []
+    around: list[tuple[int, str]] = []
+    for line in max(texts, key=len).splitlines():
+        thunk = re.match(r"( *)\d+: k(\w+)", line)
+        if thunk:
+            depth, kind = len(thunk[1]), thunk[2]
+            around = [one for one in around if one[0] < depth]
+            found.append((kind, "CommandBuffer" in [kind for _, kind in around]))
+            around.append((depth, kind))
+    return found
+
+
+def outside(thunks: list[Thunk], kind: str) -> int:
+    """How many of a kind no command buffer holds: conditions among them keep the host waiting."""
+    return sum(one == kind and not held for one, held in thunks)
