@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import Weights, replace_weights
+from dspark_jax.engine.kernels import choose_kernels
 from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.programs import num_shards
@@ -37,7 +39,6 @@ from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile, learnt_profile
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape
-from pallas_kernels.dispatch import require_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,12 @@ class Engine:
         """
         decoder = model if isinstance(model, Decoder) else model.decoder
         config = config or EngineConfig()
-        require_kernels(config.kernels)
-        self.config = config
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":
             decoder = without_drafter(decoder)
         ladder = make_ladder(config, self.policy, num_shards(decoder.mesh))
+        kernels = choose_kernels(decoder, config.kernels, ladder.positions)
+        self.config = config = replace(config, kernels=kernels)
         check_sizes(decoder, config, ladder)
         before_s: Mapping[Shape, float] = {}
         self._setting = setting_of(decoder, config)

@@ -14,6 +14,7 @@ import jax
 from dspark_jax import __version__
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.kernels import choose_kernels
 
 
 def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
         "jax": jax.__version__,
         "dspark_jax": __version__,
         "chunk_rows": config.chunk_rows,
-        "kernels": config.kernels,
+        "kernels": choose_kernels(decoder, config.kernels, config.position_buckets),
     }
     for model in ("target", "drafter"):
         cfg = getattr(decoder, model)

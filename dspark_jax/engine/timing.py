@@ -21,6 +21,7 @@ from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import RoundInput, Weights
+from dspark_jax.engine.kernels import choose_kernels
 from dspark_jax.engine.memory import check_sizes
 from dspark_jax.engine.plan import Chunk, HostPlan
 from dspark_jax.engine.programs import BY_SLOT, num_shards
@@ -73,6 +74,8 @@ def measure_profiles(
             decoder = without_drafter(decoder)
         ladder = make_ladder(config, policy, num_shards(decoder.mesh))
         check_sizes(decoder, config, ladder)
+        kernels = choose_kernels(decoder, config.kernels, ladder.positions)
+        config = replace(config, kernels=kernels)
         measured.append((Programs(decoder, config, policy, ladder), decoder.weights))
     return _measure(measured, replays)
 
