@@ -1,22 +1,28 @@
 """Names of implementations, and what this machine can run of them.
 
 ``xla`` is the meaning of an operation, complete on every device. ``mosaic_gpu`` is a Pallas kernel
-for NVIDIA GPUs. A name that is asked for runs or is refused: there is no silent fallback. All
-probing of versions and devices is in this file.
+for NVIDIA GPUs. A name that is asked for runs or is refused: there is no silent fallback. As a
+setting, ``auto`` leaves the choice to whoever knows the models. All probing of versions and devices
+is in this file.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Literal["xla", "mosaic_gpu"]
+Kernels = Literal["auto", "xla", "mosaic_gpu"]  # a setting
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 MOSAIC_JAX = (0, 11, 2)  # the first release whose Mosaic GPU interface the kernels are written for
 MOSAIC_CAPABILITY = 9.0  # Hopper: asynchronous copies by TMA
+MOSAIC_WIDTHS = 64, 128  # of heads
+MOSAIC_STEP = 64  # of cache lengths, in positions
 
 # XLA's library for a CPU's matrix products copies the weights in pieces that it likes better, and
 # the one behind it copies less: products of 5 rows, 60 pairs of 576 x 1536 float32 matrices on two
@@ -36,6 +42,17 @@ def check_name(implementation: str) -> None:
         raise ValueError(
             f"implementation is {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}"
         )
+
+
+def check_setting(kernels: str) -> None:
+    """Refuses what is no setting of ``kernels``.
+
+    Raises:
+        ValueError: with the names to choose from.
+    """
+    choices = get_args(Kernels)
+    if kernels not in choices:
+        raise ValueError(f"kernels is {kernels!r}: choose one of {', '.join(choices)}")
 
 
 def product_options(*num_rows: int) -> dict[str, str]:
@@ -80,6 +97,33 @@ def device_problem(device: jax.Device | None = None) -> str | None:
         return (
             f"mosaic_gpu needs compute capability {MOSAIC_CAPABILITY} and {device.device_kind} "
             f"has {capability}: choose xla"
+        )
+    return None
+
+
+def attention_problem(
+    dtype: Any, head_dim: int, softcap: float | None, positions: Sequence[int]
+) -> str | None:
+    """What layers have that the attention kernels for GPUs have no form for; None for nothing.
+
+    Args:
+        dtype: of weights and caches.
+        head_dim: H.
+        softcap: of the scores; None for none.
+        positions: lengths of the caches.
+    """
+    if dtype != jnp.bfloat16:
+        return f"{jnp.dtype(dtype)} weights and mosaic_gpu takes bfloat16: choose that dtype or xla"
+    if head_dim not in MOSAIC_WIDTHS:
+        widths = " or ".join(map(str, MOSAIC_WIDTHS))
+        return f"heads of {head_dim} and mosaic_gpu takes {widths}: choose xla"
+    if softcap is not None:
+        return f"scores with a soft cap of {softcap}, which mosaic_gpu has no form for: choose xla"
+    uneven = [length for length in positions if length % MOSAIC_STEP]
+    if uneven:
+        return (
+            f"a cache of {uneven[0]} positions and mosaic_gpu reads {MOSAIC_STEP} at a time: give "
+            "multiples of that, or choose xla"
         )
     return None
 

@@ -178,7 +178,8 @@ class Programs:
         return self._known[key].executable()
 
     def _config(self, num_draft: int, kind: Asks) -> RoundConfig:
-        policy = self.policy
+        policy, kernels = self.policy, self.config.kernels
+        assert kernels != "auto"  # whoever made the configuration has chosen
         return RoundConfig(
             target=self.decoder.target,
             drafter=self.decoder.drafter,
@@ -188,7 +189,7 @@ class Programs:
             acceptance=self.config.acceptance,
             lengths=policy.lengths if num_draft else None,
             draft_law=self.config.draft_law if num_draft else None,
-            kernels=self.config.kernels,
+            kernels=kernels,
             asks=kind,
         )
 
