@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import declared_shardings
+from dspark_jax.axes import declared_shardings, partition
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.state import (
@@ -26,6 +26,7 @@ from dspark_jax.engine.state import (
     move,
     without_pages,
 )
+from dspark_jax.models.drafters.heads import DraftBlock
 from pallas_kernels.dispatch import product_options
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
@@ -63,7 +64,17 @@ def draft_program(
     declared = declare_state(form)
     takes = EVERYWHERE, _by_data(declared, mesh), GIVEN, EVERYWHERE
     sharded = _by_shard(step, declared, mesh, takes, BY_SLOT)
-    return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
+    lies = block_shardings(cfg, form, mesh), NamedSharding(mesh, BY_SLOT)
+    return jax.jit(sharded, out_shardings=lies)
+
+
+def block_shardings(cfg: RoundConfig, form: StateConfig, mesh: Mesh) -> DraftBlock:
+    """Where drafts lie that are handed to a round: their logits in shards of the vocabulary."""
+    assert cfg.drafter is not None
+    shape = form.num_slots, cfg.drafter.block_size, cfg.drafter.sizes["U"]
+    by_slot = NamedSharding(mesh, BY_SLOT)
+    split: Any = NamedSharding(mesh, partition("BGU", shape, mesh))
+    return DraftBlock(by_slot, by_slot, split, by_slot)  # type: ignore[arg-type]
 
 
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
