@@ -2,10 +2,11 @@
 
     python -m tests.cuda_round --slots 8 --positions 1024 --layers 36 --tensor 8
 
-prints one line of JSON, with ``--top N`` after the N largest items. The models have the sizes of
+prints one line of JSON, with ``--top N`` after the N largest items; ``--record`` does so for all of
+``ROUNDS`` and keeps the figures in ``tests/data/cuda_rounds.json``. The models have the sizes of
 Qwen3-8B and of its released drafter, in bfloat16; ``--layers`` takes fewer. The program is the
-engine's own, with the form of the weights and of the state that the engine would use on a GPU.
-All figures are those of one device.
+engine's own, with the form of the weights and of the state that the engine has on a GPU. All
+figures are those of one device.
 
 Without a GPU XLA does not tune: most matrix products become untuned Triton fusions, where a GPU
 would choose cuBLAS for some. Bytes and launches differ then, usually downwards.
@@ -42,7 +43,7 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.engine import programs
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
-from dspark_jax.engine.inputs import RoundConfig, RoundInput
+from dspark_jax.engine.inputs import Asks, RoundConfig, RoundInput
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.state import StateConfig, declare_state
 from dspark_jax.models.drafters.dspark import declare_drafter
@@ -62,6 +63,7 @@ SIZES = {
     "max_positions": 40960,
 }
 FEATURE_LAYERS = (1, 9, 17, 25, 33)
+RECORD = Path(__file__).parent / "data" / "cuda_rounds.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Case:
         draft: drafts that are verified for every slot; 0 for a round without a draft.
         chunks, chunk_rows: pieces of prompts, and positions of each.
         valid: share of the positions that the slots hold.
-        sampled: of a conditional's branches the one that moves more is counted, and not less.
+        asks: of ``RoundConfig``.
     """
 
     slots: int = 8
@@ -88,7 +90,7 @@ class Case:
     chunks: int = 0
     chunk_rows: int = 32
     valid: float = 0.5
-    sampled: bool = False
+    asks: Asks = "greedy"
 
     @property
     def target(self) -> TargetConfig:
@@ -115,6 +117,16 @@ class Case:
         return self.slots * (self.draft + 1)
 
 
+SIZES_OF_ROUNDS = (1, 1024), (1, 8192), (8, 1024), (64, 4096)
+ROUNDS = {
+    f"{slots} x {positions}" + (f", tensor {tensor}" if tensor > 1 else ""): Case(
+        slots, positions, tensor=tensor
+    )
+    for tensor in (1, 8)
+    for slots, positions in SIZES_OF_ROUNDS
+}
+
+
 def measure(case: Case, top: int = 0) -> dict[str, Any]:
     """Compiles a round in a process of its own and counts.
 
@@ -125,17 +137,16 @@ def measure(case: Case, top: int = 0) -> dict[str, Any]:
     Raises:
         RuntimeError: this machine cannot compile, or the round does not.
     """
-    given = json.dumps(dataclasses.asdict(case) | {"top": top})
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-        asked = "--child", given, folder
+        asked = "--child", json.dumps(dataclasses.asdict(case)), folder, str(top)
         said = cuda_compile.said_by_child("tests.cuda_round", *asked, flags=flags)
     found: dict[str, Any] = json.loads(said)
     return found
 
 
-def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_bytes.Item]]:
-    """What :func:`measure` gives, and all items; in a process of its own."""
+def compile_round(case: Case, dump: Path, top: int) -> dict[str, Any]:
+    """What :func:`measure` gives, in a process of its own; XLA writes to ``dump``."""
     # Nothing here runs: what the product asks of its device is asked of the H100s.
     dispatch.device_problem = lambda device=None: None
     jax.default_backend = lambda: "gpu"
@@ -144,7 +155,7 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
     decoder = abstract_decoder(case, mesh)
     form = state_config(decoder, case.slots, case.positions, EngineConfig())
     state = abstract_buffers(declare_state(form), mesh)
-    cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels)
+    cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels, asks=case.asks)
     rows = case.chunk_rows if case.chunks else 0
     program = programs.round_program(cfg, form, case.num_rows, rows, mesh)
     arguments = decoder.weights, state, _given(case, mesh)
@@ -156,7 +167,7 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
     compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     parsed = hlo_bytes.parse(compiled.as_text())
-    items = hlo_bytes.Program(*parsed, kernel_bytes(case, form), case.sampled).items
+    items = hlo_bytes.Program(*parsed, kernel_bytes(case, form)).items
     collectives = [item for item in items if item.kind == "collective"]
     moved, least = hlo_bytes.total_bytes(items), floor(case, mesh)
     thunks = hlo_bytes.read_thunks(dump)
@@ -175,7 +186,9 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
         "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
         "compile_s": round(seconds, 1),
     }
-    return result, items
+    if top:
+        result["items"] = hlo_bytes.largest(items, top)
+    return result
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -233,7 +246,7 @@ def floor(case: Case, mesh: Mesh | None) -> float:
         leaves = jax.tree.leaves(tree, is_leaf=is_param)
         return sum(itemsize * math.prod(_shard(leaf.axes, leaf.shape, mesh)) for leaf in leaves)
 
-    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_VR)
+    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_ZR)
     weights = of(target) + of(drafter) - embeddings
     layers = case.target.num_layers + case.drafter.num_layers
     caches = 2 * layers * valid_keys(case, case.slots)
@@ -298,29 +311,42 @@ def arguments() -> argparse.Namespace:
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--top", type=int, default=0, help="list so many of the largest items")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--record", action="store_true", help="all of ROUNDS, and keep them")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def recorded() -> dict[str, Any]:
+    """The last record."""
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def record() -> None:
+    """Compiles all of ``ROUNDS`` and writes the record."""
+    found = {}
+    for name, case in ROUNDS.items():
+        found[name] = measure(case)
+        print(name, json.dumps(found[name]), flush=True)
+    versions = {"jax": jax.__version__, "ptxas": cuda_compile.ptxas_version()}
+    about = {"architecture": "sm_90a", **versions, "rounds": found}
+    RECORD.write_text(json.dumps(about, indent=1) + "\n")
+
+
 def main() -> None:
+    """The command of the module's docstring; a child compiles and tells its parent."""
     given = vars(arguments())
-    child, top = given.pop("child"), given.pop("top")
-    if child is None:
+    child, top, all_rounds = (given.pop(name) for name in ("child", "top", "record"))
+    if child is not None:
+        case, dump = json.loads(child[0]), Path(child[1])
+        print(json.dumps(compile_round(Case(**case), dump, int(child[2]))))
+    elif all_rounds:
+        record()
+    else:
         found = measure(Case(**given), top)
-        for line in found.pop("items"):
+        for line in found.pop("items", ()):
             print(line)
         print(json.dumps(found))
-        return
-    asked = json.loads(child[0])
-    top = asked.pop("top")
-    found, items = compile_round(Case(**asked), Path(child[1]))
-    items = sorted(items, key=lambda item: -item.bytes * item.times)[:top]
-    found["items"] = [
-        f"{item.bytes * item.times / 1e9:8.3f} GB = {item.times:4d} x {item.bytes / 1e6:9.2f} MB "
-        f"[{item.kind}] {item.label}"
-        for item in items
-    ]
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

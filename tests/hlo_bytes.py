@@ -3,7 +3,7 @@ control flow, off the list of what it launches.
 
 Every array that a kernel reads or writes counts, also one that may stay in a GPU's L2 cache: what
 is counted is an upper bound of the traffic. Loops count by their known trip counts, a conditional
-by the branch that is asked for. Of a parameter of a fusion counts what its slices and gathers give,
+by the branch that moves most. Of a parameter of a fusion counts what its slices and gathers give,
 and of a buffer that is updated in place the updates alone.
 """
 
@@ -147,13 +147,11 @@ class Program:
         entry: name of the first one.
         kernel_bytes: ``(operand types, result type)``: what a Mosaic kernel reads and writes; only
             its author knows.
-        larger: of a conditional's branches the one that moves most counts, otherwise the least.
     """
 
     computations: dict[str, Computation]
     entry: str
     kernel_bytes: Callable[[list[str], str], float]
-    larger: bool = True
 
     @functools.cached_property
     def items(self) -> list[Item]:
@@ -181,9 +179,8 @@ class Program:
             listed = listed or one.attribute(r"((?:true|false)_computation=.*)")
             names = [n for n in re.findall(r"[\w.\-]+", listed) if n in self.computations]
             branches = [list(self._items(branch)) for branch in names]
-            choose = max if self.larger else min
             yield Item("conditional", label, 0, 1, 0)
-            yield from choose(branches, key=total_bytes)
+            yield from max(branches, key=total_bytes)
         elif one.op in ("call", "async-start") and called:
             yield from self._items(called)
         elif one.op.startswith("fusion"):
@@ -275,6 +272,16 @@ def total_bytes(items: list[Item]) -> float:
 def count(items: list[Item], kind: str) -> int:
     """How often a kind of item happens."""
     return sum(item.times for item in items if item.kind == kind)
+
+
+def largest(items: list[Item], top: int) -> list[str]:
+    """A line for each of the items that move most."""
+    found = sorted(items, key=lambda item: -item.bytes * item.times)[:top]
+    return [
+        f"{item.bytes * item.times / 1e9:8.3f} GB = {item.times:4d} x {item.bytes / 1e6:9.2f} MB "
+        f"[{item.kind}] {item.label}"
+        for item in found
+    ]
 
 
 Thunk = tuple[str, bool]  # what is launched, and whether a command buffer holds it
