@@ -10,7 +10,7 @@ axes of the sharding rules:
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
     Z vocabulary of a table so narrow that every device looks tokens up in a whole one
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
-    X any leading axes
+    J products in one    Q pages of a cache     X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
 initialisation, sharding, restoring and the name tables are derived from it. A :class:`Buffer` does
@@ -202,6 +202,7 @@ def unstacked(declared: Tree) -> Tree:
 # are sharded in parameters alone: activations are split over slots or sequences.
 MESH_RULES: Mapping[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
+    "Q": ("data", "fsdp"),
     "N": ("tensor",),
     "K": ("tensor",),
     "M": ("tensor",),

@@ -25,6 +25,7 @@ from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
+from dspark_jax.engine.memory import complete
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt, Request, key_of, seed_of, within_context
 from dspark_jax.engine.setting import setting_of
@@ -175,6 +176,7 @@ class Model:
             kernels=self.kernels,
             slots=slots,
         )
+        config = complete(self.decoder, config)
         setting, profile = setting_of(self.decoder, config), None
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
         path = cache_directory() / "rounds" / f"{digest[:16]}.json"
@@ -249,9 +251,8 @@ def load(
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
-    decoder = make_decoder(
-        (found.cfg, found.params), bound, found.tokenizer, mesh, calibration=calibration
-    )
+    target_weights = found.cfg, found.params
+    decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
     return Model(decoder, found.name, name, kernels)

@@ -90,7 +90,7 @@ def _ragged_program(case: ragged_cases.Case) -> Program:
     layers = jax.ShapeDtypeStruct((2, *shapes["k_BKSH"].shape), shapes["k_BKSH"].dtype)
 
     def attend(
-        q_TNH: Any, k_LBKSH: Any, v_LBKSH: Any, limit_T: Any, layer: Any, own: Any
+        q_TNH: Any, k_LBKSH: Any, v_LBKSH: Any, limit_T: Any, layer: Any, own: Any, page_BX: Any
     ) -> jax.Array:
         return ragged_attention(
             q_TNH,
@@ -99,6 +99,7 @@ def _ragged_program(case: ragged_cases.Case) -> Program:
             case.grouping,
             limit_T,
             layer=layer,
+            page_BX=page_BX,
             own=own,
             window=case.window,
             implementation="mosaic_gpu",
@@ -106,6 +107,7 @@ def _ragged_program(case: ragged_cases.Case) -> Program:
 
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     given = shapes["q_TNH"], layers, layers, shapes["limit_T"], layer, shapes["own"]
+    given += (shapes["page_BX"],)
     return Program(f"ragged_attention {case.name}", attend, given, frozenset({"ragged_attention"}))
 
 

@@ -44,6 +44,7 @@ from dspark_jax.engine import programs
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
 from dspark_jax.engine.inputs import Asks, RoundConfig, RoundInput
+from dspark_jax.engine.pages import Pages, pages_for
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.state import StateConfig, declare_state
 from dspark_jax.models.drafters.dspark import declare_drafter
@@ -78,6 +79,7 @@ class Case:
         draft: drafts that are verified for every slot; 0 for a round without a draft.
         chunks, chunk_rows: pieces of prompts, and positions of each.
         valid: share of the positions that the slots hold.
+        contiguous: whether every slot has room for all positions, in place of pages.
         asks: of ``RoundConfig``.
     """
 
@@ -90,6 +92,7 @@ class Case:
     chunks: int = 0
     chunk_rows: int = 32
     valid: float = 0.5
+    contiguous: bool = False
     asks: Asks = "greedy"
 
     @property
@@ -110,6 +113,12 @@ class Case:
             markov_rank=256,
             confidence=True,
         )
+
+    @property
+    def config(self) -> EngineConfig:
+        """Of an engine with as many pages as its slots could need."""
+        pages = 0 if self.contiguous else self.slots * pages_for(self.positions)
+        return EngineConfig(chunk_rows=self.chunk_rows, pages=pages)
 
     @property
     def num_rows(self) -> int:
@@ -153,7 +162,7 @@ def compile_round(case: Case, dump: Path, top: int) -> dict[str, Any]:
     devices = cuda_compile.topology(case.tensor)
     mesh = make_mesh(tensor=case.tensor, devices=devices) if case.tensor > 1 else None
     decoder = abstract_decoder(case, mesh)
-    form = state_config(decoder, case.slots, case.positions, EngineConfig())
+    form = state_config(decoder, case.slots, case.positions, case.config)
     state = abstract_buffers(declare_state(form), mesh)
     cfg = RoundConfig(case.target, case.drafter, case.draft, kernels=case.kernels, asks=case.asks)
     rows = case.chunk_rows if case.chunks else 0
@@ -227,7 +236,8 @@ def _shapes_of(function: Any, out_shardings: Any = None, **options: Any) -> Any:
 def _given(case: Case, mesh: Mesh | None) -> RoundInput:
     """What the engine tells a round."""
     shape = Shape(Sizes(case.slots, case.positions), case.draft, case.num_rows, case.chunks)
-    plan = HostPlan(0, (), (), frozenset(), ((),), shape)
+    pages = Pages(case.config.pages, case.draft + 1).table((), shape.sizes, 1)
+    plan = HostPlan(0, (), (), frozenset(), ((),), shape, pages)
     temperature_BG = np.zeros((case.slots, case.drafter.block_size), np.float32)
     given = round_input(plan, temperature_BG)
     if mesh is None:
@@ -276,7 +286,8 @@ def kernel_bytes(case: Case, form: StateConfig) -> Callable[[list[str], str], fl
     """What a Mosaic kernel moves: of a cache the valid part of one layer, for the slots whose
     queries it has; everything else once."""
     buffers = jax.tree.leaves(declare_state(form))
-    caches = {_one_layer(buffer.shape) for buffer in buffers if "KSH" in buffer.axes}
+    kept = [buffer for buffer in buffers if buffer.axes.endswith(("BKSH", "QKXH"))]
+    caches = {_one_layer(buffer.shape) for buffer in kept}
     caches = {_split_heads(shape, case.tensor) for shape in caches}
 
     def moved(operands: list[str], result: str) -> float:
@@ -294,7 +305,7 @@ def kernel_bytes(case: Case, form: StateConfig) -> Callable[[list[str], str], fl
 
 
 def _one_layer(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, K, S, H] of a cache, whose layers may be stacked."""
+    """[B, K, S, H] of a cache, or of its pages; layers may be stacked."""
     return shape[-4:]
 
 

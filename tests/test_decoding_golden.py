@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.axes import empty_buffers
+from dspark_jax.axes import empty_buffers, make_mesh
 from dspark_jax.checkpoints import deepspec, hf
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
@@ -54,17 +54,23 @@ def models(request):
 
 
 @pytest.mark.parametrize(
-    ("models", "every"),
+    ("models", "every", "mesh"),
     [
-        ("qwen3/dspark", False),
-        *(pytest.param(name, True, marks=pytest.mark.full) for name in DRAFTERS),
+        ("qwen3/dspark", False, False),
+        *(
+            pytest.param(name, True, mesh, marks=pytest.mark.full)
+            for name in DRAFTERS
+            for mesh in (False, True)
+        ),
     ],
     indirect=["models"],
 )
-def test_runs(models, every):
-    """By default whole blocks and one threshold: every threshold is a program of its own."""
+def test_runs(models, every, mesh, emulated_devices):
+    """By default whole blocks and one threshold: every threshold is a program of its own. On a
+    mesh, if of one device, products are merged."""
     folder, target, drafter = models
-    decoder, engines = make_decoder(target, drafter), {}
+    mesh = make_mesh(devices=emulated_devices) if mesh else None
+    decoder, engines = make_decoder(target, drafter, mesh=mesh), {}
     # Rows for whole blocks: with fewer an engine may verify less than its threshold admits.
     config = EngineConfig(
         slots=1,

@@ -537,7 +537,7 @@ def test_eight_devices_give_the_text_of_one(sizes, policy, acceptance, emulated_
         for num_draft, rows in ((0, 1), (3, 2), (3, 4))
     }
     sharded = make_decoder(*models(), tokenizer=Letters(), mesh=make_mesh(*sizes))
-    profile = make_profile(setting_of(sharded, config.chunk_rows), seconds, {shape: 0.1})
+    profile = make_profile(setting_of(sharded, config), seconds, {shape: 0.1})
     served = Engine(sharded, config, profile)
     fields = {"temperature": 0.0} if acceptance == "rejection" else {}
     streams = [served.submit(request) for request in requests(**fields)]
@@ -578,7 +578,7 @@ def test_distribution_of_the_text_where_drafts_compete(policy):
         for chunks in (0, slots)
         for num_draft, rows in ((0, 1), (2, 2), (2, 3))
     }
-    profile = make_profile(setting_of(served, config.chunk_rows), seconds, {sizes: 0.1})
+    profile = make_profile(setting_of(served, config), seconds, {sizes: 0.1})
     engine = Engine(served, config, profile)
     count = 4000
     keys = np.asarray(random.fold_in(random.seed_key(9), jnp.arange(count)))

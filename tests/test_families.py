@@ -16,7 +16,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.state import StateConfig, declare_state, make_state, move
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
-from dspark_jax.models.stacks import unstack_layers
+from dspark_jax.models.merged import single_layers
 from dspark_jax.models.targets import gemma, llama, qwen3_moe
 from dspark_jax.models.targets.table import FAMILIES, family_of
 from dspark_jax.models.vocab import unembed
@@ -108,7 +108,8 @@ AHEAD = 10  # as many as two chunks of a prompt
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
 each_family = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
-# Both forms of the layers; by default unstacked ones where there are the most kinds of them.
+# Both forms of the layers, for training and for decoding; by default the latter where there are the
+# most kinds of them. A single CPU's, without merged products, is what engines have in these tests.
 each_form = pytest.mark.parametrize(
     ("cfg", "stacked"),
     [
@@ -146,7 +147,10 @@ def tiny_target(cfg, *, stacked: bool, dtype=jnp.float32):
         return jnp.asarray(rng.normal(mean, scale, param.shape), dtype)
 
     target = map_params(draw, family_of(cfg).declare(cfg))
-    return target if stacked else replace(target, layers=unstack_layers(target.layers))
+    if stacked:
+        return target
+    layers = tuple(single_layers(stack, merge=True) for stack in target.layers)
+    return replace(target, layers=layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -106,6 +106,15 @@ def test_greedy_text_with_drafts_is_the_targets_own(name):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_caches_in_pages_change_no_text(name):
+    """Layers with windows keep their rings beside the pages, of which there are too few for all."""
+    target = target_of(CONFIGS[name])
+    config = dataclasses.replace(ENGINE, position_buckets=(128,), pages=4)
+    assert texts(make_decoder(target, drafter_of(target)), config) == greedy_texts(target)
+
+
+@pytest.mark.full
 def test_ids_that_are_suppressed_are_in_no_text_and_in_no_draft():
     cfg, params = target_of(CONFIGS["gemma3"])
     seen = {token for text in greedy_texts((cfg, params)) for token in text}

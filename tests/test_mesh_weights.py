@@ -10,11 +10,14 @@ import pytest
 from dspark_jax import load, make_mesh
 from dspark_jax.axes import declared_shardings, is_param, partition
 from dspark_jax.checkpoints import tensors
-from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.deepspec import bind_vocab, save_drafter
 from dspark_jax.checkpoints.gguf import load_gguf_target
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.inputs import replace_weights
+from dspark_jax.models import merged
 from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.layers import Merged
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab, lm_head
 from tests.test_gguf import write_gguf
@@ -71,9 +74,10 @@ def test_nothing_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, 
     monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     weights = load(target, drafter, mesh=mesh).decoder.weights
     assert len(seen) >= 10
-    found = weights.target, weights.drafter
-    expected = declared_shardings(declared, mesh)
-    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, found, expected))
+    for shards, shape in (2, (40, 2, 3, 8)), (2, (56, 40)), (2, (40, 56, 2)), (1, (40,)):
+        leaves = [leaf for leaf in jax.tree.leaves(weights.target.layers) if leaf.shape == shape]
+        assert leaves, shape
+        assert {leaf.nbytes // shards for leaf in leaves} == set.union(*map(shares, leaves)), shape
     assert weights.vocab.embed_VD is weights.target.vocab.embed_VD
     head_UD = weights.vocab.unembed_VD
     assert shares(head_UD) == {head_UD.nbytes // 2}
@@ -112,16 +116,95 @@ def test_a_gguf_file_is_read_onto_a_mesh(tmp_path, mesh, kind):
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, many, expected))
 
 
-def test_a_decoder_copies_nothing_that_lies_right(target, drafter, mesh):
-    def places(tree):
-        return [
-            [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
-            for leaf in jax.tree.leaves(tree)
-        ]
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_drafter_on_a_mesh_has_no_head_of_its_own(tied, reduced, mesh):
+    """A whole LM head on every device would be the largest array there."""
+    target_cfg = dataclasses.replace(UNTIED, tied=tied)
+    cfg = REDUCED if reduced else dataclasses.replace(REDUCED, draft_vocab_size=None)
+    target, params = (
+        random_params(seed, declared)
+        for seed, declared in enumerate([declare_target(target_cfg), declare_drafter(cfg)])
+    )
+    own = Vocab(None, None, np.arange(3, 103, 2, np.int32)) if reduced else None
+    vocab = bind_vocab(cfg, own, target_cfg, target.vocab)
+    weights = make_decoder((target_cfg, target), (cfg, params, vocab), mesh=mesh).weights
+    assert weights.vocab.embed_VD is weights.target.vocab.embed_VD
+    head = lm_head(weights.vocab)
+    assert shares(head) == {head.nbytes // 2}
+    assert reduced or head is lm_head(weights.target.vocab)
 
+
+def places(tree):
+    return [
+        [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def test_a_decoder_copies_nothing_but_layers(target, drafter, mesh):
     found = load_target(target, mesh=mesh)
     bound = load_drafter_for(found, drafter, mesh=mesh)
     given = (found.cfg, found.params), (bound.cfg, bound.params, bound.vocab)
     weights = make_decoder(*given, mesh=mesh).weights
-    assert places(weights.target) == places(found.params)
-    assert places(weights.drafter) == places(bound.params)
+    for model, loaded in (weights.target, found.params), (weights.drafter, bound.params):
+        rest = {name: value for name, value in vars(loaded).items() if name != "layers"}
+        assert places([getattr(model, name) for name in rest]) == places(list(rest.values()))
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_layers_are_on_the_devices_once_while_a_decoder_is_made(sharded, target, mesh, monkeypatch):
+    """Beside the model there is never more than the largest matrices of all layers."""
+    mesh = mesh if sharded else None
+    if not sharded:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # whose products are merged
+    found, most = load_target(target, mesh=mesh), 0
+    before = {id(leaf) for leaf in jax.live_arrays()} - set(map(id, jax.tree.leaves(found.params)))
+    (stack,) = found.params.layers
+    largest = stack.mlp.gate_DM.nbytes + stack.mlp.up_DM.nbytes
+    model, program = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params)), merged._program
+
+    def spy(*how):
+        def run(*parts, **options):
+            nonlocal most
+            made = program(*how)(*parts, **options)
+            alive = [leaf for leaf in jax.live_arrays() if id(leaf) not in before]
+            most = max(most, sum(leaf.nbytes for leaf in alive))
+            return made
+
+        return run
+
+    monkeypatch.setattr(merged, "_program", spy)
+    weights = make_decoder((found.cfg, found.params), mesh=mesh, donate=True).weights
+    assert model < most <= model + largest
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(found.params.layers))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(weights))
+
+
+def test_matrices_are_merged_where_they_are_split_alike(emulated_devices):
+    """2 key heads and 4 query heads: over 2 devices both are split, over 4 the latter alone."""
+    cfg = dataclasses.replace(UNTIED, num_heads=4)
+    target = random_params(0, declare_target(cfg))
+    for parts, together in (2, True), (4, False), (3, True):
+        mesh = make_mesh(tensor=parts, devices=emulated_devices)
+        layer = make_decoder((cfg, target), mesh=mesh).weights.target.layers[0][0]
+        assert isinstance(layer.q_DNH, Merged) == together
+        assert isinstance(layer.mlp.gate_DM, Merged)
+        head_parts, width_parts = 1 if parts == 3 else parts, 1 if parts == 3 else parts
+        q = layer.q_DNH.weight_DX if together else layer.q_DNH
+        gate = layer.mlp.gate_DM.weight_DX
+        assert shares(q) == {q.nbytes // head_parts}
+        assert shares(gate) == {gate.nbytes // width_parts}
+
+
+def test_weights_of_another_decoder_take_the_place_of_merged_ones(mesh):
+    old, new = (
+        make_decoder((UNTIED, random_params(seed, declare_target(UNTIED))), mesh=mesh).weights
+        for seed in (0, 1)
+    )
+    placed = replace_weights(old, new)
+    jax.tree.map(np.testing.assert_array_equal, placed, new)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, placed, old))
+    one_device = make_decoder((UNTIED, random_params(1, declare_target(UNTIED)))).weights
+    with pytest.raises(ValueError, match="another structure"):
+        replace_weights(old, one_device)

@@ -19,13 +19,14 @@ from dspark_jax.models.drafters.dspark import (
     declare_drafter,
     slot_hidden,
 )
-from dspark_jax.models.stacks import unstack_layers
+from dspark_jax.models.merged import single_layers
 from dspark_jax.models.targets.llama import declare as declare_target
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.bench import library, library_arguments
 from pallas_kernels.ragged_attention.cases import CASES, Case
 from pallas_kernels.ragged_attention.groups import group_by_slot, group_runs
+from pallas_kernels.ragged_attention.pages import PAGE
 from tests.tiny_model import DRAFTER, TARGET, random_params
 
 WIDTH = 16
@@ -70,9 +71,10 @@ def rows_of(rng, lengths, counts, positions, num_padding, heads):
     return rng.normal(size=(len(slot), heads, WIDTH)).astype(np.float32), slot_T, position_T
 
 
-def run(q_TNH, k_BKSH, v_BKSH, groups, limit_T, window=None, own=None):
+def run(q_TNH, k_BKSH, v_BKSH, groups, limit_T, window=None, own=None, page_BX=None):
     step = jax.jit(functools.partial(ragged_attention, window=window))
-    out_TNH = step(q_TNH, k_BKSH, v_BKSH, groups, jnp.asarray(limit_T), own=own)
+    limit_T = jnp.asarray(limit_T)
+    out_TNH = step(q_TNH, k_BKSH, v_BKSH, groups, limit_T, own=own, page_BX=page_BX)
     return np.asarray(out_TNH, np.float32)
 
 
@@ -152,6 +154,41 @@ def test_a_block_sees_the_cache_before_it_and_all_of_its_own_keys(
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
 
 
+@settings(deadline=None, max_examples=15)
+@given(
+    limits=st.lists(st.integers(0, 192), min_size=1, max_size=3),
+    rows=st.integers(1, 3),
+    chunks=st.booleans(),
+    own=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_caches_in_pages_are_read_in_the_order_of_their_positions(limits, rows, chunks, own, seed):
+    """Pages in any order, of other slots among them; what a row may not see is garbage."""
+    rng = np.random.default_rng(seed)
+    slots, columns = len(limits), 3
+    k, v = cache(rng, slots, 2, columns * PAGE)
+    page_BX = rng.permutation(slots * columns + 2)[: slots * columns].reshape(slots, columns)
+    pools = []
+    for values, garbage in ((k, np.nan), (v, 1e30)):
+        pool = np.full((slots * columns + 2, 2, PAGE, WIDTH), garbage, np.float32)
+        pool[page_BX] = values.reshape(slots, 2, columns, PAGE, WIDTH).swapaxes(1, 2)
+        for slot, limit in enumerate(limits):
+            for column in range(-(-limit // PAGE), columns):
+                pool[page_BX[slot, column]] = garbage
+        pools.append(pool)
+    slot_P = rng.integers(0, slots, 4).astype(np.int32) if chunks else np.arange(slots)
+    groups = group_runs(jnp.asarray(slot_P) if chunks else None, len(slot_P), rows)
+    limit_T = np.repeat(np.array(limits, np.int32)[slot_P], rows)
+    q = rng.normal(size=(len(limit_T), 6, WIDTH)).astype(np.float32)
+    keys = tuple(rng.normal(size=(len(slot_P), 2, 2, WIDTH)).astype(np.float32) for _ in range(2))
+    brought = keys if own else None
+    # A page that a slot does not hold has a number beyond all.
+    held_BX = np.where(np.arange(columns) * PAGE < np.array(limits)[:, None], page_BX, 10**6)
+    out = run(q, *pools, groups, limit_T, own=brought, page_BX=held_BX)
+    contiguous = run(q, k, v, groups, limit_T, own=brought)
+    np.testing.assert_array_equal(out, contiguous)
+
+
 def small_case(dtype=jnp.float32):
     """(q, k, v, groups, limit_T): two rows of each of three slots."""
     rng = np.random.default_rng(0)
@@ -213,10 +250,11 @@ def test_gradient_is_that_of_a_dense_softmax():
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_drafted_block_is_the_one_of_training(stacked):
     """One anchor a slot: the attention of decoding and the one that is trained agree."""
-    drafter = random_params(0, declare_drafter(DRAFTER))
+    drafter = jax.device_put(random_params(0, declare_drafter(DRAFTER)))
     vocab = random_params(1, declare_target(TARGET)).vocab
     if not stacked:
-        drafter = dataclasses.replace(drafter, layers=unstack_layers(drafter.layers))
+        layers = tuple(single_layers(stack, merge=True) for stack in drafter.layers)
+        drafter = dataclasses.replace(drafter, layers=layers)
     rng = np.random.default_rng(2)
     declared = declare_context(DRAFTER, Room(3, 16, 4, jnp.float32))
     context = jax.tree.map(
@@ -284,6 +322,7 @@ def test_key_value_heads_are_split_over_devices(emulated_devices):
         ({"own": (np.zeros((3, 1, 2, WIDTH)), np.zeros((3, 2, 2, WIDTH)))}, "own keys"),
         ({"window": 0}, "window is 0"),
         ({"layer": 0}, r"\[L, B, K, S, H\] with a layer"),
+        ({"page_BX": jnp.zeros((3, 1), jnp.int32)}, "pages have 64"),
         ({"implementation": "triton"}, "choose one of xla, mosaic_gpu"),
     ],
 )

@@ -116,6 +116,37 @@ def test_a_whole_vocabulary():
         np.testing.assert_allclose(np.exp(law[row]).sum(), 1, rtol=1e-5)
 
 
+def smallest_reach_by_sorting(gap, weight, need):
+    """Of one row: the first of the sorted gaps within which the weights suffice."""
+    for reach in np.unique(gap):
+        if weight[gap <= reach].sum() >= need:
+            return reach
+    return np.float32(np.inf)
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("size", [1, 97, 700, 2049])
+def test_both_searches_find_the_threshold_that_sorting_finds(sparing, size):
+    """Weights are multiples of 2^-10 with exact sums, so that the order of a sum means nothing."""
+    rng, rows = np.random.default_rng(size), 8
+    gap = rng.exponential(5, (rows, size)).astype(np.float32)
+    gap[1] = rng.integers(0, 3, size)  # ties
+    gap[2, 1:] = np.inf
+    gap[3] = np.nextafter(np.float32(1), rng.integers(0, 3, size), dtype=np.float32)  # neighbours
+    gap[:, 0] = 0
+    weight = (rng.integers(0, 1024, (rows, size)) / 1024).astype(np.float32)
+    need = rng.uniform(0, 1, rows).astype(np.float32) * weight.sum(-1)
+    need[4:7] = np.inf, 0, weight[6].sum()
+    search = jax.jit(sampling.Search(sparing=sparing).smallest_reach)
+    found = search(gap, weight, need)
+    expected = list(map(smallest_reach_by_sorting, gap, weight, need))
+    np.testing.assert_array_equal(found, expected)
+    count = np.array([1, 2, 3, 50, size, size + 1, np.inf, 1], np.float32)
+    found = search(gap, jnp.float32(1), count)
+    expected = list(map(smallest_reach_by_sorting, gap, np.ones_like(gap), count))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_leading_axes_broadcast():
     logits = random_logits(0, len(SETTINGS), 3, 97)
     law = target_logprob(logits, *(field[:, None] for field in arguments(SETTINGS)))

@@ -16,6 +16,7 @@ from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.executables import Executable, Program, program_of
 from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, RoundInput
+from dspark_jax.engine.pages import pages_for
 from dspark_jax.engine.plan import HostPlan, round_input
 from dspark_jax.engine.programs import (
     BY_SLOT,
@@ -34,6 +35,8 @@ from dspark_jax.engine.state import (
     declare_state,
     make_state,
     slot_values,
+    with_pages_of,
+    without_pages,
 )
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import Policy
@@ -157,9 +160,15 @@ class Programs:
         def build() -> tuple[Any, ...]:
             origin_B = np.zeros(new.slots * num_shards(self.decoder.mesh), np.int32)
             parts = self.form(new), self.decoder.mesh
-            return move_program, parts, (self._state(old), self.put(origin_B, BY_SLOT))
+            moving = without_pages(self._state(old))
+            return move_program, parts, (moving, self.put(origin_B, BY_SLOT))
 
-        return self._once((old, new), build)
+        run = self._once((old, new), build)
+
+        def moved(state: DecodeState, origin_B: jax.Array) -> DecodeState:
+            return with_pages_of(run(without_pages(state), origin_B), state)
+
+        return moved
 
     def _once(self, key: Any, build: Callable[[], tuple[Any, ...]]) -> Executable:
         """The executable of a program, of whose parts and arguments ``build`` tells."""
@@ -189,6 +198,16 @@ class Programs:
         """Of a state over all data shards."""
         num_slots = sizes.slots * num_shards(self.decoder.mesh)
         return state_config(self.decoder, num_slots, sizes.positions, self.config)
+
+    def any_pages(self, sizes: Sizes) -> np.ndarray | None:
+        """int32 [B, X]: pages for all slots, each its own as far as there are enough of them; None
+        for a state without pages."""
+        if not self.config.pages:
+            return None
+        shards = num_shards(self.decoder.mesh)
+        columns, pages = pages_for(sizes.positions), self.config.pages // shards
+        page_BX = np.arange(sizes.slots * columns, dtype=np.int32).reshape(sizes.slots, columns)
+        return np.tile(page_BX % pages, (shards, 1))
 
     def new_state(self, sizes: Sizes) -> DecodeState:
         """A state without requests."""
@@ -223,7 +242,8 @@ class Programs:
 
     def _given(self, shape: Shape) -> RoundInput:
         shards, drafter, temperature_BG = num_shards(self.decoder.mesh), self.decoder.drafter, None
-        plan = HostPlan(0, (), (), frozenset(), ((),) * shards, shape)
+        pages = self.any_pages(shape.sizes)
+        plan = HostPlan(0, (), (), frozenset(), ((),) * shards, shape, pages)
         if drafter is not None:
             size = shape.sizes.slots * shards, drafter.block_size
             temperature_BG = np.zeros(size, np.float32)

@@ -12,10 +12,13 @@ from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.policy import Policy
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.ragged_attention.pages import PAGE
 
-POSITION_STEP = 64  # cache lengths are multiples of it
+POSITION_STEP = PAGE  # cache lengths are multiples of it
 SLOT_GROWTH = 4  # between two numbers of slots
+PAGED_SLOT_GROWTH = 8
 ROWS_PER_SLOT = (2, 3, 5, 8, 13)
+FREE_ROWS = 128  # that a GPU multiplies while it reads the weights: fewer cost the same
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,24 @@ class EngineConfig:
             ``pallas_kernels.accept_block.api.accept_block``, at temperature 0 too.
         draft_law: a rule ``(logits_BU, slot) -> logits_BU`` for the law that drafts are drawn from
             and verified against; None is the drafter's own. All of them are lossless.
-        chunk_rows: positions of a prompt that are read in one piece.
+        chunk_rows: positions of a prompt that are read in one piece; 0 for 32 on a CPU, and for 256
+            elsewhere.
         chunk_buckets: how many pieces a round may read, over all requests of a data shard.
         slot_buckets: numbers of slots of a data shard that programs are compiled for; the last is
             all of them. Empty chooses some.
         row_buckets: rows of a round with drafts as multiples of the slots, besides the largest,
             which holds all that the policy may verify. Empty chooses some.
         position_buckets: cache lengths that programs are compiled for; the last one holds
-            ``positions`` and a block. Empty chooses two.
+            ``positions`` and a block. Empty chooses two. Slots that hold pages have one, the last.
         stop_ids: most stop ids of a request.
-        memory_bytes: that states and logits may take beside the weights; 0 for no limit.
+        memory_bytes: that states and logits may take beside the weights; 0 for no limit, and for
+            most of what a GPU has left where slots hold pages.
+        paged: whether slots hold pages of 64 positions, as many as their texts need, in place of
+            room for ``positions`` each; None where the kernels read pages (``mosaic_gpu``), which
+            XLA copies.
+        pages: how many there are, over all data shards; 0 for as many as all slots could need, or
+            fit into the memory. Where they are used up, the requests that came last wait until
+            there are some again, and go on from what they have.
         min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
@@ -58,22 +69,30 @@ class EngineConfig:
     policy: str | Rule = ""
     acceptance: AcceptanceRule = "rejection"
     draft_law: Rule | None = None
-    chunk_rows: int = 32
+    chunk_rows: int = 0
     chunk_buckets: tuple[int, ...] = (1, 4)
     slot_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     position_buckets: tuple[int, ...] = ()
     stop_ids: int = 8
     memory_bytes: int = 0
+    paged: bool | None = None
+    pages: int = 0
     min_tokens_per_s_user: float = 0.0
     recalibrate: bool = False
     kernels: Implementation = "xla"
 
     def __post_init__(self) -> None:
-        for field in ("slots", "positions", "queue", "chunk_rows", "stop_ids"):
+        for field in ("slots", "positions", "queue", "stop_ids"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field} is {value!r}: it must be a positive integer")
+        for field in ("chunk_rows", "pages"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{field} is {value!r}: give a positive integer, or 0 to choose")
+        if self.pages and self.paged is False:
+            raise ValueError(f"pages is {self.pages} and paged is False: leave one of them out")
         for field in ("chunk_buckets", "slot_buckets", "row_buckets", "position_buckets"):
             sizes = getattr(self, field)
             if any(b <= a for a, b in itertools.pairwise((0, *sizes))):
@@ -127,20 +146,23 @@ class Ladder:
     Attributes:
         slots, positions, chunks: ascending.
         rows_per_slot: rows of a round with drafts, ascending; empty for plain decoding.
+        least_rows: fewer are no cheaper.
     """
 
     slots: tuple[int, ...]
     positions: tuple[int, ...]
     rows_per_slot: tuple[int, ...]
     chunks: tuple[int, ...]
+    least_rows: int = 1
 
     def drafted_rows(self, num_slots: int, num_chunks: int) -> tuple[int, ...]:
         """Numbers of rows of rounds with drafts.
 
         With pieces of prompts a round is long in any case, and has all rows: fewer programs.
         """
-        multiples = self.rows_per_slot[-1:] if num_chunks else self.rows_per_slot
-        return tuple(num_slots * multiple for multiple in multiples)
+        rows = tuple(num_slots * multiple for multiple in self.rows_per_slot)
+        large = tuple(count for count in rows if count >= self.least_rows)
+        return large if large and not num_chunks else rows[-1:]
 
 
 def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
@@ -157,14 +179,16 @@ def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
     columns = policy.num_draft + 1
     room = round_up(cfg.positions + columns, POSITION_STEP)
     half = round_up(room // 2, POSITION_STEP)
+    positions = cfg.position_buckets or tuple(sorted({half, room}))
     asked = cfg.row_buckets or ROWS_PER_SLOT
     ladder = Ladder(
-        slots=cfg.slot_buckets or _powers(slots),
-        positions=cfg.position_buckets or tuple(sorted({half, room})),
+        slots=cfg.slot_buckets or _powers(slots, PAGED_SLOT_GROWTH if cfg.pages else SLOT_GROWTH),
+        positions=positions[-1:] if cfg.pages else positions,
         rows_per_slot=(*(rows for rows in asked if 1 < rows < columns), columns)
         if policy.num_draft
         else (),
         chunks=cfg.chunk_buckets,
+        least_rows=FREE_ROWS if cfg.pages else 1,
     )
     if ladder.slots[-1] != slots:
         raise ValueError(f"slot_buckets is {ladder.slots}: the last must be {slots}")
@@ -173,14 +197,19 @@ def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
             f"position_buckets is {ladder.positions}: the last must hold positions and a block, "
             f"{cfg.positions + columns}"
         )
+    if cfg.pages and ladder.positions[-1] % POSITION_STEP:
+        raise ValueError(
+            f"position_buckets is {ladder.positions}: pages have {POSITION_STEP} positions, give a "
+            "multiple"
+        )
     return ladder
 
 
-def _powers(most: int) -> tuple[int, ...]:
-    """most, most / 4, most / 16, ... down to 1, ascending."""
+def _powers(most: int, growth: int) -> tuple[int, ...]:
+    """most, most / growth, ... down to 1, ascending."""
     sizes = {1, most}
     while most > 1:
-        most = math.ceil(most / SLOT_GROWTH)
+        most = math.ceil(most / growth)
         sizes.add(most)
     return tuple(sorted(sizes))
 

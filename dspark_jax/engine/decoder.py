@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.axes import declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig
@@ -15,8 +15,9 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
-from dspark_jax.models.stacks import is_unstacked, unstack_layers
+from dspark_jax.models.drafters.dspark import DrafterParams, MergedDrafter, declare_drafter
+from dspark_jax.models.merged import join_context, single_layers
+from dspark_jax.models.stacks import is_unstacked
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab, by_columns, lm_head
@@ -28,8 +29,9 @@ class Decoder:
     """Weights in the form that decoding likes best, with their sizes.
 
     Attributes:
-        weights: on a single CPU device with unstacked layers (1.3x faster there) and the LM heads
-            by columns; elsewhere stacked, with heads by rows.
+        weights: single layers, which on a CPU, too, are 1.3x faster than stacks. On GPUs and
+            meshes matrices of one input are one (:mod:`~dspark_jax.models.merged`); on a single CPU
+            device they are not, which is as fast, but the LM heads are by columns.
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
@@ -54,8 +56,10 @@ def make_decoder(
     tokenizer: Any = None,
     mesh: Mesh | None = None,
     calibration: Calibration | None = None,
+    *,
+    donate: bool = False,
 ) -> Decoder:
-    """Place the weights on the device or the mesh; what lies right already is not copied.
+    """Place the weights on the device or the mesh, in the form for decoding.
 
     Args:
         target: sizes and weights, layers stacked.
@@ -63,23 +67,27 @@ def make_decoder(
         tokenizer: of the target.
         mesh: a (data, tensor) mesh; axes that do not divide are replicated.
         calibration: of the drafter's confidences.
+        donate: whether the layers that are given may be deleted. Otherwise they are a second copy
+            on the device for as long as the caller keeps them.
     """
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
-    if mesh is not None:
-        declared = family_of(target_cfg).declare(target_cfg)
-        given = target_params.vocab
-        target_params = jax.device_put(target_params, declared_shardings(declared, mesh))
-        if drafter_cfg is not None and vocab is not None:
-            drafter_params = jax.device_put(
-                drafter_params, declared_shardings(declare_drafter(drafter_cfg), mesh)
-            )
-            vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
-    elif jax.default_backend() == "cpu":
+    on_cpu = mesh is None and jax.default_backend() == "cpu"
+    form = {"merge": not on_cpu, "donate": donate}
+    given = target_params.vocab
+    placed = _placed(target_params, family_of(target_cfg).declare(target_cfg), mesh)
+    target_params = _with_single_layers(placed, **form)
+    if drafter_cfg is not None and drafter_params is not None and vocab is not None:
+        placed = _placed(drafter_params, declare_drafter(drafter_cfg), mesh)
+        context = () if on_cpu else tuple(map(join_context, placed.layers))
+        drafter_params = _with_single_layers(placed, **form)
+        if context:
+            drafter_params = MergedDrafter(**vars(drafter_params), context_DKJH=context)
+        vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
+    if on_cpu:
         rows, columns = target_params.vocab, by_columns(target_params.vocab)
-        target_params = _unstacked(target_params).replace(vocab=columns)
-        if drafter_params is not None and vocab is not None:
-            drafter_params = _unstacked(drafter_params)
+        target_params = replace(target_params, vocab=columns)
+        if vocab is not None:
             same_head = lm_head(vocab) is lm_head(rows)
             by_rows = replace(columns, embed_VD=vocab.embed_VD) if same_head else vocab
             vocab = by_columns(by_rows)
@@ -92,31 +100,38 @@ def without_drafter(decoder: Decoder) -> Decoder:
     return replace(decoder, weights=Weights(decoder.weights.target), drafter=None)
 
 
-def _unstacked(params: Any) -> Any:
-    if is_unstacked(params.layers):
-        return params
-    return params.replace(layers=unstack_layers(params.layers))
+def _placed(params: Any, declared: Any, mesh: Mesh | None) -> Any:
+    """Parameters on their devices; what lies right already is not copied."""
+    return jax.device_put(params, None if mesh is None else declared_shardings(declared, mesh))
 
 
-def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh) -> Vocab:
-    """The drafter's vocabulary on the mesh: the target's arrays, and rows of a head by its shards.
+def _with_single_layers(params: Any, **form: bool) -> Any:
+    return replace(params, layers=tuple(single_layers(stack, **form) for stack in params.layers))
+
+
+def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) -> Vocab:
+    """The drafter's vocabulary on the devices: the target's arrays where it has them.
 
     Args:
         vocab: of the drafter.
         given, placed: of the target, before and after it was placed.
         mesh: that everything goes to.
     """
-    embed, head, d2t_U = placed.embed_VD, vocab.unembed_VD, vocab.d2t_U
-    if vocab.embed_VD is not given.embed_VD:  # the drafter's own
-        where = NamedSharding(mesh, partition("VD", vocab.embed_VD.shape, mesh))
-        embed = jax.device_put(vocab.embed_VD, where)
-    if head is given.unembed_VD:
-        head = placed.unembed_VD
-    elif head is not None:
-        head = jax.device_put(head, NamedSharding(mesh, partition("UD", head.shape, mesh)))
-    if d2t_U is not None:
-        d2t_U = jax.device_put(d2t_U, NamedSharding(mesh, PartitionSpec()))
-    return replace(vocab, embed_VD=embed, unembed_VD=head, d2t_U=d2t_U)
+
+    placed_of = {id(given.embed_VD): placed.embed_VD, id(given.unembed_VD): placed.unembed_VD}
+
+    def put(array: Any, axes: str) -> Any:
+        if array is None or id(array) in placed_of:
+            return placed_of.get(id(array))
+        where = None if mesh is None else NamedSharding(mesh, partition(axes, array.shape, mesh))
+        return jax.device_put(array, where)
+
+    return replace(
+        vocab,
+        embed_VD=put(vocab.embed_VD, "VD"),
+        unembed_VD=put(vocab.unembed_VD, "UD"),
+        d2t_U=put(vocab.d2t_U, "X"),
+    )
 
 
 def state_config(
@@ -137,4 +152,5 @@ def state_config(
             not is_unstacked(target.layers),
             drafter is not None and not is_unstacked(drafter.layers),
         ),
+        config.pages,
     )

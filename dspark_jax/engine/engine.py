@@ -23,7 +23,7 @@ from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import Weights, replace_weights
 from dspark_jax.engine.loop import Loop
-from dspark_jax.engine.memory import check_sizes
+from dspark_jax.engine.memory import check_sizes, complete
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request, within_context
@@ -78,7 +78,7 @@ class Engine:
         decoder = model if isinstance(model, Decoder) else model.decoder
         config = config or EngineConfig()
         require_kernels(config.kernels)
-        self.config = config
+        self.config = config = complete(decoder, config)
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":
             decoder = without_drafter(decoder)

@@ -110,12 +110,15 @@ class RoundInput:
         chunks: of prompts; None for a round that only decodes.
         temperature_BG: float32 of the calibration of confidences; None leaves them as they are.
         block: drafts that were made already; None drafts in the round.
+        page_BX: int32 pages of every slot, of a state in pages; see
+            :class:`~dspark_jax.models.cache.KVCache`.
     """
 
     keep_B: jax.Array
     chunks: Chunks | None = None
     temperature_BG: jax.Array | None = None
     block: DraftBlock | None = None
+    page_BX: jax.Array | None = None
 
 
 @struct.dataclass

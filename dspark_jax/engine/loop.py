@@ -20,6 +20,7 @@ import numpy as np
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import Ladder, fit
 from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
+from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.reader import drafted_by
@@ -59,6 +60,7 @@ class Loop:
         drafter = programs.decoder.drafter
         self._block_size = 0 if drafter is None else drafter.block_size
         self._ladder: Ladder = programs.ladder
+        self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._state: DecodeState | None = None
         self._queue: list[tuple[int, int, Tenant]] = []
@@ -211,6 +213,7 @@ class Loop:
     def _make_plan(self) -> HostPlan | None:
         """The next round; None where there is nothing to do."""
         self.drop_cancelled()
+        self._give_pages()
         joining = self._join()
         if not self._tenants:
             return None
@@ -234,17 +237,40 @@ class Loop:
             frozenset(tenant.slot for tenant in self._tenants),
             chunks,
             self._shape(num_rows, num_chunks),
+            self._pages.table(self._tenants, self._sizes, self._shards),
             asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
         )
+
+    def _give_pages(self) -> None:
+        """Pages for what everybody's next round may write; where there are too few, those who came
+        last wait until there are some again."""
+        for shard in range(self._shards):
+            while not self._pages.grow(part := self._part(shard)):
+                if self._in_flight:
+                    self.settle()  # whoever is over gives his back, and the others need fewer
+                    continue
+                last = max(part, key=lambda tenant: tenant.arrival)
+                self._tenants.remove(last)
+                last.leave()
+                heapq.heappush(self._queue, (FIRST, last.arrival, last))
+
+    def _part(self, shard: int) -> list[Tenant]:
+        """The tenants of a data shard."""
+        return spread(self._tenants, (), self._sizes.slots, self._shards)[shard]
 
     def _join(self) -> list[Tenant]:
         """Those who get a slot now, in front of the queue; they are tenants from here on."""
         joining: list[Tenant] = []
+        shards = spread(self._tenants, (), self._sizes.slots, self._shards)
         while self._queue and len(self._tenants) < self._config.slots:
             if self.one_by_one and joining:
                 break
+            part, tenant = min(shards, key=len), self._queue[0][-1]
+            if not self._pages.enter(tenant, part):
+                break
+            part.append(tenant)
             self.one_by_one = max(0, self.one_by_one - 1)
-            tenant = heapq.heappop(self._queue)[-1]
+            heapq.heappop(self._queue)
             self._tenants.append(tenant)
             tenant.enter(next(self._generations))
             joining.append(tenant)
@@ -308,6 +334,7 @@ class Loop:
         """Run a plan on the device, without waiting for it."""
         assert self._state is not None
         programs, state, joined = self._programs, self._state, self.suspects
+        self._state = None  # a state that was moved is not kept beside the next one
         for move in plan.moves:
             state = programs.move(move.old, move.new)(state, programs.put(move.origin_B, BY_SLOT))
         for admission, tenant in zip(plan.admissions, joined, strict=True):

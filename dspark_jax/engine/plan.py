@@ -62,6 +62,7 @@ class HostPlan:
         occupied: slots whose request goes on; all others end.
         chunks: of each data shard.
         shape: of the round.
+        page_BX: int32 pages of every slot, counted within its data shard; None without pages.
         asks: the most that anybody who decodes asks for.
     """
 
@@ -71,6 +72,7 @@ class HostPlan:
     occupied: frozenset[int]
     chunks: tuple[tuple[Chunk, ...], ...]
     shape: Shape
+    page_BX: np.ndarray | None = None
     asks: Asks = "greedy"
 
     @property
@@ -106,6 +108,7 @@ def round_input(plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput
     num_slots, num_chunks = plan.shape.sizes.slots, plan.shape.num_chunks
     keep_B = [slot in plan.occupied for slot in range(num_slots * len(plan.chunks))]
     given: Any = {"keep_B": np.array(keep_B, bool), "temperature_BG": temperature_BG}
+    given["page_BX"] = plan.page_BX
     if num_chunks:
         unused = [Chunk(num_slots, 0, 0, False)] * num_chunks
         chunks = [chunk for part in plan.chunks for chunk in (*part, *unused[len(part) :])]

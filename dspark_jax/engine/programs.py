@@ -18,7 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dspark_jax.axes import declared_shardings
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
-from dspark_jax.engine.state import DecodeState, StateConfig, admit, declare_state, move
+from dspark_jax.engine.state import (
+    DecodeState,
+    StateConfig,
+    admit,
+    declare_state,
+    move,
+    without_pages,
+)
 from pallas_kernels.dispatch import product_options
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
@@ -39,8 +46,9 @@ def round_program(
         decode_round, cfg=cfg, num_rows=num_rows, rows_per_chunk=rows_per_chunk
     )
     if mesh is not None:
-        split = _by_data(form, mesh)
-        step = _by_shard(step, form, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
+        declared = declare_state(form)
+        split = _by_data(declared, mesh)
+        step = _by_shard(step, declared, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
     options = product_options(num_rows, *_other_rows(cfg, form, rows_per_chunk))
     return jax.jit(step, donate_argnums=1, compiler_options=options)
 
@@ -52,23 +60,25 @@ def draft_program(
     step = functools.partial(draft_ahead, cfg=cfg)
     if mesh is None:
         return jax.jit(step)
-    takes = EVERYWHERE, _by_data(form, mesh), GIVEN, EVERYWHERE
-    sharded = _by_shard(step, form, mesh, takes, BY_SLOT)
+    declared = declare_state(form)
+    takes = EVERYWHERE, _by_data(declared, mesh), GIVEN, EVERYWHERE
+    sharded = _by_shard(step, declared, mesh, takes, BY_SLOT)
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
 
 
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
     """``admit(state, slot, values)``."""
-    return jax.jit(functools.partial(_pinned, admit, form, mesh), donate_argnums=0)
+    return jax.jit(functools.partial(_pinned, admit, declare_state(form), mesh), donate_argnums=0)
 
 
 def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
-    """``move(state, origin_B)`` to a state of this form; slots keep to their shard, by their
-    numbers within it."""
+    """``move(state, origin_B)`` to a state of this form, both without pages; slots keep to their
+    shard, by their numbers within it."""
     step = functools.partial(move, cfg=form)
     if mesh is not None:
-        split = _by_data(form, mesh)
-        step = _by_shard(step, form, mesh, (split, BY_SLOT), split)
+        declared = without_pages(declare_state(form))
+        split = _by_data(declared, mesh)
+        step = _by_shard(step, declared, mesh, (split, BY_SLOT), split)
     return jax.jit(step)
 
 
@@ -80,23 +90,23 @@ def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Ite
         yield form.num_slots * cfg.drafter.num_slots
 
 
-def _by_data(form: StateConfig, mesh: Mesh) -> DecodeState:
+def _by_data(declared: DecodeState, mesh: Mesh) -> DecodeState:
     """How a state is split over the data shards."""
-    shardings = declared_shardings(declare_state(form), mesh, unused=("fsdp", "tensor"))
+    shardings = declared_shardings(declared, mesh, unused=("fsdp", "tensor"))
     split: DecodeState = jax.tree.map(lambda sharding: sharding.spec, shardings)
     return split
 
 
-def _by_shard(step: Any, form: StateConfig, mesh: Mesh, takes: Any, gives: Any) -> Any:
+def _by_shard(step: Any, declared: DecodeState, mesh: Mesh, takes: Any, gives: Any) -> Any:
     """A step of one data shard as a step of all of them."""
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=takes, out_specs=gives, axis_names={"data"}, check_vma=False
     )
-    return functools.partial(_pinned, sharded, form, mesh)
+    return functools.partial(_pinned, sharded, declared, mesh)
 
 
-def _pinned(step: Any, form: StateConfig, mesh: Mesh | None, *args: Any) -> Any:
-    """``step(*args)`` whose state, of this form, lies where every such state does."""
+def _pinned(step: Any, declared: DecodeState, mesh: Mesh | None, *args: Any) -> Any:
+    """``step(*args)`` whose state, so declared, lies where every such state does."""
     out = step(*args)
     if mesh is None:
         return out
@@ -104,7 +114,7 @@ def _pinned(step: Any, form: StateConfig, mesh: Mesh | None, *args: Any) -> Any:
     def pin(value: Any) -> Any:
         if not isinstance(value, DecodeState):
             return value
-        shardings = declared_shardings(declare_state(form), mesh)
+        shardings = declared_shardings(declared, mesh)
         return jax.lax.with_sharding_constraint(value, shardings)
 
     return jax.tree.map(pin, out, is_leaf=lambda value: isinstance(value, DecodeState))

@@ -14,6 +14,7 @@ from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weigh
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs
+from dspark_jax.models.cache import with_pages
 from dspark_jax.models.drafters.dspark import slot_hidden
 from dspark_jax.models.drafters.heads import DraftBlock, sample_block
 from dspark_jax.models.vocab import suppress
@@ -93,8 +94,8 @@ def decode_round(
         length_B=length_B,
         active_B=state.active_B & ~stopped_B & finite_B & (length_B < state.stop_at_B),
         sampling=limits,
-        target_cache=target_cache,
-        context_cache=context_cache,
+        target_cache=with_pages(target_cache, None),
+        context_cache=with_pages(context_cache, None),
     )
     return state, report
 
@@ -130,7 +131,11 @@ def _begin(state: DecodeState, given: RoundInput) -> tuple[DecodeState, jax.Arra
     """The state with the host's changes, and which slots can draft: those that did not begin to
     decode just now. Idle slots are greedy without filters, so that nothing is computed for them."""
     drafted_B = active_B = state.active_B & given.keep_B
-    state = state.replace(active_B=active_B)  # type: ignore[attr-defined]
+    state = state.replace(  # type: ignore[attr-defined]
+        active_B=active_B,
+        target_cache=with_pages(state.target_cache, given.page_BX),
+        context_cache=with_pages(state.context_cache, given.page_BX),
+    )
     if given.chunks is not None:
         state = begin_decoding(state, given.chunks)
         active_B = state.active_B

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Tenant:
         pending: most tokens that the rounds in flight may add.
         read: positions of the prompt that were given to a round.
         decoding: whether the prompt was read to the end.
+        pages: that it holds of its data shard's, in the order of its positions.
         since_s: when it entered first, on a monotonic clock.
     """
 
@@ -46,6 +47,7 @@ class Tenant:
     pending: int = 0
     read: int = 0
     decoding: bool = False
+    pages: list[int] = field(default_factory=list)
     since_s: float = 0.0
 
     def enter(self, generation: int) -> None:
@@ -53,8 +55,8 @@ class Tenant:
         self.generation, self.since_s = generation, self.since_s or time.perf_counter()
 
     def leave(self) -> None:
-        """Give up the slot, with all tokens so far behind the prompt of what is left."""
-        self.slot, self.pending, self.read, self.decoding = -1, 0, 0, False
+        """Give up slot and pages, with all tokens so far behind the prompt of what is left."""
+        self.slot, self.pending, self.read, self.decoding, self.pages = -1, 0, 0, False, []
         asked, new_ids = self.reader.request, self.reader.result.token_ids
         if new_ids:
             left = self.reader.limit - len(new_ids)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dspark_jax.axes import Buffer, empty_buffers, unstacked
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.request import Request
-from dspark_jax.models.cache import Room
+from dspark_jax.models.cache import KVCache, Room
 from dspark_jax.models.drafters.dspark import declare_context
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.sampling import Sampling
@@ -70,6 +70,7 @@ class StateConfig:
         num_stop_ids: most stop ids of a request.
         dtypes: of the target's and the drafter's cache.
         stacked: whether their layers are stacked.
+        num_pages: Q, pages that all slots share; 0 where each has room for all positions.
     """
 
     target: TargetConfig
@@ -80,6 +81,7 @@ class StateConfig:
     num_stop_ids: int
     dtypes: tuple[Any, Any]
     stacked: tuple[bool, bool]
+    num_pages: int = 0
 
 
 def declare_state(cfg: StateConfig) -> DecodeState:
@@ -90,7 +92,8 @@ def declare_state(cfg: StateConfig) -> DecodeState:
         return Buffer(axes, (cfg.num_slots, *sizes), dtype, fill)
 
     def cache(declare: Any, sizes: Any, which: int) -> Any:
-        room = Room(cfg.num_slots, cfg.num_positions, cfg.num_ahead, cfg.dtypes[which])
+        dtype = cfg.dtypes[which]
+        room = Room(cfg.num_slots, cfg.num_positions, cfg.num_ahead, dtype, cfg.num_pages)
         declared = declare(sizes, room)
         return declared if cfg.stacked[which] else unstacked(declared)
 
@@ -165,12 +168,41 @@ def _seat(state: DecodeState, where: Any, values: dict[str, Any], active: bool) 
     return state.replace(active_B=state.active_B.at[where].set(active), **after)  # type: ignore[attr-defined]
 
 
+def without_pages(state: DecodeState) -> DecodeState:
+    """A state, or the declaration of one, without the pages of its caches, which nothing moves."""
+
+    def bare(cache: Any) -> Any:
+        paged = isinstance(cache, KVCache) and cache.paged
+        return cache.replace(k=None, v=None) if paged else cache
+
+    return _map_caches(bare, state)
+
+
+def with_pages_of(state: DecodeState, other: DecodeState) -> DecodeState:
+    """The inverse of :func:`without_pages`: with the pages of another state."""
+
+    def take(cache: Any, there: Any) -> Any:
+        return there if isinstance(cache, KVCache) and cache.paged else cache
+
+    return _map_caches(take, state, other)
+
+
+def _map_caches(function: Any, state: DecodeState, *others: DecodeState) -> DecodeState:
+    names = "target_cache", "context_cache"
+
+    def mapped(name: str) -> Any:
+        trees = (getattr(one, name) for one in (state, *others))
+        return jax.tree.map(function, *trees, is_leaf=lambda node: isinstance(node, KVCache))
+
+    return state.replace(**{name: mapped(name) for name in names})  # type: ignore[attr-defined]
+
+
 def move(state: DecodeState, origin_B: jax.Array, cfg: StateConfig) -> DecodeState:
     """The state in another form: its slots in another order and number, its positions cut or
     extended.
 
     Args:
-        state: every active slot that is kept is shorter than the new positions.
+        state: every active slot that is kept is shorter than the new positions; without pages.
         origin_B: int32, the old slot that each new one continues; -1 for a free slot.
         cfg: of the new state; static.
     """
@@ -186,5 +218,5 @@ def move(state: DecodeState, origin_B: jax.Array, cfg: StateConfig) -> DecodeSta
         widths = [(0, new - old if place == axis else 0) for place in range(leaf.ndim)]
         return jnp.pad(leaf, widths, constant_values=buffer.fill)
 
-    moved: DecodeState = jax.tree.map(place, declare_state(cfg), state)
+    moved: DecodeState = jax.tree.map(place, without_pages(declare_state(cfg)), state)
     return moved.replace(active_B=moved.active_B & (origin_B >= 0))  # type: ignore[attr-defined]

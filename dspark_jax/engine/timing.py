@@ -21,7 +21,7 @@ from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import RoundInput, Weights
-from dspark_jax.engine.memory import check_sizes
+from dspark_jax.engine.memory import check_sizes, complete
 from dspark_jax.engine.plan import Chunk, HostPlan
 from dspark_jax.engine.programs import BY_SLOT, num_shards
 from dspark_jax.engine.setting import setting_of
@@ -67,7 +67,8 @@ def measure_profiles(
     """Profiles that can be compared: the engines take turns. Arguments, and what they raise, are
     those of :func:`measure_profile`; all engines have the same numbers of slots and positions."""
     measured = []
-    for decoder, config in engines:
+    for decoder, asked in engines:
+        config = complete(decoder, asked)
         policy = make_policy(config.policy, decoder.drafter)
         if policy.kind == "none":
             decoder = without_drafter(decoder)
@@ -130,7 +131,8 @@ def _busy_input(programs: Programs, shape: Shape) -> RoundInput:
     count = min(programs.config.chunk_rows, shape.sizes.positions)
     chunks = tuple(Chunk(i % num_slots, 0, count, False) for i in range(shape.num_chunks))
     occupied = frozenset(range(num_slots * shards))
-    plan = HostPlan(0, (), (), occupied, (chunks,) * shards, shape)
+    pages = programs.any_pages(shape.sizes)
+    plan = HostPlan(0, (), (), occupied, (chunks,) * shards, shape, pages)
     idle = programs.idle_input(shape)
     given = idle.temperature_BG
     temperature_BG = None if given is None else np.ones(given.shape, given.dtype)

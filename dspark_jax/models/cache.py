@@ -1,8 +1,10 @@
 """Key/value caches: the target's, and the drafter's context.
 
-Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of a layer that sees everything, and at
-``[b, :, p % S]`` of one with a sliding window, whose S positions are a ring; the functions here and
-``ragged_attention`` are the only ones that know it. A cache is valid up to the length that the
+Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of a layer that sees everything, or in a page of
+its own (:mod:`pallas_kernels.ragged_attention.pages`), so that memory follows the text and nothing
+moves when it grows; and at ``[b, :, p % S]`` of a layer with a sliding window, whose S positions
+are a ring. The functions here and ``ragged_attention`` are the only ones that know it. A cache is
+valid up to the length that the
 decode state names; whatever lies behind is garbage, overwritten before anyone attends to it. A ring
 has room for a window and for all that may lie behind a row when it attends, so that what was
 rejected never stands where something is still seen.
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dspark_jax.axes import MESH_RULES, Buffer
+from pallas_kernels.ragged_attention.pages import PAGE
 
 
 @struct.dataclass
@@ -43,14 +46,20 @@ class KVCache:
     would copy the whole cache every time otherwise (7 instead of 1 ms for 32 slots of 512).
 
     Attributes:
-        k, v: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers.
+        k, v: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers; of a cache
+            in pages [L, Q, K, PAGE, H].
+        page_BX: int32 pages of every slot; None for a cache without pages, and while it is stored.
+        paged: whether it lies in pages.
     """
 
     k: Any
     v: Any
+    page_BX: Any = None
+    paged: bool = struct.field(pytree_node=False, default=False)
 
 
-RING_STEP = 64  # what kernels read at a time
+RING_STEP = PAGE
+_NO_PAGE = 2**31 - 1  # nor slot: what is written there is dropped
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,15 @@ class Room:
         ahead: the most positions that one slot may have been written behind a row that attends:
             a block, or all chunks of a round.
         dtype: of keys and values.
+        pages: Q, pages that layers that see everything share; 0 where every slot has room for all
+            positions.
     """
 
     slots: int
     positions: int
     ahead: int
     dtype: Any
+    pages: int = 0
 
     def length(self, window: int) -> int:
         """S of a layer that sees so many positions; 0 for all."""
@@ -86,9 +98,30 @@ def declare_kv(num_layers: int, num_heads: int, head_dim: int, window: int, room
         window: positions that they see; 0 for all.
         room: what it is declared for.
     """
-    shape = num_layers, room.slots, num_heads, room.length(window), head_dim
-    buffer = Buffer("LBKSH", shape, room.dtype)
-    return KVCache(buffer, buffer)
+    paged = bool(room.pages) and not window
+    if paged:
+        shape = num_layers, room.pages, num_heads, PAGE, head_dim
+        buffer = Buffer("LQKXH", shape, room.dtype)
+    else:
+        shape = num_layers, room.slots, num_heads, room.length(window), head_dim
+        buffer = Buffer("LBKSH", shape, room.dtype)
+    return KVCache(buffer, buffer, paged=paged)
+
+
+def with_pages(caches: Any, page_BX: jax.Array | None) -> Any:
+    """Caches with the pages of every slot, where they lie in pages; None takes the table away.
+
+    Args:
+        caches: a tree with a :class:`KVCache` or None for every stack.
+        page_BX: int32; a number that no page has where a slot has none.
+    """
+
+    def attach(cache: Any) -> Any:
+        if isinstance(cache, KVCache) and cache.paged:
+            return cache.replace(page_BX=page_BX)  # type: ignore[attr-defined]
+        return cache
+
+    return jax.tree.map(attach, caches, is_leaf=lambda node: isinstance(node, KVCache))
 
 
 def of_sequences(k_LBSKH: jax.Array, v_LBSKH: jax.Array) -> KVCache:
@@ -112,29 +145,35 @@ def write(
     value of 0: whoever may see it still computes NaN, but the next request of the slot, for whom it
     has a weight of 0, does not. (A head at a time, since heads are split over a mesh.)
     """
+    first_T, place_T = slot_T, position_T
     if window:
-        position_T = position_T % _positions(cache)
+        place_T = position_T % _positions(cache)
+    elif cache.paged:
+        where = slot_T, position_T // PAGE
+        first_T = cache.page_BX.at[where].get(mode="fill", fill_value=_NO_PAGE)
+        place_T = position_T % PAGE
     sound_TK1 = jnp.isfinite(v_TKH).all(axis=2, keepdims=True)
     k_TKH, v_TKH = jnp.where(sound_TK1, k_TKH, jnp.nan), jnp.where(sound_TK1, v_TKH, 0)
-    if slot_T.shape[0] == 1:
+    if first_T.shape[0] == 1:
         # XLA makes a scatter of one row an update of a slice, and copies the cache for its test of
         # the bounds (30 layers, 1024 positions, a CPU: 42 ms a round, not 18). Two rows stay a
         # scatter; the second is dropped.
-        slot_T = jnp.append(slot_T, num_slots(cache))
-        position_T = jnp.append(position_T, 0)
+        first_T = jnp.append(first_T, _NO_PAGE)
+        place_T = jnp.append(place_T, 0)
         k_TKH, v_TKH = jnp.repeat(k_TKH, 2, axis=0), jnp.repeat(v_TKH, 2, axis=0)
 
     def put(values: Any, new_TKH: jax.Array) -> Any:
         if isinstance(values, tuple):
-            changed = values[layer].at[slot_T, :, position_T].set(new_TKH, mode="drop")
+            changed = values[layer].at[first_T, :, place_T].set(new_TKH, mode="drop")
             return (*values[:layer], changed, *values[layer + 1 :])
-        return values.at[layer, slot_T, :, position_T].set(new_TKH, mode="drop")
+        return values.at[layer, first_T, :, place_T].set(new_TKH, mode="drop")
 
-    return KVCache(put(cache.k, k_TKH), put(cache.v, v_TKH))
+    return cache.replace(k=put(cache.k, k_TKH), v=put(cache.v, v_TKH))  # type: ignore[attr-defined]
 
 
 def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values, [B, S, K, H] each; a view that attention takes as it lies."""
+    """One layer's keys and values of a cache without pages, [B, S, K, H] each; a view that
+    attention takes as it lies."""
     return jnp.swapaxes(cache.k[layer], 1, 2), jnp.swapaxes(cache.v[layer], 1, 2)
 
 
@@ -145,7 +184,8 @@ def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
     k, v = cache.k, cache.v
     if isinstance(k, tuple):
         k, v, layer = k[layer], v[layer], None
-    return {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
+    given = {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
+    return given | {"page_BX": cache.page_BX}
 
 
 def _positions(cache: KVCache) -> int:
@@ -155,4 +195,4 @@ def _positions(cache: KVCache) -> int:
 
 def num_slots(cache: KVCache) -> int:
     """B, the requests that it can hold."""
-    return int(cache.k[0].shape[-4])
+    return int(cache.page_BX.shape[0] if cache.paged else cache.k[0].shape[-4])

@@ -25,7 +25,8 @@ class DraftBlocks:
         shared: ``(position_X, cfg)``: what all layers share (RoPE).
         project: ``(layer, x_XD, place, shared, cfg)``: queries [X, N, H], keys and values
             [X, K, H] of a block's own slots.
-        inject: ``(layer, context_XD, place, shared, cfg)``: keys and values of the context.
+        inject: ``(layer, k_XKH, v_XKH, place, shared, cfg)``: keys and values of the context, from
+            its products with the layer's matrices (v None where there is none for values).
         finish: ``(layer, x_XD, attended_XNH, place, shared, cfg)``: the residual stream after the
             layer.
     """

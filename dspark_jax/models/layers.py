@@ -15,10 +15,24 @@ from dspark_jax.models.rope import Table, rotate
 
 
 @struct.dataclass
+class Merged:
+    """Matrices of the same input as one, in the place of the first of them; the others are None.
+
+    Attributes:
+        weight_DX: [D, K, J, H] for queries, keys and values: of every key head its query heads,
+            itself and its values; [D, M, J] for gate and up. So each is one product, and split over
+            the devices of a mesh as the single matrices are.
+    """
+
+    weight_DX: Any
+
+
+@struct.dataclass
 class Layer:
     """Weights of one decoder block, or of several stacked on a leading L.
 
-    Optional parts are None: biases, norms of q and k.
+    Optional parts are None: biases, norms of q and k. For decoding q, k and v may be
+    :class:`Merged`.
     """
 
     input_norm_D: Any
@@ -38,7 +52,8 @@ class Layer:
 
 @struct.dataclass
 class Mlp:
-    """Weights of a gated MLP; biases may be None."""
+    """Weights of a gated MLP; biases may be None. For decoding gate and up may be
+    :class:`Merged`."""
 
     gate_DM: Any
     up_DM: Any
@@ -115,11 +130,14 @@ def matmul(x_XI: jax.Array, w_IO: jax.Array) -> jax.Array:
     """``x @ w``, accumulated in float32, in the dtype of ``x_XI``.
 
     Saying so matters on CPUs: XLA widens the operands of a bfloat16 product with a bfloat16 result,
-    which is half as fast as this. The derivative is stated for their sake too: of the two matrices
-    behind the weights' gradient XLA transposes the first, fused with all that it is computed from,
-    so here the first is the narrower one.
+    which is half as fast as this. Other devices accumulate like that in any case, and where a mesh
+    adds up the parts of a product, a result that is float32 first is twice the bytes to send. The
+    derivative is stated for the CPUs' sake too: of the two matrices behind the weights' gradient
+    XLA transposes the first, fused with all that it is computed from, so here the first is the
+    narrower one.
     """
-    return jnp.matmul(x_XI, w_IO, preferred_element_type=jnp.float32).astype(x_XI.dtype)
+    stated = jnp.float32 if jax.default_backend() == "cpu" else None
+    return jnp.matmul(x_XI, w_IO, preferred_element_type=stated).astype(x_XI.dtype)
 
 
 def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, Any]:
@@ -143,11 +161,34 @@ def project_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [X, N, H], keys and values [X, K, H] of normalised inputs; rotated, where there is a
     table."""
-    q_XNH = add(project(x_XD, layer.q_DNH), layer.q_bias_NH)
+    q_XNH, k_XKH, v_XKH = project_heads(layer, x_XD)
+    q_XNH = add(q_XNH, layer.q_bias_NH)
     if layer.q_norm_H is not None:
         q_XNH = rms_norm(q_XNH, layer.q_norm_H, cfg.rms_norm_eps)
-    k_XKH, v_XKH = project_kv(layer, x_XD, table, cfg)
+    k_XKH, v_XKH = finish_kv(layer, k_XKH, v_XKH, table, cfg)
     return q_XNH if table is None else rotate(q_XNH, table), k_XKH, v_XKH
+
+
+def project_heads(layer: Any, x_XD: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """The products with a layer's matrices of queries [X, N, H], keys and values [X, K, H], and
+    None for those that it lacks."""
+    if not isinstance(layer.q_DNH, Merged):
+        return project(x_XD, layer.q_DNH), *project_kv(layer, x_XD)
+    out_XKJH = project(x_XD, layer.q_DNH.weight_DX)
+    num_heads, dim = layer.o_NHD.shape[:2]
+    kv_heads, count = out_XKJH.shape[-3:-1]
+    shared = num_heads // kv_heads
+    q_XNH = out_XKJH[..., :shared, :].reshape(*x_XD.shape[:-1], num_heads, dim)
+    has_values = count - shared == 2
+    return q_XNH, out_XKJH[..., shared, :], out_XKJH[..., -1, :] if has_values else None
+
+
+def project_kv(layer: Any, x_XD: jax.Array) -> tuple[Any, Any]:
+    """The products with a layer's matrices of keys and values, [X, K, H], and None for those that
+    it lacks."""
+    weights = layer.k_DKH, layer.v_DKH
+    k, v = (None if w_DKH is None else project(x_XD, w_DKH) for w_DKH in weights)
+    return k, v
 
 
 def project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
@@ -157,12 +198,16 @@ def project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
     return out_XI.reshape(*x_XD.shape[:-1], *w_DNH.shape[1:])
 
 
-def project_kv(
-    layer: Layer, x_XD: jax.Array, table: Table | None, cfg: TransformerConfig
+def finish_kv(
+    layer: Layer,
+    k_XKH: jax.Array,
+    v_XKH: jax.Array,
+    table: Table | None,
+    cfg: TransformerConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [X, K, H]; the keys normalised, where there is a norm, and rotated."""
-    k_XKH = add(project(x_XD, layer.k_DKH), layer.k_bias_KH)
-    v_XKH = add(project(x_XD, layer.v_DKH), layer.v_bias_KH)
+    """Keys and values after their products: biases, and the keys normalised, where there is a norm,
+    and rotated."""
+    k_XKH, v_XKH = add(k_XKH, layer.k_bias_KH), add(v_XKH, layer.v_bias_KH)
     if layer.k_norm_H is not None:
         k_XKH = rms_norm(k_XKH, layer.k_norm_H, cfg.rms_norm_eps)
     return k_XKH if table is None else rotate(k_XKH, table), v_XKH
@@ -188,8 +233,12 @@ def gated_mlp(
     mlp: Mlp, x_XD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
 ) -> jax.Array:
     """``down(activation(gate(x)) * up(x))``."""
-    gate_XM = add(matmul(x_XD, mlp.gate_DM), mlp.gate_bias_M)
-    up_XM = add(matmul(x_XD, mlp.up_DM), mlp.up_bias_M)
+    if isinstance(mlp.gate_DM, Merged):
+        out_XMJ = project(x_XD, mlp.gate_DM.weight_DX)
+        gate_XM, up_XM = out_XMJ[..., 0], out_XMJ[..., 1]
+    else:
+        gate_XM, up_XM = matmul(x_XD, mlp.gate_DM), matmul(x_XD, mlp.up_DM)
+    gate_XM, up_XM = add(gate_XM, mlp.gate_bias_M), add(up_XM, mlp.up_bias_M)
     return add(matmul(activation(gate_XM) * up_XM, mlp.down_MD), mlp.down_bias_D)
 
 

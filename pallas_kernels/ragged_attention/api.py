@@ -6,7 +6,8 @@ For row t of slot b with head n reading kv head m = n // (N / K), and w the wind
     out[t, n] = sum_s softmax(score)[s] v[b, m, s]
 
 Under a window the S places of a cache are a ring: position s lies at s % S, and every position that
-a row may see is the last one that was written to its place.
+a row may see is the last one that was written to its place. Without one a cache may lie in pages
+(:mod:`~pallas_kernels.ragged_attention.pages`).
 
 A row's limit alone says what it sees: its position + 1 in verification and in a chunk of a
 prompt, the end of its block in a bidirectional block that lies in the cache. A block that does not
@@ -29,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import devices, dispatch
 from pallas_kernels.ragged_attention import xla
 from pallas_kernels.ragged_attention.groups import Groups
+from pallas_kernels.ragged_attention.pages import PAGE, gather_pages
 
 __all__ = ["ragged_attention"]
 
@@ -41,6 +43,7 @@ def ragged_attention(
     limit_T: jax.Array,
     *,
     layer: jax.Array | int | None = None,
+    page_BX: jax.Array | None = None,
     own: tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -58,6 +61,8 @@ def ragged_attention(
         groups: which rows attend to which slot (:mod:`~pallas_kernels.ragged_attention.groups`).
         limit_T: int32: row t sees the positions before it; at most S without a window.
         layer: int32, which layer of the caches is meant; None for caches of one layer.
+        page_BX: int32 pages of every slot, of caches in pages, which are [Q, K, PAGE, H] or
+            [L, Q, K, PAGE, H]; None for caches that lie in one piece. No window then.
         own: keys and values [P, W, K, H] that all rows of a group see beside the cache.
         window: the last so many positions before the limit are seen, static; None for all.
         scale: of the scores; None for H ** -0.5.
@@ -77,12 +82,16 @@ def ragged_attention(
         RuntimeError: the implementation does not run on this jax.
     """
     dispatch.check_name(implementation)
-    _check(q_TNH, k_BKSH, v_BKSH, groups, limit_T, layer, own, window)
+    _check(q_TNH, k_BKSH, v_BKSH, groups, limit_T, layer, page_BX, own, window)
     q_PCNH, limit_PC = groups.gather(q_TNH), groups.gather(limit_T)
     if implementation == "xla":
         if layer is not None:
             k_BKSH, v_BKSH = k_BKSH[layer], v_BKSH[layer]
-        given = q_PCNH, k_BKSH, v_BKSH, groups.slot_P, limit_PC, own
+        slot_P = groups.slot_P
+        if page_BX is not None:
+            k_BKSH, v_BKSH = (gather_pages(pool, page_BX, slot_P) for pool in (k_BKSH, v_BKSH))
+            slot_P = None
+        given = q_PCNH, k_BKSH, v_BKSH, slot_P, limit_PC, own
         out_PCNH = xla.attend_groups(*given, window, scale, softcap)
         return groups.scatter(out_PCNH)
     problem = dispatch.version_problem()
@@ -98,7 +107,7 @@ def ragged_attention(
     own_scale = q_TNH.shape[-1] ** -0.5
     if scale not in (None, own_scale):
         q_PCNH = (q_PCNH.astype(jnp.float32) * (scale / own_scale)).astype(q_PCNH.dtype)
-    arguments = q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, own
+    arguments = q_PCNH, k_BKSH, v_BKSH, layer, groups.slot_P, limit_PC, page_BX, own
     return groups.scatter(_over_heads(attend, heads_axis, *arguments))
 
 
@@ -111,7 +120,7 @@ def _over_heads(attend: Callable[..., jax.Array], axis: str | None, *arguments: 
     rows, cache, whole = P(None, None, split), P(None, None, split), P()
     return jax.shard_map(
         attend,
-        in_specs=(rows, cache, cache, whole, whole, whole, rows),
+        in_specs=(rows, cache, cache, whole, whole, whole, whole, rows),
         out_specs=rows,
         axis_names=set(free),
         check_vma=False,
@@ -125,6 +134,7 @@ def _check(
     groups: Groups,
     limit_T: jax.Array,
     layer: jax.Array | int | None,
+    page_BX: jax.Array | None,
     own: tuple[jax.Array, jax.Array] | None,
     window: int | None,
 ) -> None:
@@ -135,7 +145,14 @@ def _check(
             "and twice [B, K, S, H], or [L, B, K, S, H] with a layer"
         )
     rows, heads, width = q_TNH.shape
-    slots, kv_heads, _, kv_width = k_BKSH.shape[-4:]
+    slots, kv_heads, size, kv_width = k_BKSH.shape[-4:]
+    if page_BX is not None:
+        slots = page_BX.shape[0]
+        if size != PAGE or page_BX.ndim != 2 or window is not None:
+            raise ValueError(
+                f"pages of {size} positions, a table {page_BX.shape} of them, window {window}: "
+                f"pages have {PAGE}, their table is [B, X], and they know no window"
+            )
     if width != kv_width or heads % kv_heads:
         raise ValueError(
             f"{heads} query heads of {width} cannot read {kv_heads} key heads of {kv_width}"

@@ -17,6 +17,7 @@ from pallas_kernels import benchmark
 from pallas_kernels.benchmark import Way, Work
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.cases import CASES, Case
+from pallas_kernels.ragged_attention.pages import gather_pages
 
 CPU_BYTES = 2**28  # of a case's arrays, more of which a CPU is not asked to read again and again
 
@@ -45,12 +46,16 @@ def library(
 
 def library_arguments(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a case as :func:`library` takes them."""
-    groups = case.grouping
+    groups, table = case.grouping, arguments["page_BX"]
     limit_PC = groups.gather(arguments["limit_T"])
+    caches = [arguments[name] for name in ("k_BKSH", "v_BKSH")]
+    if table is not None:  # in the order of their positions, before the time is taken
+        caches = [gather_pages(pool, table) for pool in caches]
+    k_BSKH, v_BSKH = (jnp.swapaxes(cache, 1, 2) for cache in caches)
     return {
         "q_PCNH": groups.gather(arguments["q_TNH"]),
-        "k_BSKH": jnp.swapaxes(arguments["k_BKSH"], 1, 2),
-        "v_BSKH": jnp.swapaxes(arguments["v_BKSH"], 1, 2),
+        "k_BSKH": k_BSKH,
+        "v_BSKH": v_BSKH,
         "limit_PC": limit_PC + case.rows if case.bidirectional else limit_PC,
     }
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ragged_attention.groups import Groups, group_runs
+from pallas_kernels.ragged_attention.pages import PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Case:
         bidirectional: all rows of a group see what is before the group and W = C own keys;
             otherwise each row sees what is up to itself.
         window: positions that a row sees, or None.
+        paged: whether the caches lie in pages, in no order.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     width: int
     bidirectional: bool = False
     window: int | None = None
+    paged: bool = False
 
     def small(self) -> Case:
         """The same in the least size that has all its features: for the interpreter."""
@@ -67,14 +70,20 @@ class Case:
             drawn[name] = jax.tree.map(
                 lambda x: jax.random.normal(next(keys), x.shape, dtype), drawn[name]
             )
+        if self.paged:
+            table = drawn["page_BX"]
+            order = np.random.default_rng(seed).permutation(table.size)
+            drawn["page_BX"] = jnp.asarray(order.reshape(table.shape), jnp.int32)
         return drawn | {"limit_T": jnp.asarray(self.limits(seed))}
 
     def shapes(self, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
         """The same as shapes alone."""
-        rows = self.groups * self.rows
-        cache = jax.ShapeDtypeStruct(
-            (self.groups, self.kv_heads, self.positions, self.width), dtype
-        )
+        rows, table = self.groups * self.rows, None
+        shape: tuple[int, ...] = self.groups, self.kv_heads, self.positions, self.width
+        if self.paged:
+            table = jax.ShapeDtypeStruct((self.groups, self.positions // PAGE), jnp.int32)
+            shape = table.size, self.kv_heads, PAGE, self.width
+        cache = jax.ShapeDtypeStruct(shape, dtype)
         own = jax.ShapeDtypeStruct((self.groups, self.rows, self.kv_heads, self.width), dtype)
         return {
             "q_TNH": jax.ShapeDtypeStruct((rows, self.heads, self.width), dtype),
@@ -82,6 +91,7 @@ class Case:
             "v_BKSH": cache,
             "limit_T": jax.ShapeDtypeStruct((rows,), jnp.int32),
             "own": (own, own) if self.bidirectional else None,
+            "page_BX": table,
         }
 
     @property
@@ -121,4 +131,20 @@ CASES = (
     ),
     Case("draft 7 of 32 x 4096, 32/8 heads of 128", 32, 7, 4096, 32, 8, 128, bidirectional=True),
     Case("prompt 128 of 4 x 4096, 32/8 heads of 128", 4, 128, 4096, 32, 8, 128),
+    Case("verify 8 of 32 x 4096, in pages, 32/8 heads of 128", 32, 8, 4096, 32, 8, 128, paged=True),
+    Case("verify 8 of 1 x 8192, in pages, 32/8 heads of 128", 1, 8, 8192, 32, 8, 128, paged=True),
+    Case(
+        "draft 7 of 32 x 4096, in pages, 32/8 heads of 128",
+        32,
+        7,
+        4096,
+        32,
+        8,
+        128,
+        bidirectional=True,
+        paged=True,
+    ),
+    Case(
+        "prompt 256 of 4 x 4096, in pages, 32/8 heads of 128", 4, 256, 4096, 32, 8, 128, paged=True
+    ),
 )

@@ -2,9 +2,10 @@
 
 The rows of one group that share a key/value head, C * N / K of them, are tiles of 64 rows. For
 each tile, head and split of the valid range one program runs an online softmax over blocks of
-keys: asynchronous copies bring the next blocks while the tensor cores multiply this one. Nothing
-outside the range that some row of the tile sees is read. The splits are merged by their
-log-sum-exps, and so are a block's own keys, which are few and are left to XLA.
+keys, each a page of a cache that lies in pages: asynchronous copies bring the next blocks while the
+tensor cores multiply this one. Nothing outside the range that some row of the tile sees is read.
+The splits are merged by their log-sum-exps, and so are a block's own keys, which are few and are
+left to XLA.
 
 Source: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference", 2023.
 
@@ -38,16 +39,20 @@ def attend_groups(
     layer: jax.Array | int,
     slot_P: jax.Array | None,
     limit_PC: jax.Array,
+    page_BX: jax.Array | None,
     own: tuple[jax.Array, jax.Array] | None,
     window: int | None,
 ) -> jax.Array:
-    """[P, C, N, H], as :func:`pallas_kernels.ragged_attention.xla.attend_groups`.
+    """[P, C, N, H], as :func:`pallas_kernels.ragged_attention.xla.attend_groups`; the caches are
+    [L, Q, K, PAGE, H] where there is a table of pages.
 
     Raises:
         ValueError: a dtype or a size that the kernel has no form for.
     """
     groups, rows, heads, width = q_PCNH.shape
     slots, kv_heads, positions = k_LBKSH.shape[1:4]
+    if page_BX is not None:
+        slots, positions = page_BX.shape[0], page_BX.shape[1] * positions
     if q_PCNH.dtype != jnp.bfloat16 or width not in (64, 128) or positions % BLOCK:
         raise ValueError(
             f"mosaic_gpu takes bfloat16, heads of 64 or 128 and positions in steps of {BLOCK}, and "
@@ -77,6 +82,7 @@ def attend_groups(
         limit_PM,
         k_LBKSH,
         v_LBKSH,
+        page_BX,
         splits=splits,
         window=window,
         # What a tile writes for nobody to read would cost as much as the rest of it.
@@ -117,6 +123,7 @@ def _run_kernel(
     limit_PM: jax.Array,
     k_LBKSH: jax.Array,
     v_LBKSH: jax.Array,
+    page_BX: jax.Array | None,
     *,
     splits: int,
     window: int | None,
@@ -126,8 +133,9 @@ def _run_kernel(
     """Results of all splits in a dtype, of the first ``kept`` rows of each tile."""
     groups, kv_heads, rows, width = q_PKMH.shape
     tiles = rows // TILE
+    table = [] if page_BX is None else [page_BX]
     kernel = plgpu.kernel(
-        functools.partial(_kernel, splits=splits, window=window, kept=kept),
+        functools.partial(_kernel, splits=splits, window=window, kept=kept, paged=bool(table)),
         out_type=(
             jax.ShapeDtypeStruct((splits, groups, kv_heads, tiles * kept, width), dtype),
             jax.ShapeDtypeStruct((splits, groups, kv_heads, rows), jnp.float32),
@@ -142,7 +150,7 @@ def _run_kernel(
         kernel_name="ragged_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(plan_PX4, q_PKMH, limit_PM, k_LBKSH, v_LBKSH)
+    return kernel(plan_PX4, q_PKMH, limit_PM, k_LBKSH, v_LBKSH, *table)
 
 
 def _kernel(
@@ -151,16 +159,13 @@ def _kernel(
     limit_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    q_smem: Any,
-    weight_smem: Any,
-    barrier: Any,
-    *,
+    *refs: Any,
     splits: int,
     window: int | None,
     kept: int,
+    paged: bool,
 ) -> None:
+    page_ref, out_ref, lse_ref, q_smem, weight_smem, barrier = refs if paged else (None, *refs)
     width = q_smem.shape[-1]
     group, head = lax.axis_index("group"), lax.axis_index("head")
     tile, split = lax.div(lax.axis_index("part"), splits), lax.rem(lax.axis_index("part"), splits)
@@ -180,12 +185,17 @@ def _kernel(
             seen_MS &= position_MS >= tc.along_rows(limit_M - window, BLOCK)
         return tc.softmax_step(tc.scores(q_smem, k_smem), seen_MS, v_smem, weight_smem, carry)
 
-    def place(i: Any) -> Any:  # under a window the positions are a ring, of whole blocks
-        return start + i if window is None else lax.rem(start + i, k_ref.shape[-2] // BLOCK)
+    def place(i: Any) -> Any:
+        if paged:
+            return layer, page_ref[slot, start + i], head, 0, 0
+        if window is None:
+            return layer, slot, head, start + i, 0
+        # The positions are a ring, of whole blocks.
+        return layer, slot, head, lax.rem(start + i, k_ref.shape[-2] // BLOCK), 0
 
     block = plgpu.BlockSpec(
         (None, None, None, BLOCK, width),
-        lambda i: (layer, slot, head, place(i), 0),
+        place,
         transforms=tc.layout(width, k_ref.dtype),
     )
     nothing = (

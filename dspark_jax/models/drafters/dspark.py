@@ -20,7 +20,8 @@ from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
-from dspark_jax.models.layers import matmul, rms_norm
+from dspark_jax.models.layers import matmul, project, project_kv, rms_norm
+from dspark_jax.models.merged import split_context
 from dspark_jax.models.reading import Cache, declare_caches
 from dspark_jax.models.stacks import (
     Place,
@@ -65,6 +66,18 @@ class DrafterParams:
     confidence: Any
 
 
+@struct.dataclass
+class MergedDrafter(DrafterParams):
+    """A drafter for decoding.
+
+    Attributes:
+        context_DKJH: of every stack the matrices of keys and values of all its layers as one, a
+            second time, for :func:`inject`.
+    """
+
+    context_DKJH: tuple[Any, ...] = ()
+
+
 def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
     """Declaration of every trainable parameter under its name in the reference layout."""
     blocks = draft_blocks_of(cfg)
@@ -105,19 +118,24 @@ def inject(
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
     shared = blocks.shared(position_X, cfg)
 
-    def project(stack: Stack, layers: Any) -> tuple[Any, Any]:
-        place = place_of(blocks.sections(cfg), stack.layers[0])
+    def keys_values(number: int, stack: Stack) -> tuple[Any, Any]:
+        layers, place = drafter.layers[number], place_of(blocks.sections(cfg), stack.layers[0])
 
-        def one(layer: Any) -> tuple[jax.Array, jax.Array]:
-            return blocks.inject(layer, context_XD, place, shared, cfg)
+        def one(layer: Any, products: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+            return blocks.inject(layer, *products, place, shared, cfg)
 
         if not isinstance(layers, tuple):
-            return jax.vmap(one)(layers)
-        k, v = zip(*map(one, layers), strict=True)
+            return jax.vmap(lambda layer: one(layer, project_kv(layer, context_XD)))(layers)
+        if isinstance(drafter, MergedDrafter):
+            together_XKJH = project(context_XD, drafter.context_DKJH[number])
+            products = split_context(together_XKJH, len(layers))
+        else:
+            products = [project_kv(layer, context_XD) for layer in layers]
+        k, v = zip(*map(one, layers, products), strict=True)
         return k, v
 
     stacks = stacks_of(blocks.sections(cfg))
-    return tuple(map(project, stacks, drafter.layers))
+    return tuple(keys_values(number, stack) for number, stack in enumerate(stacks))
 
 
 def extend_context(

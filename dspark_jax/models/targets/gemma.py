@@ -25,8 +25,7 @@ from flax import struct
 from dspark_jax.axes import declare as declare_param
 from dspark_jax.config import RopeConfig
 from dspark_jax.models.cache import Room
-from dspark_jax.models.layers import Mlp, declare_mlp, gated_mlp, matmul, output
-from dspark_jax.models.layers import project as project_heads
+from dspark_jax.models.layers import Mlp, declare_mlp, gated_mlp, matmul, output, project_heads
 from dspark_jax.models.moe import Experts, choose_experts, declare_experts, mix_experts
 from dspark_jax.models.reading import (
     Attention,
@@ -88,7 +87,8 @@ class TokenTables:
 
 @struct.dataclass
 class Layer:
-    """Weights of one layer, or of several stacked on a leading L; missing parts are None."""
+    """Weights of one layer, or of several stacked on a leading L; missing parts are None. For
+    decoding q, k and v may be :class:`~dspark_jax.models.layers.Merged`."""
 
     input_norm_D: Any
     q_DNH: Any
@@ -300,21 +300,20 @@ def project(
     own = place.kind.attention
     table = shared.local if own.window else shared.full
     h_XD = _norm(x_XD, layer.input_norm_D, cfg)
-    q_XNH = project_heads(h_XD, layer.q_DNH)
+    q_XNH, k_XKH, v_XKH = project_heads(layer, h_XD)
     if layer.q_norm_H is not None:
         q_XNH = _norm(q_XNH, layer.q_norm_H, cfg)
     q_XNH = rotate(q_XNH, table)
     if own.reads is not None:
         return q_XNH, None, None
-    return q_XNH, *keys_values(layer, h_XD, table, cfg)
+    return q_XNH, *finish_kv(layer, k_XKH, v_XKH, table, cfg)
 
 
-def keys_values(
-    layer: Layer, h_XD: jax.Array, table: Table, cfg: Config
+def finish_kv(
+    layer: Layer, k_XKH: jax.Array, v_XKH: jax.Array | None, table: Table, cfg: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [X, K, H] of normalised inputs."""
-    k_XKH = project_heads(h_XD, layer.k_DKH)
-    v_XKH = k_XKH if layer.v_DKH is None else project_heads(h_XD, layer.v_DKH)
+    """Keys and values [X, K, H] after their products; values None are the keys."""
+    v_XKH = k_XKH if v_XKH is None else v_XKH
     if layer.k_norm_H is not None:
         k_XKH = _norm(k_XKH, layer.k_norm_H, cfg)
     if cfg.generation == 4:

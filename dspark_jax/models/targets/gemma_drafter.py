@@ -100,8 +100,8 @@ DRAFT_BLOCKS = DraftBlocks(
     project=lambda layer, x_XD, place, shared, cfg: gemma.project(
         layer, x_XD, place, shared, _layers_of(cfg)
     ),
-    inject=lambda layer, context_XD, place, shared, cfg: gemma.keys_values(
-        layer, context_XD, shared.full, _layers_of(cfg)
+    inject=lambda layer, k_XKH, v_XKH, place, shared, cfg: gemma.finish_kv(
+        layer, k_XKH, v_XKH, shared.full, _layers_of(cfg)
     ),
     finish=lambda layer, x_XD, attended_XNH, place, shared, cfg: gemma.finish(
         layer, x_XD, attended_XNH, place, shared, _layers_of(cfg)

@@ -21,8 +21,8 @@ from dspark_jax.models.layers import (
     Layer,
     declare_layers,
     declare_mlp,
+    finish_kv,
     finish_layer,
-    project_kv,
     project_qkv,
     rms_norm,
 )
@@ -213,9 +213,14 @@ _BLOCKS = Blocks(sections, enter, project, _finish, leave)
 
 
 def _inject(
-    layer: Layer, context_XD: jax.Array, place: Place, table: Table, cfg: TransformerConfig
+    layer: Layer,
+    k_XKH: jax.Array,
+    v_XKH: jax.Array,
+    place: Place,
+    table: Table,
+    cfg: TransformerConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    return project_kv(layer, context_XD, table, cfg)
+    return finish_kv(layer, k_XKH, v_XKH, table, cfg)
 
 
 def read_drafter(config: Mapping[str, Any]) -> dict[str, Any]:
