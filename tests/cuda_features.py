@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from dspark_jax.models.targets.llama import declare, encode
 from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.state import Batch, Frozen, TrainState, on_mesh
 from dspark_jax.training.step import train_step
-from tests import cuda_compile, cuda_round, hlo_bytes
+from tests import cuda_compile, hlo_bytes, round_floor
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def program_of(case: Case) -> tuple[Any, tuple[Any, ...]]:
     """A function, and its arguments as shapes; the first one of a step is donated."""
-    models = cuda_round.Case(layers=case.layers)
+    models = round_floor.Case(layers=case.layers)
     target = abstract_params(declare(models.target), jnp.bfloat16)
     token_BS = jax.ShapeDtypeStruct((case.sequences, case.length), jnp.int32)
     sizes = {"target_cfg": models.target, "cfg": models.drafter}
@@ -120,6 +121,9 @@ def _once(operands: list[str], result: str) -> float:
 
 def main() -> None:
     """The command of the module's docstring; a child compiles and tells its parent."""
+    problem = cuda_compile.problem()
+    if problem:
+        sys.exit(problem)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for field in dataclasses.fields(Case):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from tests import cuda_compile
-from tests.cuda_round import ROUNDS, Case, measure, recorded
+from tests.cuda_round import measure, recorded
+from tests.round_floor import ROUNDS, Case
 
 needs_compiler = pytest.mark.skipif(
     cuda_compile.problem() is not None, reason=str(cuda_compile.problem())
