@@ -8,8 +8,7 @@ Result: not run yet.
 
 The blocks are layers of Gemma 4 without a window: heads of 512 whose values are their keys, the
 soft cap on the logits before the sequential bias. A batch is the released one, 512 sequences of up
-to 4,096 tokens with 512 anchors each; where that does not fit, lower tokens_per_batch (a multiple
-of 4096).
+to 4,096 tokens with 512 anchors each; where that does not fit, set micro_batches.
 """
 
 from dspark_jax.config import TrainConfig

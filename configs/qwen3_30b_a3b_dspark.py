@@ -8,8 +8,8 @@ Result: not run yet.
 
 Nobody has released a drafter of this kind for it: the settings are those for the dense Qwen3
 models, five layers of the target's width with its dense MLP width of 6,144 and no experts. The
-weights of the target take 61 GB in bfloat16: set fsdp, so that devices share them, and lower
-tokens_per_batch (a multiple of 4096) where a batch does not fit.
+weights of the target take 61 GB in bfloat16: set fsdp, so that devices share them, and
+micro_batches where a batch does not fit.
 """
 
 from dspark_jax.config import TrainConfig

@@ -6,8 +6,9 @@ Data: the target's own answers (non-thinking, its recommended sampling) to the 1
 Hardware and time: not run yet.
 Result: not run yet.
 
-A batch is the released one, 512 sequences of up to 4,096 tokens with 512 anchors each. The step
-takes a batch at once: where that does not fit, lower tokens_per_batch (a multiple of 4096).
+A batch is the released one, 512 sequences of up to 4,096 tokens with 512 anchors each. Where
+a batch does not fit, set micro_batches (128 takes four sequences at a time) and, on NVIDIA GPUs
+from Hopper on, kernels="mosaic_gpu": the target's pass over four then takes 1.2 GB (4.2 on xla).
 """
 
 from dspark_jax.config import TrainConfig

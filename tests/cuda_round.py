@@ -2,10 +2,11 @@
 
     python -m tests.cuda_round --slots 8 --positions 1024 --layers 36 --tensor 8
 
-prints one line of JSON, with ``--top N`` after the N largest items. The models have the sizes of
+prints one line of JSON, with ``--top N`` after the N largest items; ``--record`` does so for all of
+``ROUNDS`` and keeps the figures in ``tests/data/cuda_rounds.json``. The models have the sizes of
 Qwen3-8B and of its released drafter, in bfloat16; ``--layers`` takes fewer. The program is the
-engine's own, with the form of the weights and of the state that the engine would use on a GPU.
-All figures are those of one device.
+engine's own, with the form of the weights and of the state that the engine has on a GPU. All
+figures are those of one device.
 
 Without a GPU XLA does not tune: most matrix products become untuned Triton fusions, where a GPU
 would choose cuBLAS for some. Bytes and launches differ then, usually downwards.
@@ -17,11 +18,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,97 +30,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from dspark_jax.axes import (
-    abstract_buffers,
-    abstract_params,
-    is_param,
-    make_mesh,
-    partition,
-)
-from dspark_jax.config import DrafterConfig
+from dspark_jax.axes import abstract_buffers, abstract_params, make_mesh
 from dspark_jax.engine import programs
-from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, make_decoder, state_config
-from dspark_jax.engine.inputs import Asks, RoundConfig, RoundInput
-from dspark_jax.engine.pages import Pages, pages_for
+from dspark_jax.engine.inputs import RoundConfig, RoundInput
+from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import HostPlan, round_input
-from dspark_jax.engine.state import StateConfig, declare_state
+from dspark_jax.engine.state import declare_state
 from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.targets.llama import Config as TargetConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels import dispatch
 from tests import cuda_compile, hlo_bytes
+from tests.round_floor import ROUNDS, Case, floor, kernel_bytes
 
-SIZES = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "max_positions": 40960,
-}
-FEATURE_LAYERS = (1, 9, 17, 25, 33)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One round.
-
-    Attributes:
-        slots, positions: of the state, of one data shard.
-        layers: of the target.
-        kernels: implementation of the operations.
-        tensor: devices over which heads, MLP and vocabulary are split.
-        draft: drafts that are verified for every slot; 0 for a round without a draft.
-        chunks, chunk_rows: pieces of prompts, and positions of each.
-        valid: share of the positions that the slots hold.
-        contiguous: whether every slot has room for all positions, in place of pages.
-        asks: of ``RoundConfig``.
-    """
-
-    slots: int = 8
-    positions: int = 1024
-    layers: int = 36
-    kernels: str = "mosaic_gpu"
-    tensor: int = 1
-    draft: int = 7
-    chunks: int = 0
-    chunk_rows: int = 32
-    valid: float = 0.5
-    contiguous: bool = False
-    asks: Asks = "greedy"
-
-    @property
-    def target(self) -> TargetConfig:
-        """Sizes of the target."""
-        return TargetConfig(**SIZES, num_layers=self.layers, qk_norm=True)
-
-    @property
-    def drafter(self) -> DrafterConfig:
-        """Sizes of the drafter; as many of its features as there are layers."""
-        features = tuple(layer for layer in FEATURE_LAYERS if layer < self.layers - 2)
-        return DrafterConfig(
-            **SIZES,
-            num_layers=5,
-            num_target_layers=self.layers,
-            target_layer_ids=features or (0,),
-            mask_token_id=151669,
-            markov_rank=256,
-            confidence=True,
-        )
-
-    @property
-    def config(self) -> EngineConfig:
-        """Of an engine with as many pages as its slots could need."""
-        pages = 0 if self.contiguous else self.slots * pages_for(self.positions)
-        return EngineConfig(chunk_rows=self.chunk_rows, pages=pages)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that are verified: anchors and drafts."""
-        return self.slots * (self.draft + 1)
+RECORD = Path(__file__).parent / "data" / "cuda_rounds.json"
 
 
 def measure(case: Case, top: int = 0) -> dict[str, Any]:
@@ -134,17 +57,16 @@ def measure(case: Case, top: int = 0) -> dict[str, Any]:
     Raises:
         RuntimeError: this machine cannot compile, or the round does not.
     """
-    given = json.dumps(dataclasses.asdict(case) | {"top": top})
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-        asked = "--child", given, folder
+        asked = "--child", json.dumps(dataclasses.asdict(case)), folder, str(top)
         said = cuda_compile.said_by_child("tests.cuda_round", *asked, flags=flags)
     found: dict[str, Any] = json.loads(said)
     return found
 
 
-def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_bytes.Item]]:
-    """What :func:`measure` gives, and all items; in a process of its own."""
+def compile_round(case: Case, dump: Path, top: int) -> dict[str, Any]:
+    """What :func:`measure` gives, in a process of its own; XLA writes to ``dump``."""
     # Nothing here runs: what the product asks of its device is asked of the H100s.
     dispatch.device_problem = lambda device=None: None
     jax.default_backend = lambda: "gpu"
@@ -184,7 +106,9 @@ def compile_round(case: Case, dump: Path) -> tuple[dict[str, Any], list[hlo_byte
         "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
         "compile_s": round(seconds, 1),
     }
-    return result, items
+    if top:
+        result["items"] = hlo_bytes.largest(items, top)
+    return result
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -233,73 +157,6 @@ def _given(case: Case, mesh: Mesh | None) -> RoundInput:
     return jax.tree.map(lambda leaf: _abstract(leaf, place), given)
 
 
-def floor(case: Case, mesh: Mesh | None) -> float:
-    """Bytes of one device that no round does without: each weight read once, but one row of an
-    embedding a token and the bias of a draft's tokens once for each of them, one after the other;
-    the valid keys and values; logits written and read."""
-    target, drafter = declare_target(case.target), declare_drafter(case.drafter)
-
-    def of(tree: Any, itemsize: int = 2) -> float:
-        leaves = jax.tree.leaves(tree, is_leaf=is_param)
-        return sum(itemsize * math.prod(_shard(leaf.axes, leaf.shape, mesh)) for leaf in leaves)
-
-    embeddings = of(target.vocab.embed_VD) + of(drafter.head.w1_ZR)
-    weights = of(target) + of(drafter) - embeddings
-    layers = case.target.num_layers + case.drafter.num_layers
-    caches = 2 * layers * valid_keys(case, case.slots)
-    logits = case.num_rows
-    if case.draft:
-        slots = case.drafter.block_size
-        weights += of(target.vocab.unembed_VD) + (slots - 1) * of(drafter.head.w2_RU)
-        logits += case.slots * slots
-    vocabulary = _shard("V", (SIZES["vocab_size"],), mesh)[0]
-    return weights + caches + 2 * 4 * logits * vocabulary
-
-
-def _shard(axes: str, shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
-    """The part of an array that one device holds."""
-    if mesh is None:
-        return shape
-    return NamedSharding(mesh, partition(axes, shape, mesh)).shard_shape(shape)
-
-
-def valid_keys(case: Case, slots: int) -> float:
-    """Bytes of the keys of one layer that some slots hold, on one device."""
-    heads = SIZES["num_kv_heads"] // case.tensor
-    return 2 * slots * heads * case.valid * case.positions * SIZES["head_dim"]
-
-
-def kernel_bytes(case: Case, form: StateConfig) -> Callable[[list[str], str], float]:
-    """What a Mosaic kernel moves: of a cache the valid part of one layer, for the slots whose
-    queries it has; everything else once."""
-    buffers = jax.tree.leaves(declare_state(form))
-    kept = [buffer for buffer in buffers if buffer.axes.endswith(("BKSH", "QKXH"))]
-    caches = {_one_layer(buffer.shape) for buffer in kept}
-    caches = {_split_heads(shape, case.tensor) for shape in caches}
-
-    def moved(operands: list[str], result: str) -> float:
-        shapes = [shape for operand in operands for _, shape in hlo_bytes.arrays(operand)]
-        held = [_one_layer(shape) in caches for shape in shapes]
-        queries = [s for s, cache in zip(shapes, held, strict=True) if len(s) == 4 and not cache]
-        slots = min([shape[0] for shape in queries] + [case.slots])
-        read = [
-            valid_keys(case, slots) if cache else hlo_bytes.num_bytes(operand)
-            for operand, cache in zip(operands, held, strict=True)
-        ]
-        return hlo_bytes.num_bytes(result) + sum(read)
-
-    return moved
-
-
-def _one_layer(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, K, S, H] of a cache, or of its pages; layers may be stacked."""
-    return shape[-4:]
-
-
-def _split_heads(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    return (shape[0], shape[1] // parts, *shape[2:])
-
-
 def arguments() -> argparse.Namespace:
     """Of the command line; one for every field of :class:`Case`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -309,29 +166,45 @@ def arguments() -> argparse.Namespace:
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--top", type=int, default=0, help="list so many of the largest items")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--record", action="store_true", help="all of ROUNDS, and keep them")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def recorded() -> dict[str, Any]:
+    """The last record."""
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def record() -> None:
+    """Compiles all of ``ROUNDS`` and writes the record."""
+    found = {}
+    for name, case in ROUNDS.items():
+        found[name] = measure(case)
+        print(name, json.dumps(found[name]), flush=True)
+    versions = {"jax": jax.__version__, "ptxas": cuda_compile.ptxas_version()}
+    about = {"architecture": "sm_90a", **versions, "rounds": found}
+    RECORD.write_text(json.dumps(about, indent=1) + "\n")
+
+
 def main() -> None:
+    """The command of the module's docstring; a child compiles and tells its parent."""
+    problem = cuda_compile.problem()
+    if problem:
+        sys.exit(problem)
     given = vars(arguments())
-    child, top = given.pop("child"), given.pop("top")
-    if child is None:
+    child, top, all_rounds = (given.pop(name) for name in ("child", "top", "record"))
+    if child is not None:
+        case, dump = json.loads(child[0]), Path(child[1])
+        print(json.dumps(compile_round(Case(**case), dump, int(child[2]))))
+    elif all_rounds:
+        record()
+    else:
         found = measure(Case(**given), top)
-        for line in found.pop("items"):
+        for line in found.pop("items", ()):
             print(line)
         print(json.dumps(found))
-        return
-    asked = json.loads(child[0])
-    top = asked.pop("top")
-    found, items = compile_round(Case(**asked), Path(child[1]))
-    items = sorted(items, key=lambda item: -item.bytes * item.times)[:top]
-    found["items"] = [
-        f"{item.bytes * item.times / 1e9:8.3f} GB = {item.times:4d} x {item.bytes / 1e6:9.2f} MB "
-        f"[{item.kind}] {item.label}"
-        for item in items
-    ]
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

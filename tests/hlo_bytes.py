@@ -274,6 +274,16 @@ def count(items: list[Item], kind: str) -> int:
     return sum(item.times for item in items if item.kind == kind)
 
 
+def largest(items: list[Item], top: int) -> list[str]:
+    """A line for each of the items that move most."""
+    found = sorted(items, key=lambda item: -item.bytes * item.times)[:top]
+    return [
+        f"{item.bytes * item.times / 1e9:8.3f} GB = {item.times:4d} x {item.bytes / 1e6:9.2f} MB "
+        f"[{item.kind}] {item.label}"
+        for item in found
+    ]
+
+
 Thunk = tuple[str, bool]  # what is launched, and whether a command buffer holds it
 
 
