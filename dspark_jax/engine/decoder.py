@@ -15,11 +15,12 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
+from dspark_jax.models.by_outputs import matrices_by_outputs
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.stacks import is_unstacked, unstack_layers
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.models.vocab import Vocab, by_columns, lm_head
+from dspark_jax.models.vocab import Vocab, head_by_outputs, lm_head
 from dspark_jax.scheduler.calibration import Calibration
 
 
@@ -28,8 +29,9 @@ class Decoder:
     """Weights in the form that decoding likes best, with their sizes.
 
     Attributes:
-        weights: on a single CPU device with unstacked layers (1.3x faster there) and the LM heads
-            by columns; elsewhere stacked, with heads by rows.
+        weights: on a single CPU device with unstacked layers (1.3x faster there) and the matrices
+            by their outputs (:mod:`~dspark_jax.models.by_outputs`); elsewhere stacked, by their
+            inputs.
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
@@ -76,13 +78,12 @@ def make_decoder(
             )
             vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
     elif jax.default_backend() == "cpu":
-        rows, columns = target_params.vocab, by_columns(target_params.vocab)
-        target_params = _unstacked(target_params).replace(vocab=columns)
+        rows, own = target_params.vocab, head_by_outputs(target_params.vocab)
+        target_params = matrices_by_outputs(_unstacked(target_params)).replace(vocab=own)
         if drafter_params is not None and vocab is not None:
-            drafter_params = _unstacked(drafter_params)
+            drafter_params = matrices_by_outputs(_unstacked(drafter_params))
             same_head = lm_head(vocab) is lm_head(rows)
-            by_rows = replace(columns, embed_VD=vocab.embed_VD) if same_head else vocab
-            vocab = by_columns(by_rows)
+            vocab = replace(own, embed_VD=vocab.embed_VD) if same_head else head_by_outputs(vocab)
     weights = Weights(target_params, drafter_params, vocab)
     return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
 

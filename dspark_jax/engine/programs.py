@@ -9,7 +9,7 @@ on all devices of a data shard; nothing is broadcast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from dspark_jax.axes import declared_shardings
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.state import DecodeState, StateConfig, admit, declare_state, move
-from pallas_kernels.dispatch import product_options
+from pallas_kernels.dispatch import program_options
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 _GIVEN_SPECS: dict[str, Any] = dict.fromkeys(RoundInput.__dataclass_fields__, BY_SLOT)
@@ -41,8 +41,7 @@ def round_program(
     if mesh is not None:
         split = _by_data(form, mesh)
         step = _by_shard(step, form, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
-    options = product_options(num_rows, *_other_rows(cfg, form, rows_per_chunk))
-    return jax.jit(step, donate_argnums=1, compiler_options=options)
+    return jax.jit(step, donate_argnums=1, compiler_options=program_options())
 
 
 def draft_program(
@@ -51,7 +50,7 @@ def draft_program(
     """``draft_ahead(weights, state, given, steps_per_s_T)``."""
     step = functools.partial(draft_ahead, cfg=cfg)
     if mesh is None:
-        return jax.jit(step)
+        return jax.jit(step, compiler_options=program_options())
     takes = EVERYWHERE, _by_data(form, mesh), GIVEN, EVERYWHERE
     sharded = _by_shard(step, form, mesh, takes, BY_SLOT)
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
@@ -70,14 +69,6 @@ def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeSt
         split = _by_data(form, mesh)
         step = _by_shard(step, form, mesh, (split, BY_SLOT), split)
     return jax.jit(step)
-
-
-def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Iterator[int]:
-    """Rows of a round's products beside those that are verified: of prompts and of the draft."""
-    if rows_per_chunk:
-        yield rows_per_chunk
-    if cfg.drafter is not None and cfg.num_draft:
-        yield form.num_slots * cfg.drafter.num_slots
 
 
 def _by_data(form: StateConfig, mesh: Mesh) -> DecodeState:
