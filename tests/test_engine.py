@@ -523,7 +523,7 @@ def test_configurations_that_do_not_fit_are_refused(changes, message):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("sizes", "policy"), [((2, 2), "delayed"), ((4, 2), "block"), ((8, 1), "causal")]
+    ("sizes", "policy"), [((8, 1), "delayed"), ((4, 2), "block"), ((2, 2), "causal")]
 )
 @pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
 def test_eight_devices_give_the_text_of_one(sizes, policy, acceptance, emulated_devices):

@@ -73,15 +73,14 @@ class Programs:
         """Compile everything, with a progress bar, until ``stop()``."""
         sizes = self.sizes()
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
-        for kind in reversed(self.kinds):  # the first serve everybody
-            todo += [(self._round, (shape, kind)) for size in sizes for shape in self.shapes(size)]
+        *narrower, widest = self.kinds  # which serves everybody
+        shapes = [shape for size in sizes for shape in self.shapes(size)]
+        todo += [(self._round, (shape, widest)) for shape in shapes]
         if self.policy.kind == "causal":
+            ahead = [kind for kind in self.kinds if kind != "filtered"]
             chunks = 0, *self.ladder.chunks
             todo += [
-                (self.draft, (size, n, kind))
-                for kind in self.kinds
-                for size in sizes
-                for n in chunks
+                (self.draft, (size, n, kind)) for size in sizes for n in chunks for kind in ahead
             ]
         todo += [(self.admit, (size,)) for size in sizes]
         todo += [
@@ -89,6 +88,7 @@ class Programs:
             for old, new in itertools.permutations(sizes, 2)
             if old.slots == new.slots or old.positions == new.positions
         ]
+        todo += [(self._round, (shape, kind)) for kind in narrower for shape in shapes]
         for program, args in progress(todo, desc="compile", unit="program"):
             if stop():
                 break
@@ -141,8 +141,8 @@ class Programs:
         return self._once((shape, kind), build)
 
     def draft(self, sizes: Sizes, num_chunks: int, asks: Asks = "greedy") -> Executable:
-        """``draft_ahead(weights, state, given, steps_per_s_T)``."""
-        kind = self._able(asks)[0]
+        """``draft_ahead(weights, state, given, steps_per_s_T)``; filters are the target's alone."""
+        kind = self._able("sampled" if asks == "filtered" else asks)[0]
         return self._once((sizes, num_chunks, kind), lambda: self._draft(sizes, num_chunks, kind))
 
     def admit(self, sizes: Sizes) -> Executable:
