@@ -31,7 +31,7 @@ def compiled(x_XI: jax.Array, w: ByOutputs) -> jax.stages.Compiled:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("rows", [1, 3, 6, ROWS, ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 6, ROWS, 2 * ROWS + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_are_those_of_the_matrix(rows: int, dtype: jnp.dtype) -> None:
     x_RI, w_IO = (jnp.asarray(part, dtype) for part in operands(rows, 257, 2**10))

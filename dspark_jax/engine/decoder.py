@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.axes import declared_shardings, partition
@@ -148,10 +149,19 @@ def state_config(
         num_positions,
         max(block + 1, config.chunk_rows * config.chunk_buckets[-1]),
         config.stop_ids,
-        (target.norm_D.dtype, None if drafter is None else drafter.norm_D.dtype),
+        (_cache_dtype(target, decoder), _cache_dtype(drafter, decoder)),
         (
             not is_unstacked(target.layers),
             drafter is not None and not is_unstacked(drafter.layers),
         ),
         config.pages,
     )
+
+
+def _cache_dtype(params: Any, decoder: Decoder) -> Any:
+    """Of keys and values; None without parameters. XLA has no writes into bfloat16 arrays for a CPU
+    and converts the whole cache there and back, so it is float32 there."""
+    if params is None:
+        return None
+    on_cpu = decoder.mesh is None and jax.default_backend() == "cpu"
+    return jnp.dtype(jnp.float32) if on_cpu else params.norm_D.dtype

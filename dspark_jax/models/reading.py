@@ -186,8 +186,8 @@ def _cache_attention(
     limit_T = jnp.where(rows.slot_T < num_slots, rows.position_T + 1, 0)
 
     def attention(q_TNH: jax.Array, cache: kv.KVCache, index: Any, own: Attention) -> jax.Array:
-        return ragged_attention(
-            q_TNH,
+        out_TNH = ragged_attention(
+            q_TNH.astype(cache.k[0].dtype),
             groups=groups,
             limit_T=limit_T,
             window=own.window or None,
@@ -196,6 +196,7 @@ def _cache_attention(
             implementation=kernels,
             **kv.attention_inputs(cache, index),
         )
+        return out_TNH.astype(q_TNH.dtype)
 
     return attention
 

@@ -227,17 +227,18 @@ def slot_hidden(
     limit_T = jnp.repeat(position_B, cfg.num_slots)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, place: Place) -> jax.Array:
+        dtype = context[place.stack].k[0].dtype
         out_TNH = ragged_attention(
-            q.reshape(-1, *q.shape[-2:]),
+            q.reshape(-1, *q.shape[-2:]).astype(dtype),
             groups=groups,
             limit_T=limit_T,
-            own=(k[:, 0], v[:, 0]),
+            own=(k[:, 0].astype(dtype), v[:, 0].astype(dtype)),
             window=place.kind.attention.window or None,
             scale=place.kind.attention.scale,
             implementation=kernels,
             **kv.attention_inputs(context[place.stack], place.index),
         )
-        return out_TNH.reshape(q.shape)
+        return out_TNH.reshape(q.shape).astype(q.dtype)
 
     anchor_BA, position_BA = anchor_B[:, None], position_B[:, None]
     keep_BA = jnp.ones(anchor_BA.shape, bool)
