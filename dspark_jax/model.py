@@ -25,7 +25,7 @@ from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
-from dspark_jax.engine.memory import complete
+from dspark_jax.engine.kernels import choose_kernels
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt, Request, key_of, seed_of, within_context
 from dspark_jax.engine.setting import setting_of
@@ -35,7 +35,7 @@ from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
 from dspark_jax.scheduler.profile import read_profile, write_profile
 from pallas_kernels import random
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Model:
     decoder: Decoder = dataclasses.field(repr=False)
     target: str
     drafter: str
-    kernels: Implementation = "xla"
+    kernels: Kernels = "auto"
 
     def generate(
         self,
@@ -176,7 +176,6 @@ class Model:
             kernels=self.kernels,
             slots=slots,
         )
-        config = complete(self.decoder, config)
         setting, profile = setting_of(self.decoder, config), None
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
         path = cache_directory() / "rounds" / f"{digest[:16]}.json"
@@ -212,7 +211,7 @@ def load(
     *,
     dtype: Any = "float32",
     mesh: Mesh | None = None,
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
     system: str = "",
     chat_template: bool = True,
     template_args: Mapping[str, Any] | None = None,
@@ -228,7 +227,8 @@ def load(
             for the default target and none for another.
         dtype: of the weights.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
-        kernels: the implementation of the operations of ``pallas_kernels``.
+        kernels: the implementation of the operations of ``pallas_kernels``; "auto" is the kernels
+            for GPUs wherever they can run.
         system: a system turn for prompts without one.
         chat_template: False reads prompts as plain text.
         template_args: arguments of the chat template, for instance ``{"enable_thinking": False}``.
@@ -255,7 +255,7 @@ def load(
     decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
-    return Model(decoder, found.name, name, kernels)
+    return Model(decoder, found.name, name, choose_kernels(decoder, kernels))
 
 
 def use_compilation_cache() -> None:

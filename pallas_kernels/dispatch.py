@@ -1,29 +1,36 @@
 """Names of implementations, and what this machine can run of them.
 
 ``xla`` is the meaning of an operation, complete on every device. ``mosaic_gpu`` is a Pallas kernel
-for NVIDIA GPUs. A name that is asked for runs or is refused: there is no silent fallback. All
-probing of versions and devices is in this file.
+for NVIDIA GPUs. A name that is asked for runs or is refused: there is no silent fallback. As a
+setting, ``auto`` leaves the choice to whoever knows the models. All probing of versions and devices
+is in this file.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Literal["xla", "mosaic_gpu"]
+Kernels = Literal["auto", "xla", "mosaic_gpu"]  # a setting
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 MOSAIC_JAX = (0, 11, 2)  # the first release whose Mosaic GPU interface the kernels are written for
 MOSAIC_CAPABILITY = 9.0  # Hopper: asynchronous copies by TMA
+MOSAIC_WIDTHS = 64, 128  # of heads
+MOSAIC_STEP = 64  # of cache lengths, in positions
 
-# XLA's library for a CPU's matrix products copies the weights in pieces that it likes better, and
-# the one behind it copies less: products of 5 rows, 60 pairs of 576 x 1536 float32 matrices on two
-# cores, take 33 and 24 ms (one row 15), and a round of 5 rows 0.94 of the time. Below 3 rows and
-# from 8 on the first is as fast or faster.
-FEW_ROWS = range(3, 8)
-_FEW_ROWS_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# XLA adds up several sums in one loop over vectors only where it may change the order of additions
+# everywhere: 60 pairs of 576 x 1536 float32 matrices times 5 rows take 20 ms on two cores with that
+# and 125 without. Values of exp, log, sin and the like stay as they are, and so do infinities.
+_CPU_OPTIONS: dict[str, Any] = {
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_prefer_vector_width": 512,
+}
 
 
 def check_name(implementation: str) -> None:
@@ -38,21 +45,36 @@ def check_name(implementation: str) -> None:
         )
 
 
-def product_options(*num_rows: int) -> dict[str, str]:
-    """How XLA is to compile a program whose matrix products have so many rows.
+def check_setting(kernels: str) -> None:
+    """Refuses what is no setting of ``kernels``.
+
+    Raises:
+        ValueError: with the names to choose from.
+    """
+    choices = get_args(Kernels)
+    if kernels not in choices:
+        raise ValueError(f"kernels is {kernels!r}: choose one of {', '.join(choices)}")
+
+
+def program_options() -> dict[str, Any]:
+    """How XLA is to compile a round.
 
     Returns:
         ``compiler_options`` of :func:`jax.jit`; empty where XLA's own choice is the best known.
     """
-    wanted = jax.default_backend() == "cpu" and all(rows in FEW_ROWS for rows in num_rows)
-    return dict(_FEW_ROWS_OPTIONS) if wanted and _options_are_known() else {}
+    return dict(_CPU_OPTIONS) if sums_are_fast() else {}
+
+
+def sums_are_fast() -> bool:
+    """Whether many sums at once are a loop over vectors under :func:`program_options`."""
+    return jax.default_backend() == "cpu" and _options_are_known()
 
 
 @functools.cache
 def _options_are_known() -> bool:
     """Whether this XLA has these options: they are no part of its interface."""
     try:
-        jax.jit(lambda x: x, compiler_options=_FEW_ROWS_OPTIONS).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
@@ -80,6 +102,33 @@ def device_problem(device: jax.Device | None = None) -> str | None:
         return (
             f"mosaic_gpu needs compute capability {MOSAIC_CAPABILITY} and {device.device_kind} "
             f"has {capability}: choose xla"
+        )
+    return None
+
+
+def attention_problem(
+    dtype: Any, head_dim: int, softcap: float | None, positions: Sequence[int]
+) -> str | None:
+    """What layers have that the attention kernels for GPUs have no form for; None for nothing.
+
+    Args:
+        dtype: of weights and caches.
+        head_dim: H.
+        softcap: of the scores; None for none.
+        positions: lengths of the caches.
+    """
+    if dtype != jnp.bfloat16:
+        return f"{jnp.dtype(dtype)} weights and mosaic_gpu takes bfloat16: choose that dtype or xla"
+    if head_dim not in MOSAIC_WIDTHS:
+        widths = " or ".join(map(str, MOSAIC_WIDTHS))
+        return f"heads of {head_dim} and mosaic_gpu takes {widths}: choose xla"
+    if softcap is not None:
+        return f"scores with a soft cap of {softcap}, which mosaic_gpu has no form for: choose xla"
+    uneven = [length for length in positions if length % MOSAIC_STEP]
+    if uneven:
+        return (
+            f"a cache of {uneven[0]} positions and mosaic_gpu reads {MOSAIC_STEP} at a time: give "
+            "multiples of that, or choose xla"
         )
     return None
 

@@ -153,6 +153,7 @@ def test_every_option_reaches_the_engine(dspark, write, monkeypatch):
 
     monkeypatch.setattr(model.Model, "engine_for", engine_for)
     monkeypatch.setattr(generate, "serve", serve)
+    monkeypatch.setattr(model, "choose_kernels", lambda decoder, asked: asked)
     file = write("prompts.jsonl", '{"prompt": "one"}\n{"prompt": "two"}\n')
     words = "--temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --max-new-tokens 9 "
     words += "--stop a --stop bc --dtype bfloat16 --policy threshold:0.25 --acceptance coupled "

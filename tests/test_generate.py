@@ -314,7 +314,7 @@ def test_a_vocabulary_in_shards_gives_the_text_of_one(d2t, options, acceptance, 
 
 
 def test_kernels_that_do_not_run_here_are_refused(target):
-    with pytest.raises(ValueError, match="choose one of xla, mosaic_gpu"):
+    with pytest.raises(ValueError, match="choose one of auto, xla, mosaic_gpu"):
         generate(make_decoder(target), [Request([1])], kernels="cuda")
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="kernels is 'mosaic_gpu': mosaic_gpu needs"):

@@ -163,8 +163,12 @@ def add_rule(command: argparse.ArgumentParser) -> None:
         default="rejection",
         help="lossless rule for drafts; the text under coupled is the same with any drafter",
     )
-    add("--kernels", choices=("xla", "mosaic_gpu"), default="xla", help="default %(default)s; "
-        "mosaic_gpu is for NVIDIA GPUs from Hopper on")  # fmt: skip
+    add(
+        "--kernels",
+        choices=("auto", "xla", "mosaic_gpu"),
+        default="auto",
+        help="default %(default)s: mosaic_gpu, for NVIDIA GPUs from Hopper on, where it can run",
+    )
 
 
 def add_filters(command: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from dspark_jax.engine.programs import (
     EVERYWHERE,
     GIVEN,
     admit_program,
+    block_shardings,
     draft_program,
     move_program,
     num_shards,
@@ -178,7 +179,8 @@ class Programs:
         return self._known[key].executable()
 
     def _config(self, num_draft: int, kind: Asks) -> RoundConfig:
-        policy = self.policy
+        policy, kernels = self.policy, self.config.kernels
+        assert kernels != "auto"  # whoever made the configuration has chosen
         return RoundConfig(
             target=self.decoder.target,
             drafter=self.decoder.drafter,
@@ -188,7 +190,7 @@ class Programs:
             acceptance=self.config.acceptance,
             lengths=policy.lengths if num_draft else None,
             draft_law=self.config.draft_law if num_draft else None,
-            kernels=self.config.kernels,
+            kernels=kernels,
             asks=kind,
         )
 
@@ -251,7 +253,12 @@ class Programs:
         if self.policy.kind == "causal" and shape.num_draft:
             make, parts, args = self._draft(shape.sizes, shape.num_chunks, self.kinds[0])
             block, _ = make(*parts).eval_shape(*args)
-            given = given.replace(block=jax.tree.map(self._by_slot, block))
+            if self.decoder.mesh is not None:
+                lies = block_shardings(*parts)
+                block = jax.tree.map(
+                    lambda leaf, sharding: leaf.update(sharding=sharding), block, lies
+                )
+            given = given.replace(block=block)
         return given
 
     def _draft(self, sizes: Sizes, num_chunks: int, kind: Asks) -> tuple[Any, ...]:
@@ -261,11 +268,6 @@ class Programs:
         parts = self._config(self.policy.num_draft, kind), self.form(sizes), self.decoder.mesh
         args = self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
         return draft_program, parts, args
-
-    def _by_slot(self, leaf: Any) -> jax.ShapeDtypeStruct:
-        mesh = self.decoder.mesh
-        sharding = None if mesh is None else NamedSharding(mesh, BY_SLOT)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def _state(self, sizes: Sizes) -> DecodeState:
         state: DecodeState = abstract_buffers(declare_state(self.form(sizes)), self.decoder.mesh)

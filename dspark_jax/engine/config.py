@@ -11,7 +11,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.policy import Policy
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 from pallas_kernels.ragged_attention.pages import PAGE
 
 POSITION_STEP = PAGE  # cache lengths are multiples of it
@@ -60,7 +60,8 @@ class EngineConfig:
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
             the calibration on (``temperatures.OnlineCalibration``).
-        kernels: the implementation of the operations of ``pallas_kernels``.
+        kernels: the implementation of the operations of ``pallas_kernels``; "auto" is the kernels
+            for GPUs wherever they can run (:func:`~dspark_jax.engine.kernels.choose_kernels`).
     """
 
     slots: int = 8
@@ -80,7 +81,7 @@ class EngineConfig:
     pages: int = 0
     min_tokens_per_s_user: float = 0.0
     recalibrate: bool = False
-    kernels: Implementation = "xla"
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         for field in ("slots", "positions", "queue", "stop_ids"):
@@ -104,7 +105,7 @@ class EngineConfig:
             "coupled",
         ):
             raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
-        dispatch.check_name(self.kernels)
+        dispatch.check_setting(self.kernels)
         for field in ("memory_bytes", "min_tokens_per_s_user"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")

@@ -15,12 +15,13 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
+from dspark_jax.models.by_outputs import matrices_by_outputs
 from dspark_jax.models.drafters.dspark import DrafterParams, MergedDrafter, declare_drafter
 from dspark_jax.models.merged import join_context, single_layers
 from dspark_jax.models.stacks import is_unstacked
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.models.vocab import Vocab, by_columns, lm_head
+from dspark_jax.models.vocab import Vocab, head_by_outputs, lm_head
 from dspark_jax.scheduler.calibration import Calibration
 
 
@@ -31,7 +32,7 @@ class Decoder:
     Attributes:
         weights: single layers, which on a CPU, too, are 1.3x faster than stacks. On GPUs and
             meshes matrices of one input are one (:mod:`~dspark_jax.models.merged`); on a single CPU
-            device they are not, which is as fast, but the LM heads are by columns.
+            device all matrices are by their outputs (:mod:`~dspark_jax.models.by_outputs`).
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
@@ -85,12 +86,12 @@ def make_decoder(
             drafter_params = MergedDrafter(**vars(drafter_params), context_DKJH=context)
         vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
     if on_cpu:
-        rows, columns = target_params.vocab, by_columns(target_params.vocab)
-        target_params = replace(target_params, vocab=columns)
+        rows, own = target_params.vocab, head_by_outputs(target_params.vocab)
+        target_params = replace(matrices_by_outputs(target_params), vocab=own)
+        drafter_params = matrices_by_outputs(drafter_params)
         if vocab is not None:
             same_head = lm_head(vocab) is lm_head(rows)
-            by_rows = replace(columns, embed_VD=vocab.embed_VD) if same_head else vocab
-            vocab = by_columns(by_rows)
+            vocab = replace(own, embed_VD=vocab.embed_VD) if same_head else head_by_outputs(vocab)
     weights = Weights(target_params, drafter_params, vocab)
     return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
 

@@ -37,7 +37,6 @@ from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile, learnt_profile
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape
-from pallas_kernels.dispatch import require_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,6 @@ class Engine:
         """
         decoder = model if isinstance(model, Decoder) else model.decoder
         config = config or EngineConfig()
-        require_kernels(config.kernels)
         self.config = config = complete(decoder, config)
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":

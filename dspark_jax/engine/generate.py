@@ -12,7 +12,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request, within_context
 from dspark_jax.rules import AcceptanceRule, Rule
 from dspark_jax.scheduler.profile import Profile
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 
 MOST_SLOTS = 32  # decoded at once, where nobody says how many
 POSITIONS = 512  # the lengths that states are made for are multiples of it
@@ -25,7 +25,7 @@ def generate(
     policy: str | Rule = "",
     acceptance: AcceptanceRule = "rejection",
     draft_law: Rule | None = None,
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
     slots: int = MOST_SLOTS,
     profile: Profile | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -69,7 +69,7 @@ def config_for(
     policy: str | Rule = "",
     acceptance: AcceptanceRule = "rejection",
     draft_law: Rule | None = None,
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
     slots: int = MOST_SLOTS,
 ) -> EngineConfig:
     """An engine that holds these requests in one state of one size, so that few programs are

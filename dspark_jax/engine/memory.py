@@ -8,6 +8,7 @@ import jax
 
 from dspark_jax.engine.config import EngineConfig, Ladder, make_ladder
 from dspark_jax.engine.decoder import Decoder, state_config, without_drafter
+from dspark_jax.engine.kernels import choose_kernels
 from dspark_jax.engine.pages import pages_for
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.state import declare_state, without_pages
@@ -19,21 +20,21 @@ SHARE = 0.9  # of the free memory of a GPU that an engine takes: what programs n
 
 
 def complete(decoder: Decoder, config: EngineConfig) -> EngineConfig:
-    """A configuration with what it leaves open: rows of a chunk, and how many pages there are.
+    """A configuration with what it leaves open: which kernels, rows of a chunk, how many pages.
 
     Args:
         decoder: models and mesh.
-        config: whose ``kernels`` are known to run; complete ones stay as they are.
+        config: a complete one stays as it is.
 
     Raises:
-        ValueError: the longest request does not fit into the pages, or they do not divide over the
-            data shards.
+        ValueError: the kernels that are asked for do not run here, the longest request does not fit
+            into the pages, or they do not divide over the data shards.
     """
     chunk_rows = config.chunk_rows or (32 if jax.default_backend() == "cpu" else 256)
-    paged = config.paged or bool(config.pages)
-    if config.paged is None:
-        paged = paged or config.kernels == "mosaic_gpu"
-    config = replace(config, chunk_rows=chunk_rows, paged=paged)
+    kernels = choose_kernels(decoder, config.kernels, config.position_buckets)
+    paged = bool(config.pages) or kernels == "mosaic_gpu"
+    paged = paged if config.paged is None else config.paged
+    config = replace(config, chunk_rows=chunk_rows, paged=paged, kernels=kernels)
     if not paged:
         return config
     policy, shards = make_policy(config.policy, decoder.drafter), num_shards(decoder.mesh)

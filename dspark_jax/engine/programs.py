@@ -9,13 +9,13 @@ on all devices of a data shard; nothing is broadcast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import declared_shardings
+from dspark_jax.axes import declared_shardings, partition
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.state import (
@@ -26,7 +26,8 @@ from dspark_jax.engine.state import (
     move,
     without_pages,
 )
-from pallas_kernels.dispatch import product_options
+from dspark_jax.models.drafters.heads import DraftBlock
+from pallas_kernels.dispatch import program_options
 
 BY_SLOT, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 _GIVEN_SPECS: dict[str, Any] = dict.fromkeys(RoundInput.__dataclass_fields__, BY_SLOT)
@@ -49,8 +50,7 @@ def round_program(
         declared = declare_state(form)
         split = _by_data(declared, mesh)
         step = _by_shard(step, declared, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
-    options = product_options(num_rows, *_other_rows(cfg, form, rows_per_chunk))
-    return jax.jit(step, donate_argnums=1, compiler_options=options)
+    return jax.jit(step, donate_argnums=1, compiler_options=program_options())
 
 
 def draft_program(
@@ -59,11 +59,21 @@ def draft_program(
     """``draft_ahead(weights, state, given, steps_per_s_T)``."""
     step = functools.partial(draft_ahead, cfg=cfg)
     if mesh is None:
-        return jax.jit(step)
+        return jax.jit(step, compiler_options=program_options())
     declared = declare_state(form)
     takes = EVERYWHERE, _by_data(declared, mesh), GIVEN, EVERYWHERE
     sharded = _by_shard(step, declared, mesh, takes, BY_SLOT)
-    return jax.jit(sharded, out_shardings=NamedSharding(mesh, BY_SLOT))
+    lies = block_shardings(cfg, form, mesh), NamedSharding(mesh, BY_SLOT)
+    return jax.jit(sharded, out_shardings=lies)
+
+
+def block_shardings(cfg: RoundConfig, form: StateConfig, mesh: Mesh) -> DraftBlock:
+    """Where drafts lie that are handed to a round: their logits in shards of the vocabulary."""
+    assert cfg.drafter is not None
+    shape = form.num_slots, cfg.drafter.block_size, cfg.drafter.sizes["U"]
+    by_slot = NamedSharding(mesh, BY_SLOT)
+    split: Any = NamedSharding(mesh, partition("BGU", shape, mesh))
+    return DraftBlock(by_slot, by_slot, split, by_slot)  # type: ignore[arg-type]
 
 
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:
@@ -80,14 +90,6 @@ def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeSt
         split = _by_data(declared, mesh)
         step = _by_shard(step, declared, mesh, (split, BY_SLOT), split)
     return jax.jit(step)
-
-
-def _other_rows(cfg: RoundConfig, form: StateConfig, rows_per_chunk: int) -> Iterator[int]:
-    """Rows of a round's products beside those that are verified: of prompts and of the draft."""
-    if rows_per_chunk:
-        yield rows_per_chunk
-    if cfg.drafter is not None and cfg.num_draft:
-        yield form.num_slots * cfg.drafter.num_slots
 
 
 def _by_data(declared: DecodeState, mesh: Mesh) -> DecodeState:

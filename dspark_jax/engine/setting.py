@@ -14,6 +14,7 @@ import jax
 from dspark_jax import __version__
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder
+from dspark_jax.engine.memory import complete
 
 
 def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
 
     Of the models that is their sizes: other weights of the same sizes cost the same.
     """
+    config = complete(decoder, config)
     setting: dict[str, Any] = {
         "device": device_name(),
         "mesh": None if decoder.mesh is None else str(dict(decoder.mesh.shape)),

@@ -28,7 +28,7 @@ from dspark_jax.evaluation.results import (
     served,
 )
 from dspark_jax.progress import progress
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 
 # What reports must share to be compared.
 SETTING = ("target", "prompts", "max_new_tokens", "acceptance", "seed", "device", "jax")
@@ -45,7 +45,7 @@ def bench_acceptance(
     seed: int = 0,
     batch: int = 8,
     acceptance: Literal["rejection", "coupled"] = "rejection",
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
 ) -> dict[str, Any]:
     """Decode all prompts at every temperature.
 

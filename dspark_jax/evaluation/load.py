@@ -37,7 +37,7 @@ from dspark_jax.evaluation.results import sound
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def bench_load(
     repeats: int = 5,
     requests_per_client: int = 2,
     acceptance: Literal["rejection", "coupled"] = "rejection",
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
 ) -> dict[str, Any]:
     """Serve the same prompts under every policy at every concurrency, several times.
 

@@ -34,7 +34,7 @@ from dspark_jax.evaluation.results import (
 )
 from dspark_jax.progress import progress
 from dspark_jax.scheduler.shape import Shape, Sizes
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Kernels
 
 REPLAYS = 8  # of a profile
 WARM_UP = 3  # prompts that are decoded before the clock starts
@@ -70,7 +70,7 @@ def bench_speed(
     repeats: int = 3,
     policy: str = "",
     acceptance: Literal["rejection", "coupled"] = "rejection",
-    kernels: Implementation = "xla",
+    kernels: Kernels = "auto",
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with drafts, several times, one at a time.
 

@@ -11,6 +11,7 @@ from flax import struct
 
 from dspark_jax.axes import Param, declare
 from dspark_jax.config import TransformerConfig
+from dspark_jax.models.by_outputs import ByOutputs, product
 from dspark_jax.models.rope import Table, rotate
 
 
@@ -125,9 +126,16 @@ def rms_norm(x_XD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return weight_D * (x32 * scale).astype(x_XD.dtype)
 
 
+def matmul(x_XI: jax.Array, w_IO: jax.Array | ByOutputs) -> jax.Array:
+    """``x @ w``, accumulated in float32, in the dtype of ``x_XI``."""
+    if isinstance(w_IO, ByOutputs):
+        return product(x_XI, w_IO).astype(x_XI.dtype)
+    return _matmul(x_XI, w_IO)
+
+
 @jax.custom_vjp
-def matmul(x_XI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """``x @ w``, accumulated in float32, in the dtype of ``x_XI``.
+def _matmul(x_XI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """:func:`matmul` with its derivative.
 
     Saying so matters on CPUs: XLA widens the operands of a bfloat16 product with a bfloat16 result,
     which is half as fast as this. Other devices accumulate like that in any case, and where a mesh
@@ -141,7 +149,7 @@ def matmul(x_XI: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 
 def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, Any]:
-    return matmul(x_XI, w_IO), (x_XI, w_IO)
+    return _matmul(x_XI, w_IO), (x_XI, w_IO)
 
 
 def _matmul_backward(kept: Any, slope_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -153,7 +161,7 @@ def _matmul_backward(kept: Any, slope_XO: jax.Array) -> tuple[jax.Array, jax.Arr
     return matmul(slope_XO, w_IO.T), gradient if widens else gradient.T
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project_qkv(
@@ -191,10 +199,15 @@ def project_kv(layer: Any, x_XD: jax.Array) -> tuple[Any, Any]:
     return k, v
 
 
-def project(x_XD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+def flat(w_X: jax.Array | ByOutputs, num_inputs: int) -> jax.Array | ByOutputs:
+    """A matrix of several axes as one of two, for :func:`matmul`."""
+    return w_X if isinstance(w_X, ByOutputs) else w_X.reshape(num_inputs, -1)
+
+
+def project(x_XD: jax.Array, w_DNH: jax.Array | ByOutputs) -> jax.Array:
     """[X, N, H] from a matrix product of two axes: with three, XLA copies the weights on a CPU
     (30 layers: 41 ms instead of 24)."""
-    out_XI = matmul(x_XD, w_DNH.reshape(w_DNH.shape[0], -1))
+    out_XI = matmul(x_XD, flat(w_DNH, x_XD.shape[-1]))
     return out_XI.reshape(*x_XD.shape[:-1], *w_DNH.shape[1:])
 
 
@@ -218,10 +231,10 @@ def cap(x_X: jax.Array, softcap: float | None) -> jax.Array:
     return x_X if softcap is None else softcap * jnp.tanh(x_X / softcap)
 
 
-def output(attended_XNH: jax.Array, o_NHD: jax.Array) -> jax.Array:
+def output(attended_XNH: jax.Array, o_NHD: jax.Array | ByOutputs) -> jax.Array:
     """The output projection of attention, [X, D]."""
     flat_XI = attended_XNH.reshape(*attended_XNH.shape[:-2], -1)
-    return matmul(flat_XI, o_NHD.reshape(flat_XI.shape[-1], -1))
+    return matmul(flat_XI, flat(o_NHD, flat_XI.shape[-1]))
 
 
 def add(x_X: jax.Array, bias: jax.Array | None) -> jax.Array:

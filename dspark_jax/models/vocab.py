@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dspark_jax.models.by_outputs import by_outputs, product
 from dspark_jax.models.layers import cap
 
 SUPPRESSED = -1e30  # finite, so that no product with it is not a number
@@ -23,7 +24,8 @@ class Vocab:
         unembed_VD: rows of the LM head; None where it is the embedding (tied). A drafter's own
             view of a reduced vocabulary holds the U rows of ``d2t_U`` here.
         d2t_U: int32 target ids of the draft vocabulary; None for all of V.
-        unembed_DV: the LM head by columns, in place of its rows (:func:`by_columns`).
+        outputs_DV: the LM head as a :class:`~dspark_jax.models.by_outputs.ByOutputs`, in place of
+            its rows (:func:`head_by_outputs`).
         embed_scale: of the embeddings, rounded to their dtype.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None leaves them.
     """
@@ -31,7 +33,7 @@ class Vocab:
     embed_VD: Any
     unembed_VD: Any = None
     d2t_U: Any = None
-    unembed_DV: Any = None
+    outputs_DV: Any = None
     embed_scale: float = struct.field(pytree_node=False, default=1.0)
     softcap: float | None = struct.field(pytree_node=False, default=None)
 
@@ -45,16 +47,15 @@ def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
 
 
 def lm_head(vocab: Vocab) -> jax.Array:
-    """Rows of the LM head [V, D] (or [U, D] under a reduced draft vocabulary)."""
-    if vocab.unembed_DV is not None:
-        return vocab.unembed_DV.T
+    """Rows of the LM head [V, D] (or [U, D] under a reduced draft vocabulary), but where it is a
+    :class:`~dspark_jax.models.by_outputs.ByOutputs`."""
     return vocab.embed_VD if vocab.unembed_VD is None else vocab.unembed_VD
 
 
 def unembed(vocab: Vocab, hidden_XD: jax.Array) -> jax.Array:
     """Logits [X, V] (or [X, U] under a reduced draft vocabulary), float32."""
-    if vocab.unembed_DV is not None:
-        logits_XV = jnp.matmul(hidden_XD, vocab.unembed_DV, preferred_element_type=jnp.float32)
+    if vocab.outputs_DV is not None:
+        logits_XV = product(hidden_XD, vocab.outputs_DV)
     else:
         logits_XV = jnp.einsum(
             "...d,vd->...v", hidden_XD, lm_head(vocab), preferred_element_type=jnp.float32
@@ -84,9 +85,9 @@ def suppress(
     return jnp.where(hidden_X, SUPPRESSED, logits_XV)
 
 
-def by_columns(vocab: Vocab) -> Vocab:
-    """The vocabulary with its LM head by columns, which a CPU multiplies a few rows with faster
-    (5 rows of SmolLM2: 3.9 ms instead of 5.0); a tied head becomes a second array."""
-    if vocab.unembed_DV is not None:
+def head_by_outputs(vocab: Vocab) -> Vocab:
+    """The vocabulary with its LM head in the form that a CPU decodes with; a tied head becomes a
+    second array."""
+    if vocab.outputs_DV is not None:
         return vocab
-    return vocab.replace(unembed_VD=None, unembed_DV=jnp.asarray(lm_head(vocab).T))  # type: ignore[attr-defined]
+    return vocab.replace(unembed_VD=None, outputs_DV=by_outputs(lm_head(vocab).T))  # type: ignore[attr-defined]

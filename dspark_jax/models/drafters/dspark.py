@@ -20,7 +20,7 @@ from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
-from dspark_jax.models.layers import matmul, project, project_kv, rms_norm
+from dspark_jax.models.layers import flat, matmul, project, project_kv, rms_norm
 from dspark_jax.models.merged import split_context
 from dspark_jax.models.reading import Cache, declare_caches
 from dspark_jax.models.stacks import (
@@ -114,7 +114,7 @@ def inject(
     """
     blocks = draft_blocks_of(cfg)
     flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FYD.dtype)
-    context_XD = matmul(flat_XI, drafter.fc_FYD.reshape(flat_XI.shape[-1], -1))
+    context_XD = matmul(flat_XI, flat(drafter.fc_FYD, flat_XI.shape[-1]))
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
     shared = blocks.shared(position_X, cfg)
 

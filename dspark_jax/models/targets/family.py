@@ -14,6 +14,7 @@ from flax import struct
 
 from dspark_jax.config import TargetConfig
 from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
 
 
@@ -57,6 +58,9 @@ class TargetFamily(Protocol):
 
     def declare(self, cfg: Any) -> TargetParams:
         """Declaration of every parameter, layers stacked, under its Hugging Face name."""
+
+    def sections(self, cfg: Any) -> Sections:
+        """The layers by their kinds, which all have an ``attention``."""
 
     def declare_cache(self, cfg: Any, room: Room) -> Any:
         """Declaration of what ``extend`` keeps: a tree of ``Buffer``, layers stacked. Every one has
