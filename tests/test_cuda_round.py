@@ -14,17 +14,24 @@ needs_compiler = pytest.mark.skipif(
 by_name = pytest.mark.parametrize("name", ROUNDS)
 # The shortest of all rounds with the longest text has little beside its weights.
 CLOSE, ELSEWHERE = 1.15, 1.3
-COLLECTIVES_OF_A_LAYER, OTHER_COLLECTIVES = 2, 6
+# Eight devices do not share the activations of many rows, which count in full, although what is of
+# a few MB stays in their L2.
+MANY_ROWS_ON_A_MESH = 2.2
+# Two sums a layer; one choice a drafted token, which the next one needs; then both embeddings and
+# the verdict.
+COLLECTIVES_OF_A_LAYER, OTHER_COLLECTIVES = 2, 3
 MORE_TEMPORARIES = 1.2  # than recorded: another jax may lay them out otherwise
 
 
 def check(case, found):
-    closest = (case.slots, case.positions) == (1, 8192)
-    assert found["ratio"] <= (CLOSE if closest else ELSEWHERE)
+    limit = CLOSE if (case.slots, case.positions) == (1, 8192) else ELSEWHERE
+    if case.tensor > 1 and case.slots > 1:
+        limit = MANY_ROWS_ON_A_MESH
+    assert found["ratio"] <= limit
     assert found["conditionals_outside"] == 0
     layers = case.target.num_layers + case.drafter.num_layers
-    assert found["collectives"] <= COLLECTIVES_OF_A_LAYER * layers + OTHER_COLLECTIVES
-    assert (found["collectives"] > 0) == (case.tensor > 1)
+    most = COLLECTIVES_OF_A_LAYER * layers + case.drafter.block_size + OTHER_COLLECTIVES
+    assert found["collectives"] <= (most if case.tensor > 1 else 0)
 
 
 @pytest.mark.smoke
