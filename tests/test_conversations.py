@@ -292,7 +292,7 @@ def test_one_object_over_several_lines_is_one_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(TEXT.encode()), "a gzip file, and not JSON lines: unpack it"),
+        (gzip.compress(TEXT.encode(), mtime=0), "a gzip file, and not JSON lines: unpack it"),
         (b"PK\x03\x04rest", "a zip file"),
         (b"PAR1\x00\x01", "a Parquet file, and not JSON lines: write its rows as JSON"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8{", "begins as UTF-16 and goes on"),

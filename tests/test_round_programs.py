@@ -12,11 +12,10 @@ from dspark_jax.axes import abstract_buffers, make_mesh
 from dspark_jax.engine import compiled, programs
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
-from dspark_jax.engine.inputs import ASKS, RoundConfig, RoundInput, Weights
+from dspark_jax.engine.inputs import ASKS, RoundConfig, RoundInput
 from dspark_jax.engine.plan import asked_by
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.state import StateConfig, declare_state
-from dspark_jax.models.stacks import is_unstacked, unstack_layers
 from dspark_jax.scheduler.shape import Sizes
 from tests import test_engine
 from tests.test_generate import DRAFTER, TARGET, drafter_of, target_of
@@ -29,7 +28,6 @@ def lower(asks, acceptance, num_slots, rows_per_slot=BLOCK + 1, mesh=None, **con
     target = target_of(dataclasses.replace(TARGET, vocab_size=64))
     drafter = drafter_of(target, vocab_size=64)
     weights = make_decoder(target, drafter, mesh=mesh).weights
-    weights = Weights(*map(unstacked, (weights.target, weights.drafter)), weights.vocab)
     dtypes = (weights.target.norm_D.dtype,) * 2
     form = StateConfig(target[0], drafter[0], num_slots, 64, 8, 2, dtypes, (False, False))
     cfg = RoundConfig(target[0], drafter[0], BLOCK, acceptance=acceptance, asks=asks, **config)
@@ -37,12 +35,6 @@ def lower(asks, acceptance, num_slots, rows_per_slot=BLOCK + 1, mesh=None, **con
     given = RoundInput(np.ones(num_slots, bool), None, np.ones((num_slots, BLOCK), np.float32))
     traced = program.trace(weights, abstract_buffers(declare_state(form), mesh), given)
     return traced.lower(lowering_platforms=None if mesh else ("cuda",))
-
-
-def unstacked(params):
-    if is_unstacked(params.layers):
-        return params
-    return params.replace(layers=unstack_layers(params.layers))
 
 
 @pytest.fixture
