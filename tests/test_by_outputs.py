@@ -1,6 +1,5 @@
 """Matrices by their outputs: the same products, in the form that a CPU decodes with."""
 
-import dataclasses
 import re
 
 import jax
@@ -104,6 +103,3 @@ def test_a_decoder_on_a_cpu_has_its_matrices_by_outputs() -> None:
     x_XI = jnp.ones((3, held.weight_OI.shape[1]))
     w_IO = params.layers[0].o_NHD[1].reshape(x_XI.shape[1], -1)
     np.testing.assert_allclose(matmul(x_XI, held), x_XI @ w_IO, atol=1e-5)
-    again = make_decoder((TARGET, decoder.weights.target))
-    assert again.weights.target.layers[0][1].o_NHD.weight_OI is held.weight_OI
-    assert dataclasses.is_dataclass(held)

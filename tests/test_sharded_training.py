@@ -91,7 +91,7 @@ def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, na
 @pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.full), "all"])
 def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_devices, name):
     """What the compiler's collectives carry along a (share of the) vocabulary is never wider than
-    a weight; and the vocabulary stays shared out."""
+    a weight; and the vocabulary stays shared out, but for the one table that all devices hold."""
     mesh = dataclasses.replace(recipe, **MESHES[name])
     ready = run.start_run(mesh, read_answered(mesh.data))
     batch = next(data.batches_from(ready.train_set, ready.recipe, 0))
@@ -108,7 +108,7 @@ def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_d
     vocabulary = [sizes for sizes in shapes if {SHARED.vocab_size, share} & set(sizes)]
     assert vocabulary  # the LM head is gathered over fsdp
     for sizes in vocabulary:
-        assert share in sizes
+        assert share in sizes or sizes[-1] <= recipe.drafter.markov_rank
         assert math.prod(sizes) <= share * SHARED.hidden_size, sizes
 
 
