@@ -108,7 +108,7 @@ def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_d
     vocabulary = [sizes for sizes in shapes if {SHARED.vocab_size, share} & set(sizes)]
     assert vocabulary  # the LM head is gathered over fsdp
     for sizes in vocabulary:
-        assert share in sizes or sizes[-1] <= recipe.drafter.markov_rank
+        assert share in sizes or sizes[-1] <= recipe.markov_rank
         assert math.prod(sizes) <= share * SHARED.hidden_size, sizes
 
 
