@@ -149,7 +149,7 @@ def tiny_target(cfg, *, stacked: bool, dtype=jnp.float32):
     target = map_params(draw, family_of(cfg).declare(cfg))
     if stacked:
         return target
-    layers = tuple(single_layers(stack, merge=True) for stack in target.layers)
+    layers = tuple(single_layers(stack) for stack in target.layers)
     return replace(target, layers=layers)
 
 

@@ -253,7 +253,7 @@ def test_a_drafted_block_is_the_one_of_training(stacked):
     drafter = jax.device_put(random_params(0, declare_drafter(DRAFTER)))
     vocab = random_params(1, declare_target(TARGET)).vocab
     if not stacked:
-        layers = tuple(single_layers(stack, merge=True) for stack in drafter.layers)
+        layers = tuple(single_layers(stack) for stack in drafter.layers)
         drafter = dataclasses.replace(drafter, layers=layers)
     rng = np.random.default_rng(2)
     declared = declare_context(DRAFTER, Room(3, 16, 4, jnp.float32))

@@ -160,9 +160,7 @@ def test_models_hand_their_caches_to_the_kernel(stand_in, stacked):
     )
     if not stacked:
         target, drafter = (
-            dataclasses.replace(
-                model, layers=tuple(single_layers(stack, merge=True) for stack in model.layers)
-            )
+            dataclasses.replace(model, layers=tuple(single_layers(stack) for stack in model.layers))
             for model in (target, drafter)
         )
     room = Room(2, 64, 8, jnp.float32)

@@ -31,9 +31,9 @@ class Decoder:
     """Weights in the form that decoding likes best, with their sizes.
 
     Attributes:
-        weights: single layers, which on a CPU, too, are 1.3x faster than stacks. On GPUs and
-            meshes matrices of one input are one (:mod:`~dspark_jax.models.merged`); on a single CPU
-            device all matrices are by their outputs (:mod:`~dspark_jax.models.by_outputs`).
+        weights: single layers, which on a CPU, too, are 1.3x faster than stacks, and whose matrices
+            of one input are one (:mod:`~dspark_jax.models.merged`); on a single CPU device by their
+            outputs (:mod:`~dspark_jax.models.by_outputs`).
         target, drafter: sizes; drafter None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
@@ -75,16 +75,14 @@ def make_decoder(
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
     on_cpu = mesh is None and jax.default_backend() == "cpu"
-    form = {"merge": not on_cpu, "donate": donate}
     given = target_params.vocab
     placed = _placed(target_params, family_of(target_cfg).declare(target_cfg), mesh)
-    target_params = _with_single_layers(placed, **form)
+    target_params = _with_single_layers(placed, donate)
     if drafter_cfg is not None and drafter_params is not None and vocab is not None:
         placed = _placed(drafter_params, declare_drafter(drafter_cfg), mesh)
-        context = () if on_cpu else tuple(map(join_context, placed.layers))
-        drafter_params = _with_single_layers(placed, **form)
-        if context:
-            drafter_params = MergedDrafter(**vars(drafter_params), context_DKJH=context)
+        context = tuple(map(join_context, placed.layers))
+        drafter_params = _with_single_layers(placed, donate)
+        drafter_params = MergedDrafter(**vars(drafter_params), context_DKJH=context)
         vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
     if on_cpu:
         rows, own = target_params.vocab, head_by_outputs(target_params.vocab)
@@ -107,8 +105,9 @@ def _placed(params: Any, declared: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(params, None if mesh is None else declared_shardings(declared, mesh))
 
 
-def _with_single_layers(params: Any, **form: bool) -> Any:
-    return replace(params, layers=tuple(single_layers(stack, **form) for stack in params.layers))
+def _with_single_layers(params: Any, donate: bool) -> Any:
+    layers = tuple(single_layers(stack, donate=donate) for stack in params.layers)
+    return replace(params, layers=layers)
 
 
 def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) -> Vocab:

@@ -36,6 +36,8 @@ _MATRICES: Mapping[str, int] = {
     "up_DM": 1,
     "down_MD": 1,
     "fc_FYD": 2,
+    "weight_DX": 1,
+    "context_DKJH": 1,
 }
 
 
@@ -71,7 +73,9 @@ def matrices_by_outputs(params: Any) -> Any:
         return params
 
     def changed(name: str, value: Any) -> Any:
-        if name not in _MATRICES or value is None or isinstance(value, ByOutputs):
+        if isinstance(value, tuple):
+            return tuple(changed(name, one) for one in value)
+        if name not in _MATRICES or not hasattr(value, "ndim"):
             return matrices_by_outputs(value)
         return by_outputs(value, _MATRICES[name])
 

@@ -45,14 +45,14 @@ _PRODUCTS: dict[tuple[str, ...], Join] = {
 }
 
 
-def single_layers(stack: Tree, *, merge: bool, donate: bool = False) -> tuple[Tree, ...]:
+def single_layers(stack: Tree, *, donate: bool = False) -> tuple[Tree, ...]:
     """The layers of a stack one by one; every array keeps its sharding, without L.
+
+    Matrices of one input become one (:class:`Merged`), on a mesh where they are split alike: not
+    with queries whose heads divide over the devices where key heads do not.
 
     Args:
         stack: weights of layers on a leading axis L, on their devices.
-        merge: whether matrices of one input become one (:class:`Merged`). On a mesh only those do
-            that are split alike: no queries whose heads divide over the devices where key heads do
-            not.
         donate: whether the stack is deleted, each of its arrays when the layers are cut out of it:
             memory then never holds more beside the model than one matrix of all layers. Otherwise
             it holds the layers twice, for as long as the caller keeps the stack.
@@ -76,7 +76,7 @@ def single_layers(stack: Tree, *, merge: bool, donate: bool = False) -> tuple[Tr
             return cut(_alone, tree)
         fields = {name: getattr(tree, name) for name in tree.__dataclass_fields__}
         merged: dict[str, Any] = {}
-        for names, join in _PRODUCTS.items() if merge else ():
+        for names, join in _PRODUCTS.items():
             parts = [fields[name] for name in names if fields.get(name) is not None]
             if len(parts) > 1 and len({_spec(part) for part in parts}) == 1:
                 merged |= dict.fromkeys(names) | {names[0]: Merged(cut(join, *parts))}
