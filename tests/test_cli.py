@@ -112,6 +112,7 @@ def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
     assert row["tokens_per_s"] == pytest.approx(24 / row["seconds"], rel=0.05)
 
 
+@pytest.mark.full
 def test_greedy_text_does_not_depend_on_drafts(dspark):
     rows = []
     for words in ("--drafter none", "--policy none", "--policy fixed:1", "--policy block", ""):

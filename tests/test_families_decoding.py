@@ -126,10 +126,8 @@ def test_ids_that_are_suppressed_are_in_no_text_and_in_no_draft():
     assert not set(sampled.token_ids) & set(target[0].suppressed)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"anchor_predicts": False}, pytest.param({"windows": (2, 3)}, marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("changes", [{"anchor_predicts": False}, {"windows": (2, 3)}])
 def test_drafts_of_other_blocks_change_no_text(changes):
     target = target_of(CONFIGS["llama"])
     assert texts(make_decoder(target, drafter_of(target, **changes))) == greedy_texts(target)

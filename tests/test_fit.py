@@ -448,6 +448,7 @@ def test_a_run_starts_from_another_drafter(recipe, whole, tmp_path):
         elsewhere(recipe, tmp_path, init_drafter=source, bigram_init=True)
 
 
+@pytest.mark.full
 def test_a_run_starts_from_a_shallower_drafter(recipe, whole, tmp_path):
     """New layers change nothing before they are trained; a shorter block is a part of it."""
     source, deep = str(whole / "drafter"), recipe.num_layers + 2

@@ -263,6 +263,7 @@ def test_a_rule_that_loses_the_law_is_seen_to_do_so():
     assert not any(result.lossless for result in results)
 
 
+@pytest.mark.full
 def test_a_policy_may_be_a_function(target):
     """All drafts or none, as the first confidence says: a gate, said otherwise."""
     decoder = make_decoder(target, drafter_of(target))

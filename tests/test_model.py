@@ -80,6 +80,7 @@ def test_a_stream_that_nobody_reads_on_ends(model):
     assert list(stream) == []
 
 
+@pytest.mark.full
 def test_a_model_serves_an_engine(model):
     requests, _ = model.requests(PROMPTS, max_new_tokens=6)
     config = dspark_jax.EngineConfig(slots=2, positions=60, chunk_buckets=(1,))

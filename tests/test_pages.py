@@ -169,6 +169,7 @@ def test_a_state_in_pages_has_one_size_and_few_programs():
         EngineConfig(paged=False, pages=3)
 
 
+@pytest.mark.full
 def test_rounds_of_a_state_in_pages_are_timed():
     config = dataclasses.replace(CONFIG, pages=2, row_buckets=(4,))
     profile = measure_profile(decoder(), config, replays=1)

@@ -138,6 +138,7 @@ def test_a_wider_program_serves_until_there_is_the_right_one(by_kinds):
                 served._programs._round(shape, "greedy")
 
 
+@pytest.mark.full
 def test_log_probabilities_are_those_of_a_cpus_program(by_kinds):
     served, ran = by_kinds
     request = dataclasses.replace(test_engine.requests()[0], logprobs=True)

@@ -119,7 +119,13 @@ def read_sizes(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("changes", [{}, {"updates_per_batch": 3, "sequences_per_update": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"updates_per_batch": 3, "sequences_per_update": 2}, marks=pytest.mark.full),
+    ],
+)
 def test_micro_batches_split_the_targets_pass_and_change_no_loss(
     frozen, batch, monkeypatch, changes
 ):

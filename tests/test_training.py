@@ -292,7 +292,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
     assert_same(found, jax.tree.map(lambda x: 2 * x, expected))
 
 
-@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("reduced", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_laws_computed_once_a_batch_change_nothing(
     frozen, params, batch, monkeypatch, reduced, micro_batches

@@ -178,6 +178,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 2**17)
 
 
+@pytest.mark.full
 def test_memory_hardly_grows_with_the_vocabulary(small_chunks):
     double = dataclasses.replace(SMALL, vocab_size=2 * SMALL.vocab_size)
     base = temporary_bytes(SMALL, 512, 64)
