@@ -175,7 +175,14 @@ def test_every_device_attends_for_its_own(emulated_devices, stand_in, batch, kv_
     assert stand_in == {each}
 
 
-def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stand_in):
+def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stand_in, monkeypatch):
+    from pallas_kernels.ragged_attention import mosaic_gpu, xla
+
+    def attend_groups(q_PCNH, k_LBKSH, v_LBKSH, layer, slot_P, limit_PC, page_BX, own, window):
+        caches = k_LBKSH[layer], v_LBKSH[layer]
+        return xla.attend_groups(q_PCNH, *caches, slot_P, limit_PC, own, window)
+
+    monkeypatch.setattr(mosaic_gpu, "attend_groups", attend_groups)  # of the target's pass
     target_cfg, cfg = (dataclasses.replace(cfg, num_kv_heads=2) for cfg in (TARGET, DRAFTER))
     recipe = TrainConfig(
         kernels="mosaic_gpu", num_anchors=4, block_size=cfg.block_size, max_length=16,
