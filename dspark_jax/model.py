@@ -262,6 +262,8 @@ def use_compilation_cache() -> None:
     """Keep compiled programs for later runs, unless the user has set another place."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        # The placing of weights is many programs of 30 ms each.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
 def cache_directory() -> Path:

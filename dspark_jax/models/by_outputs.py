@@ -10,6 +10,7 @@ them, and with one alone it waits, the longer the more rows there are.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -61,8 +62,12 @@ class ByOutputs:
 
 def by_outputs(w: jax.Array, num_inputs: int = 1) -> ByOutputs:
     """A matrix whose first ``num_inputs`` axes are inputs, by its outputs; a copy."""
-    w_IO = w.reshape(math.prod(w.shape[:num_inputs]), -1)
-    return ByOutputs(swap_halves(w_IO.T), w.shape)
+    return ByOutputs(_turn(w, math.prod(w.shape[:num_inputs])), w.shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # or each of its steps would be compiled
+def _turn(w: jax.Array, inputs: int) -> jax.Array:
+    return swap_halves(w.reshape(inputs, -1).T)
 
 
 def matrices_by_outputs(params: Any) -> Any:
