@@ -156,6 +156,8 @@ def test_an_interrupt_inside_a_round_reaches_whoever_waits_and_harms_nobody(monk
     check(streams, most_errors=0)
 
 
+# Python lets nobody see what is raised in the callback of a weak reference, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.full)])
 def test_interrupts_at_random_times_change_no_text(count):
     """Ctrl-C while requests are made and streams are read, again and again; whoever was interrupted
