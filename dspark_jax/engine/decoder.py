@@ -74,7 +74,7 @@ def make_decoder(
     """
     target_cfg, target_params = target
     drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
-    on_cpu = mesh is None and jax.default_backend() == "cpu"
+    on_cpu = _on_cpu(mesh)
     given = target_params.vocab
     placed = _placed(target_params, family_of(target_cfg).declare(target_cfg), mesh)
     target_params = _with_single_layers(placed, donate)
@@ -162,5 +162,9 @@ def _cache_dtype(params: Any, decoder: Decoder) -> Any:
     and converts the whole cache there and back, so it is float32 there."""
     if params is None:
         return None
-    on_cpu = decoder.mesh is None and jax.default_backend() == "cpu"
-    return jnp.dtype(jnp.float32) if on_cpu else params.norm_D.dtype
+    return jnp.dtype(jnp.float32) if _on_cpu(decoder.mesh) else params.norm_D.dtype
+
+
+def _on_cpu(mesh: Mesh | None) -> bool:
+    """Whether a single CPU device decodes."""
+    return mesh is None and jax.default_backend() == "cpu"

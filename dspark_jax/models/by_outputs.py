@@ -29,12 +29,8 @@ SUMS = 12  # at once, where two places do not need more: the fewer, the sooner i
 
 # Matrices of a model by their names, with the number of axes that are inputs.
 _MATRICES: Mapping[str, int] = {
-    "q_DNH": 1,
-    "k_DKH": 1,
-    "v_DKH": 1,
+    "q_DNH": 1,  # where it is alone
     "o_NHD": 2,
-    "gate_DM": 1,
-    "up_DM": 1,
     "down_MD": 1,
     "fc_FYD": 2,
     "weight_DX": 1,

@@ -4,10 +4,9 @@ Position ``p`` of slot ``b`` lives at ``[b, :, p]`` of a layer that sees everyth
 its own (:mod:`pallas_kernels.ragged_attention.pages`), so that memory follows the text and nothing
 moves when it grows; and at ``[b, :, p % S]`` of a layer with a sliding window, whose S positions
 are a ring. The functions here and ``ragged_attention`` are the only ones that know it. A cache is
-valid up to the length that the
-decode state names; whatever lies behind is garbage, overwritten before anyone attends to it. A ring
-has room for a window and for all that may lie behind a row when it attends, so that what was
-rejected never stands where something is still seen.
+valid up to the length that the decode state names; whatever lies behind is garbage, overwritten
+before anyone attends to it. A ring has room for a window and for all that may lie behind a row when
+it attends, so that what was rejected never stands where something is still seen.
 """
 
 from __future__ import annotations
@@ -184,8 +183,8 @@ def attention_inputs(cache: KVCache, layer: Any) -> dict[str, Any]:
     k, v = cache.k, cache.v
     if isinstance(k, tuple):
         k, v, layer = k[layer], v[layer], None
-    given = {"k_BKSH": k, "v_BKSH": v, "layer": layer, "heads_axis": heads_axis}
-    return given | {"page_BX": cache.page_BX}
+    where = {"layer": layer, "page_BX": cache.page_BX, "heads_axis": heads_axis}
+    return {"k_BKSH": k, "v_BKSH": v, **where}
 
 
 def _positions(cache: KVCache) -> int:

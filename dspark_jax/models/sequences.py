@@ -15,9 +15,9 @@ from pallas_kernels import devices
 from pallas_kernels.chunks import by_sequences
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
+from pallas_kernels.ragged_attention.pages import PAGE
 
 ATTENTION_ROWS = 128  # queries at a time
-KEY_STEP = 64  # what kernels read at a time
 
 
 def attend_causally(
@@ -116,7 +116,7 @@ def _attend_by_kernel(
     batch, length = q_BSNH.shape[:2]
 
     def cache(x_BSKH: jax.Array) -> jax.Array:
-        padding = ((0, 0), (0, -length % KEY_STEP), (0, 0), (0, 0))
+        padding = ((0, 0), (0, -length % PAGE), (0, 0), (0, 0))
         return jnp.swapaxes(jnp.pad(x_BSKH, padding), 1, 2)
 
     out_TNH = ragged_attention(
