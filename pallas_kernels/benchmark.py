@@ -193,7 +193,8 @@ def measure(work: Work, bytes_per_s: float, flops_per_s: float) -> Iterator[dict
 
 
 def _over_inputs(step: Callable[..., Any]) -> Callable[[list[tuple[Any, ...]]], Any]:
-    return jax.jit(lambda inputs: [step(*arguments) for arguments in inputs])
+    once = jax.jit(step)  # traced and lowered once for all inputs
+    return jax.jit(lambda inputs: [once(*arguments) for arguments in inputs])
 
 
 def _repeated(program: Callable[[Any], Any], argument: Any, calls: int) -> Callable[[], Any]:
