@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dspark_jax.models.drafters.table import DRAFTERS
 from dspark_jax.models.targets.table import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,16 @@ TARGETS = "dspark_jax.models.targets"
 MAY_SPELL_FAMILIES = {
     "dspark_jax.checkpoints.gguf_splits",
     "dspark_jax.checkpoints.gguf_tokenizer",
+}
+
+# Who may know one kind of drafter: layouts of files, and ways to start the training of one.
+MAY_KNOW_A_DRAFTER = {
+    "dspark_jax.checkpoints.deepspec",
+    "dspark_jax.checkpoints.speculators",
+    "dspark_jax.models.drafters",
+    "dspark_jax.training.bigram",
+    "dspark_jax.training.growth",
+    "dspark_jax.training.local_heads",
 }
 
 VAGUE_NAMES = {"base", "common", "helpers", "misc", "utils"}
@@ -254,6 +265,14 @@ def test_a_family_that_is_named_is_found(code):
 def test_documentation_and_published_names_may_say_what_they_like():
     assert not families_named('"""Llama."""\ndef f():\n    """Of qwen3."""\n')
     assert not families_named('architecture, rope = "Qwen3DSparkModel", "llama3"')
+
+
+@each_file(*PACKAGES)
+def test_drafters_are_reached_through_their_table(path):
+    if not is_within(name_of(path), MAY_KNOW_A_DRAFTER):
+        drafters = {module.__name__ for module in DRAFTERS}
+        for imported in imports_of(path):
+            assert not is_within(imported, drafters), imported
 
 
 @each_file(*PACKAGES, "configs", "tests")

@@ -17,7 +17,7 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
-from dspark_jax.models.drafters.dspark import block_hidden, declare_context, extend_context
+from dspark_jax.models.drafters.dspark import block_hidden, declare_context, observe
 from dspark_jax.models.drafters.heads import (
     MarkovHead,
     bias_logits,
@@ -144,7 +144,8 @@ def test_rounds(models, most):
         )
         want = of("context_features")
         np.testing.assert_allclose(feature.reshape(want.shape), want, **close)
-        context = extend_context(params, context, feature, rows.slot_T, rows.position_T, cfg)
+        text = tokens[None], jnp.array([start + 1])
+        context = observe(params, vocab, context, rows, feature, *text, cfg)
         seen = start
 
         anchor = tokens[start : start + 1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import HUB_ID
 from dspark_jax.checkpoints.speculators import save_speculators
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 
@@ -18,7 +18,7 @@ from dspark_jax.models.vocab import Vocab
 def save_layout(
     directory: Path,
     layout: str,
-    drafter: tuple[DrafterConfig, DrafterParams, Vocab],
+    drafter: tuple[DrafterConfig, Any, Vocab],
     target: tuple[str | Path, TargetConfig],
     trained_for: Mapping[str, str] | None = None,
     *,

@@ -27,7 +27,6 @@ from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_an
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
@@ -75,7 +74,7 @@ class Drafter:
     """
 
     cfg: DrafterConfig
-    params: DrafterParams
+    params: Any
     vocab: Vocab
     name: str
     directory: Path
@@ -205,7 +204,7 @@ def read_drafter(
     source: str | Path,
     mesh: Mesh | None = None,
     tokenizer: Any = None,
-) -> tuple[DrafterConfig, DrafterParams, Vocab | None, Path]:
+) -> tuple[DrafterConfig, Any, Vocab | None, Path]:
     """A drafter as its checkpoint holds it, dtype included, in whichever dialect.
 
     Args:

@@ -17,8 +17,8 @@ from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.by_outputs import matrices_by_outputs
-from dspark_jax.models.drafters.dspark import DrafterParams, MergedDrafter, declare_drafter
-from dspark_jax.models.merged import join_context, single_layers
+from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.models.merged import single_layers
 from dspark_jax.models.stacks import is_unstacked
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
@@ -54,7 +54,7 @@ class Decoder:
 
 def make_decoder(
     target: tuple[TargetConfig, TargetParams],
-    drafter: tuple[DrafterConfig, DrafterParams, Vocab] | None = None,
+    drafter: tuple[DrafterConfig, Any, Vocab] | None = None,
     tokenizer: Any = None,
     mesh: Mesh | None = None,
     calibration: Calibration | None = None,
@@ -77,12 +77,12 @@ def make_decoder(
     on_cpu = _on_cpu(mesh)
     given = target_params.vocab
     placed = _placed(target_params, family_of(target_cfg).declare(target_cfg), mesh)
-    target_params = _with_single_layers(placed, donate)
+    layers = tuple(single_layers(stack, donate=donate) for stack in placed.layers)
+    target_params = replace(placed, layers=layers)
     if drafter_cfg is not None and drafter_params is not None and vocab is not None:
-        placed = _placed(drafter_params, declare_drafter(drafter_cfg), mesh)
-        context = tuple(map(join_context, placed.layers))
-        drafter_params = _with_single_layers(placed, donate)
-        drafter_params = MergedDrafter(**vars(drafter_params), context_DKJH=context)
+        family = drafter_of(drafter_cfg)
+        placed = _placed(drafter_params, family.declare_drafter(drafter_cfg), mesh)
+        drafter_params = family.for_decoding(placed, donate=donate)
         vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
     if on_cpu:
         rows, own = target_params.vocab, head_by_outputs(target_params.vocab)
@@ -103,11 +103,6 @@ def without_drafter(decoder: Decoder) -> Decoder:
 def _placed(params: Any, declared: Any, mesh: Mesh | None) -> Any:
     """Parameters on their devices; what lies right already is not copied."""
     return jax.device_put(params, None if mesh is None else declared_shardings(declared, mesh))
-
-
-def _with_single_layers(params: Any, donate: bool) -> Any:
-    layers = tuple(single_layers(stack, donate=donate) for stack in params.layers)
-    return replace(params, layers=layers)
 
 
 def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) -> Vocab:

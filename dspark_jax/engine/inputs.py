@@ -9,7 +9,6 @@ import jax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
@@ -58,7 +57,7 @@ class Weights:
     """The weights of a round: target, drafter and the drafter's vocabulary (None without one)."""
 
     target: TargetParams
-    drafter: DrafterParams | None = None
+    drafter: Any = None
     vocab: Vocab | None = None
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from dspark_jax.engine.decoder import Decoder
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.stacks import map_stacks
-from dspark_jax.models.targets.table import draft_blocks_of, family_of
+from dspark_jax.models.targets.table import family_of
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Kernels
 
@@ -56,7 +57,7 @@ def _problems(decoder: Decoder, positions: Sequence[int]) -> Iterator[str]:
     target, drafter = decoder.weights.target, decoder.weights.drafter
     models = [("target", target.norm_D, family_of(decoder.target).sections(decoder.target))]
     if decoder.drafter is not None and drafter is not None:
-        sections = draft_blocks_of(decoder.drafter).sections(decoder.drafter)
+        sections = drafter_of(decoder.drafter).sections(decoder.drafter)
         models.append(("drafter", drafter.norm_D, sections))
     for name, norm_D, sections in models:
         for own in map_stacks(lambda stack: stack.kind.attention, sections):

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from dspark_jax import sampling
 from dspark_jax.engine import verify
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
-from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, inject_rows, read_rows
+from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, observe_rows, read_rows
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs
 from dspark_jax.models.cache import with_pages
-from dspark_jax.models.drafters.dspark import slot_hidden
-from dspark_jax.models.drafters.heads import DraftBlock, sample_block
+from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.vocab import suppress
 from dspark_jax.scheduler import schedule
 from dspark_jax.scheduler.temperatures import calibrated_confidence
@@ -69,7 +69,8 @@ def decode_round(
     token_BS, length_B = verify.commit_tokens(
         state.token_BS, state.length_B, draft_BG, accepted_B, acceptance.next_B, count_B
     )
-    context_cache = inject_rows(weights, state, feature_TFD, rows, chunks, cfg)
+    state = state.replace(token_BS=token_BS, length_B=length_B)  # type: ignore[attr-defined]
+    context_cache = observe_rows(weights, state, feature_TFD, rows, chunks, cfg)
 
     column_C = jnp.arange(cfg.num_draft + 1, dtype=jnp.int32)
     committed_BC = jnp.where(
@@ -90,8 +91,6 @@ def decode_round(
         confidence_logit_BG=None if block is None else block.confidence_logit_BG,
     )
     state = state.replace(  # type: ignore[attr-defined]
-        token_BS=token_BS,
-        length_B=length_B,
         active_B=state.active_B & ~stopped_B & finite_B & (length_B < state.stop_at_B),
         sampling=limits,
         target_cache=with_pages(target_cache, None),
@@ -167,15 +166,6 @@ def draft(
     assert weights.drafter is not None
     assert weights.vocab is not None
     vocab = weights.vocab
-    hidden_BGD = slot_hidden(
-        weights.drafter,
-        vocab,
-        anchor_B,
-        position_B,
-        state.context_cache,
-        cfg.drafter,
-        kernels=cfg.kernels,
-    )
 
     def law(logits_BU: jax.Array, slot: int) -> jax.Array:
         if cfg.draft_law is not None:
@@ -185,7 +175,17 @@ def draft(
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
         return draft_tokens(logits_BU, slot, state, position_B, vocab.d2t_U, cfg)
 
-    return sample_block(weights.drafter, vocab, hidden_BGD, anchor_B, choose, cfg.drafter, law)
+    return drafter_of(cfg.drafter).draft(
+        weights.drafter,
+        vocab,
+        state.context_cache,
+        anchor_B,
+        position_B,
+        choose,
+        law,
+        cfg.drafter,
+        kernels=cfg.kernels,
+    )
 
 
 def rank(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.cache import Rows
-from dspark_jax.models.drafters.dspark import extend_context
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import suppress, unembed
 from pallas_kernels.accept_block.rule import VerifyPlan
@@ -102,7 +102,7 @@ def _extend(
     )
 
 
-def inject_rows(
+def observe_rows(
     weights: Weights,
     state: DecodeState,
     feature_TFD: jax.Array,
@@ -110,14 +110,27 @@ def inject_rows(
     chunks: Rows | None,
     cfg: RoundConfig,
 ) -> Any:
-    """The drafter's context with the rows' features; those of rejected drafts are garbage that
-    the next round overwrites. None without a drafter."""
+    """The drafter's context with what the target has read; that of rejected drafts is garbage that
+    the next round overwrites. None without a drafter.
+
+    Args:
+        weights, rows, chunks, cfg: of the round.
+        state: with its committed tokens, this round's included.
+        feature_TFD: features of all rows.
+    """
     if cfg.drafter is None or weights.drafter is None:
         return state.context_cache
-    slot_T, position_T = rows.slot_T, rows.position_T
+    assert weights.vocab is not None
     if chunks is not None:
-        slot_T = jnp.concatenate([slot_T, chunks.slot_T.reshape(-1)])
-        position_T = jnp.concatenate([position_T, chunks.position_T.reshape(-1)])
-    return extend_context(
-        weights.drafter, state.context_cache, feature_TFD, slot_T, position_T, cfg.drafter
+        flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
+        rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
+    return drafter_of(cfg.drafter).observe(
+        weights.drafter,
+        weights.vocab,
+        state.context_cache,
+        rows,
+        feature_TFD,
+        state.token_BS,
+        state.length_B,
+        cfg.drafter,
     )

@@ -21,7 +21,7 @@ from dspark_jax.axes import Buffer, empty_buffers, unstacked
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.request import Request
 from dspark_jax.models.cache import KVCache, Room
-from dspark_jax.models.drafters.dspark import declare_context
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.sampling import Sampling
 
@@ -114,7 +114,9 @@ def declare_state(cfg: StateConfig) -> DecodeState:
             min_p_B=by_slot(jnp.float32),
         ),
         target_cache=cache(family_of(cfg.target).declare_cache, cfg.target, 0),
-        context_cache=None if drafter is None else cache(declare_context, drafter, 1),
+        context_cache=None
+        if drafter is None
+        else cache(drafter_of(drafter).declare_context, drafter, 1),
     )
 
 

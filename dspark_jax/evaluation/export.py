@@ -28,7 +28,6 @@ from dspark_jax.checkpoints.load import Target, load_target, read_drafter
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
@@ -154,7 +153,7 @@ def check_batch(target: Target, rendering: Rendering = PLAIN) -> Batch:
 
 
 def acceptance(
-    target: Target, cfg: DrafterConfig, params: DrafterParams, vocab: Vocab, batch: Batch
+    target: Target, cfg: DrafterConfig, params: Any, vocab: Vocab, batch: Batch
 ) -> np.ndarray:
     """Teacher-forced acceptance of a drafter by position of the block, in the target's dtype.
 
@@ -189,7 +188,7 @@ def acceptance(
 @partial(jax.jit, static_argnums=(4, 5))
 def _acceptance(
     target: TargetParams,
-    params: DrafterParams,
+    params: Any,
     vocab: Vocab,
     batch: Batch,
     target_cfg: TargetConfig,

@@ -23,9 +23,8 @@ import optax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters.dspark import DrafterParams, block_hidden, inject
-from dspark_jax.models.drafters.heads import block_codes, confidence_logit
+from dspark_jax.models.drafters.family import BlockOutputs
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.layers import matmul
 from dspark_jax.models.vocab import Vocab, lm_head, unembed
 from dspark_jax.training.anchors import BlockLabels
@@ -35,21 +34,6 @@ from pallas_kernels.chunks import chunk_sizes, join_chunks, split_chunks
 EPSILON = 1e-6
 # Logits of a chunk on a CPU: 8 MB, which its caches hold. 2 to 4 times more or fewer are slower.
 CPU_CHUNK_ELEMENTS = 2**21
-
-
-@struct.dataclass
-class BlockOutputs:
-    """What the drafter says of all blocks, short of the logits.
-
-    Attributes:
-        hidden_BAGD: backbone states.
-        code_BAGR: factors of the sequential head's bias, or None.
-        confidence_logit_BAG: float32, or None.
-    """
-
-    hidden_BAGD: jax.Array
-    code_BAGR: Any
-    confidence_logit_BAG: Any
 
 
 @struct.dataclass
@@ -66,7 +50,7 @@ class LossTerms:
 
 
 def draft_blocks(
-    drafter: DrafterParams,
+    drafter: Any,
     vocab: Vocab,
     feature_BSFD: jax.Array,
     labels: BlockLabels,
@@ -77,24 +61,9 @@ def draft_blocks(
     kernels: str = "xla",
 ) -> BlockOutputs:
     """Teacher-forced forward pass of all blocks of a batch of sequences; ``kernels`` names the
-    implementation of ``anchor_attention``."""
-    position_BS = jnp.broadcast_to(
-        jnp.arange(feature_BSFD.shape[1], dtype=jnp.int32), feature_BSFD.shape[:2]
-    )
-    injected = inject(drafter, feature_BSFD, position_BS, cfg)
-    context = tuple(kv.of_sequences(k, v) for k, v in injected)
-    first_BA = labels.previous_BAG[..., 0]
-    hidden_BAGD = block_hidden(
-        drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA, kernels=kernels
-    )
-    code = embedding = confidence = None
-    if drafter.head is not None:
-        code, embedding = block_codes(
-            drafter.head, labels.previous_BAG, hidden_BAGD, cfg.markov_head
-        )
-    if drafter.confidence is not None:
-        confidence = confidence_logit(drafter.confidence, hidden_BAGD, embedding, cfg)
-    return BlockOutputs(hidden_BAGD, code, confidence)
+    implementation of the operations of ``pallas_kernels``."""
+    given = feature_BSFD, labels.previous_BAG, anchor_BA, keep_BA
+    return drafter_of(cfg).train_blocks(drafter, vocab, *given, cfg, kernels=kernels)
 
 
 def draft_logits(base_XU: jax.Array, w2_RU: Any, code_XR: Any) -> jax.Array:
@@ -320,7 +289,7 @@ def confidence_metrics(
 
 
 def dspark_loss(
-    drafter: DrafterParams,
+    drafter: Any,
     vocab: Vocab,
     outputs: BlockOutputs,
     teacher: Teacher,

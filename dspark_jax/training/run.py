@@ -23,7 +23,7 @@ from dspark_jax.checkpoints.load import Target, open_target, read_drafter
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import unused_token
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import data
@@ -173,7 +173,7 @@ def starting_point(
     cfg: DrafterConfig,
     target: Target,
     train_set: Sequence[data.TokenSequence],
-) -> tuple[DrafterParams, np.ndarray | None]:
+) -> tuple[Any, np.ndarray | None]:
     """The drafter before the first step, float32, and its draft vocabulary ``d2t_U``.
 
     Raises:
@@ -218,9 +218,9 @@ def starting_point(
     return params, d2t_U
 
 
-def fresh_params(recipe: TrainConfig, cfg: DrafterConfig) -> DrafterParams:
+def fresh_params(recipe: TrainConfig, cfg: DrafterConfig) -> Any:
     """Random weights, float32."""
-    return init_params(jax.random.key(recipe.seed), declare_drafter(cfg))
+    return init_params(jax.random.key(recipe.seed), drafter_of(cfg).declare_drafter(cfg))
 
 
 def check_kernels(recipe: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import abstract_params, declared_shardings, partition
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
@@ -31,12 +31,12 @@ class TrainState:
     """
 
     step: jax.Array
-    params: DrafterParams
+    params: Any
     optimizer: Any
     average: Any = None
 
     @property
-    def result(self) -> DrafterParams:
+    def result(self) -> Any:
         """The weights to evaluate and to export."""
         return self.params if self.average is None else self.average
 
@@ -82,7 +82,7 @@ def step_shardings(
     over the data and fsdp axes.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    declared = declare_drafter(cfg)
+    declared = drafter_of(cfg).declare_drafter(cfg)
     params = declared_shardings(declared, mesh)
     moments = optax.tree.map_params(
         optimizer,
@@ -120,7 +120,7 @@ class Layout:
     gather the weights.
 
     Attributes:
-        params: in the form of ``DrafterParams``.
+        params: in the form of the drafter's weights.
         frozen: in the form of ``Frozen``; but the target's layers stay as they lie.
         layer: of one of these, gathered when its turn comes; for every stack.
     """
@@ -132,7 +132,7 @@ class Layout:
 
 def make_layout(target_cfg: TargetConfig, cfg: DrafterConfig, mesh: Mesh) -> Layout:
     """The layout of a step on a mesh."""
-    params = declared_shardings(declare_drafter(cfg), mesh, unused=("fsdp",))
+    params = declared_shardings(drafter_of(cfg).declare_drafter(cfg), mesh, unused=("fsdp",))
     frozen = frozen_shardings(target_cfg, cfg, mesh, unused=("fsdp",))
     layers = frozen.target.layers
     layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)

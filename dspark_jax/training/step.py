@@ -12,7 +12,6 @@ import optax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
 from dspark_jax.models.stacks import is_whole
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
@@ -68,7 +67,7 @@ def choose_blocks(
 
 
 def blocks_loss(
-    params: DrafterParams,
+    params: Any,
     frozen: Frozen,
     blocks: Blocks,
     totals: LossTotals,
@@ -107,7 +106,7 @@ def blocks_loss(
 
 
 def blocks_gradient(
-    params: DrafterParams,
+    params: Any,
     frozen: Frozen,
     blocks: Blocks,
     cfg: DrafterConfig,
@@ -115,7 +114,7 @@ def blocks_gradient(
     layout: Layout | None = None,
     law_TU: jax.Array | None = None,
     read: Callable[[Batch], TargetOutputs] | None = None,
-) -> tuple[DrafterParams, dict[str, jax.Array]]:
+) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other.
 
     ``read`` gives the target's outputs of a part, where they are yet to be read.
@@ -293,7 +292,7 @@ def train_step(
     share = min(recipe.sequences_per_update or size, size)
     laps = -(-recipe.updates_per_batch * share // size)
 
-    def update(carry: tuple[DrafterParams, Any, Any], index: jax.Array) -> Any:
+    def update(carry: tuple[Any, Any, Any], index: jax.Array) -> Any:
         params, optimizer_state, average = carry
         lap, part = index, seen
         if share < size:
@@ -339,7 +338,7 @@ def _are_finite(each: dict[str, jax.Array]) -> jax.Array:
 
 
 def evaluation_step(
-    params: DrafterParams,
+    params: Any,
     frozen: Frozen,
     batch: Batch,
     target_cfg: TargetConfig,

@@ -19,12 +19,20 @@ from flax import struct
 from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters.heads import declare_confidence_head, declare_markov_head
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law
+from dspark_jax.models.drafters.heads import (
+    DraftBlock,
+    declare_confidence_head,
+    declare_markov_head,
+    sample_block,
+    teach_heads,
+)
 from dspark_jax.models.layers import flat, matmul, project, project_kv, rms_norm
-from dspark_jax.models.merged import split_context
+from dspark_jax.models.merged import join_context, single_layers, split_context
 from dspark_jax.models.reading import Cache, declare_caches
 from dspark_jax.models.stacks import (
     Place,
+    Sections,
     Stack,
     is_unstacked,
     loop_layers,
@@ -37,6 +45,8 @@ from dspark_jax.models.vocab import Vocab, embed
 from pallas_kernels.anchor_attention.api import SAVED, anchor_attention
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
+
+Config = DrafterConfig
 
 # What a training step keeps of a layer for the backward pass: results of matrix products. All
 # else, several times as large, is cheap to compute again.
@@ -76,6 +86,18 @@ class MergedDrafter(DrafterParams):
     """
 
     context_DKJH: tuple[Any, ...] = ()
+
+
+def for_decoding(drafter: DrafterParams, *, donate: bool) -> MergedDrafter:
+    """``DrafterFamily.for_decoding``."""
+    context = tuple(map(join_context, drafter.layers))
+    layers = tuple(single_layers(stack, donate=donate) for stack in drafter.layers)
+    return MergedDrafter(**{**vars(drafter), "layers": layers}, context_DKJH=context)
+
+
+def sections(cfg: DrafterConfig) -> Sections:
+    """The layers by their kinds."""
+    return draft_blocks_of(cfg).sections(cfg)
 
 
 def declare_drafter(cfg: DrafterConfig) -> DrafterParams:
@@ -138,24 +160,26 @@ def inject(
     return tuple(keys_values(number, stack) for number, stack in enumerate(stacks))
 
 
-def extend_context(
+def observe(
     drafter: DrafterParams,
+    vocab: Vocab,
     context: Cache,
+    rows: kv.Rows,
     feature_TFD: jax.Array,
-    slot_T: jax.Array,
-    position_T: jax.Array,
+    token_BS: jax.Array,
+    length_B: jax.Array,
     cfg: DrafterConfig,
 ) -> Cache:
-    """The context cache with T positions injected at (slot, position); padding is dropped."""
+    """``DrafterFamily.observe``: injects the rows at their slots and positions."""
 
     def write(stack: Stack, cache: kv.KVCache, new: tuple[Any, Any]) -> kv.KVCache:
         for index, (k, v) in enumerate(zip(*new, strict=True)):
             window = stack.kind.attention.window
-            cache = kv.write(cache, index, slot_T, position_T, k, v, window)
+            cache = kv.write(cache, index, rows.slot_T, rows.position_T, k, v, window)
         return cache
 
     stacks = stacks_of(draft_blocks_of(cfg).sections(cfg))
-    return tuple(map(write, stacks, context, inject(drafter, feature_TFD, position_T, cfg)))
+    return tuple(map(write, stacks, context, inject(drafter, feature_TFD, rows.position_T, cfg)))
 
 
 def block_hidden(
@@ -203,6 +227,47 @@ def block_hidden(
         )
 
     return _backbone(drafter, vocab, anchor_BA, position_BA, keep_BA, attend, cfg)
+
+
+def train_blocks(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    feature_BSFD: jax.Array,
+    previous_BAG: jax.Array,
+    anchor_BA: jax.Array,
+    keep_BA: jax.Array,
+    cfg: DrafterConfig,
+    *,
+    kernels: str,
+) -> BlockOutputs:
+    """``DrafterFamily.train_blocks``."""
+    position_BS = jnp.broadcast_to(
+        jnp.arange(feature_BSFD.shape[1], dtype=jnp.int32), feature_BSFD.shape[:2]
+    )
+    injected = inject(drafter, feature_BSFD, position_BS, cfg)
+    context = tuple(kv.of_sequences(k, v) for k, v in injected)
+    first_BA = previous_BAG[..., 0]
+    hidden_BAGD = block_hidden(
+        drafter, vocab, first_BA, anchor_BA, context, cfg, keep_BA, kernels=kernels
+    )
+    return BlockOutputs(hidden_BAGD, *teach_heads(drafter, previous_BAG, hidden_BAGD, cfg))
+
+
+def draft(
+    drafter: DrafterParams,
+    vocab: Vocab,
+    context: Cache,
+    anchor_B: jax.Array,
+    position_B: jax.Array,
+    choose: Choose,
+    law: Law,
+    cfg: DrafterConfig,
+    *,
+    kernels: str,
+) -> DraftBlock:
+    """``DrafterFamily.draft``."""
+    hidden_BGD = slot_hidden(drafter, vocab, anchor_B, position_B, context, cfg, kernels=kernels)
+    return sample_block(drafter, vocab, hidden_BGD, anchor_B, choose, cfg, law)
 
 
 def slot_hidden(

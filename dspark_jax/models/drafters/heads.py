@@ -167,6 +167,22 @@ def confidence_logit(
     return logit[..., 0].astype(jnp.float32)
 
 
+def teach_heads(
+    drafter: Any, previous_XG: jax.Array, hidden_XGD: jax.Array, cfg: DrafterConfig
+) -> tuple[Any, Any]:
+    """What the heads say of blocks whose tokens are known.
+
+    Returns:
+        code_XGR of :func:`block_codes`, and float32 confidence_logit_XG; None without such a head.
+    """
+    code = embedding = confidence = None
+    if drafter.head is not None:
+        code, embedding = block_codes(drafter.head, previous_XG, hidden_XGD, cfg.markov_head)
+    if drafter.confidence is not None:
+        confidence = confidence_logit(drafter.confidence, hidden_XGD, embedding, cfg)
+    return code, confidence
+
+
 def sample_block(
     drafter: Any,
     vocab: Vocab,
