@@ -242,17 +242,33 @@ def add(x_X: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x_X if bias is None else x_X + bias
 
 
-def gated_mlp(
-    mlp: Mlp, x_XD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+def gated(
+    gate_XM: jax.Array,
+    up_XM: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    limit: float | None = None,
 ) -> jax.Array:
-    """``down(activation(gate(x)) * up(x))``."""
+    """``activation(gate) * up``, of a gate of at most ``limit``, and an ``up`` within it on both
+    sides."""
+    if limit is not None:
+        gate_XM, up_XM = jnp.minimum(gate_XM, limit), jnp.clip(up_XM, -limit, limit)
+    return activation(gate_XM) * up_XM
+
+
+def gated_mlp(
+    mlp: Mlp,
+    x_XD: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    limit: float | None = None,
+) -> jax.Array:
+    """``down(activation(gate(x)) * up(x))``; ``limit`` as in :func:`gated`."""
     if isinstance(mlp.gate_DM, Merged):
         out_XMJ = project(x_XD, mlp.gate_DM.weight_DX)
         gate_XM, up_XM = out_XMJ[..., 0], out_XMJ[..., 1]
     else:
         gate_XM, up_XM = matmul(x_XD, mlp.gate_DM), matmul(x_XD, mlp.up_DM)
     gate_XM, up_XM = add(gate_XM, mlp.gate_bias_M), add(up_XM, mlp.up_bias_M)
-    return add(matmul(activation(gate_XM) * up_XM, mlp.down_MD), mlp.down_bias_D)
+    return add(matmul(gated(gate_XM, up_XM, activation, limit), mlp.down_MD), mlp.down_bias_D)
 
 
 def finish_layer(
