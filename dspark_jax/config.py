@@ -135,7 +135,7 @@ class DrafterConfig(TransformerConfig):
         mask_token_id: the token that fills the block behind its anchor.
         target_layer_ids: strictly increasing feature layers; l is the residual stream after
             decoder layer l, -1 the embedding output.
-        num_target_layers: layers of the target; its last layer is not a feature layer.
+        num_target_layers: layers of the target.
         markov_rank: rank of the sequential head, 0 for none.
         markov_head: which sequential head.
         confidence: whether there is a confidence head.
@@ -170,28 +170,29 @@ class DrafterConfig(TransformerConfig):
         ids = self.target_layer_ids
         if not ids or any(b <= a for a, b in itertools.pairwise(ids)):
             raise ValueError(f"target_layer_ids {ids} must be strictly increasing and not empty")
-        if ids[0] < -1 or ids[-1] > self.num_target_layers - 2:
+        if ids[0] < -1 or ids[-1] > self.last_feature:
             raise ValueError(
-                f"target_layer_ids {ids} must lie in -1..{self.num_target_layers - 2}: the last "
-                f"of the target's {self.num_target_layers} layers is not a feature layer"
+                f"target_layer_ids {ids} must lie in -1..{self.last_feature}, the feature layers "
+                f"of a target of {self.num_target_layers}"
             )
         if not 1 <= self.block_size < self.max_positions:
-            raise ValueError(
-                f"block_size {self.block_size} must lie in 1..{self.max_positions - 1}: a block "
-                "stands behind its anchor in the context"
-            )
+            most = self.max_positions - 1
+            raise ValueError(f"block_size {self.block_size} must lie in 1..{most}, in the context")
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank {self.markov_rank} must be 0 (no head) or positive")
         if self.markov_head not in (heads := ("vanilla", "gated", "rnn")):
             raise ValueError(f"markov_head {self.markov_head!r} must be one of {heads}")
         if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(
-                f"mask_token_id {self.mask_token_id} must lie in the vocabulary, "
-                f"0..{self.vocab_size - 1}"
-            )
+            most = self.vocab_size - 1
+            raise ValueError(f"mask_token_id {self.mask_token_id} must lie in 0..{most}, an id")
         draft = self.draft_vocab_size
         if draft is not None and not 0 < draft <= self.vocab_size:
             raise ValueError(f"draft_vocab_size {draft} must lie in 1..{self.vocab_size}")
+
+    @property
+    def last_feature(self) -> int:
+        """The last feature layer there can be: here the target's last layer is none."""
+        return self.num_target_layers - 2
 
     @property
     def num_slots(self) -> int:

@@ -109,8 +109,12 @@ OPTIONAL = {"matplotlib"}
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"
-# llama.cpp names its pre-tokenizers after the models that had them first.
+# llama.cpp names its pre-tokenizers after the models that had them first; drafters inside the
+# checkpoints of a family are made of its layers.
 MAY_SPELL_FAMILIES = {
+    "dspark_jax.models.drafters.deepseek_v4",
+    "dspark_jax.models.drafters.deepseek_v4_mtp",
+    "dspark_jax.models.drafters.table",
     "dspark_jax.checkpoints.gguf_splits",
     "dspark_jax.checkpoints.gguf_tokenizer",
 }

@@ -62,8 +62,11 @@ def draft_blocks(
 ) -> BlockOutputs:
     """Teacher-forced forward pass of all blocks of a batch of sequences; ``kernels`` names the
     implementation of the operations of ``pallas_kernels``."""
+    train_blocks = drafter_of(cfg).train_blocks
+    if train_blocks is None:
+        raise ValueError("a drafter of this kind cannot be trained or exported: name another")
     given = feature_BSFD, labels.previous_BAG, anchor_BA, keep_BA
-    return drafter_of(cfg).train_blocks(drafter, vocab, *given, cfg, kernels=kernels)
+    return train_blocks(drafter, vocab, *given, cfg, kernels=kernels)
 
 
 def draft_logits(base_XU: jax.Array, w2_RU: Any, code_XR: Any) -> jax.Array:

@@ -39,6 +39,35 @@ class BlockOutputs:
     confidence_logit_BAG: Any
 
 
+class TrainBlocks(Protocol):
+    """A drafter over all blocks of a batch of whole sequences."""
+
+    def __call__(
+        self,
+        drafter: Any,
+        vocab: Vocab,
+        feature_BSFD: jax.Array,
+        previous_BAG: jax.Array,
+        anchor_BA: jax.Array,
+        keep_BA: jax.Array,
+        cfg: Any,
+        *,
+        kernels: str,
+    ) -> BlockOutputs:
+        """What it says where it is told the true tokens.
+
+        Args:
+            drafter: weights, layers stacked; its ``head`` is the sequential head.
+            vocab: the drafter's vocabulary.
+            feature_BSFD: the target's features.
+            previous_BAG: int32 true tokens before each slot's prediction, the anchor first.
+            anchor_BA: int32 positions of the anchors.
+            keep_BA: False marks a dummy block.
+            cfg: sizes.
+            kernels: the implementation of the operations of ``pallas_kernels``.
+        """
+
+
 class DrafterFamily(Protocol):
     """The functions of a family; ``cfg`` is always of its ``Config``, ``drafter`` its weights."""
 
@@ -112,27 +141,6 @@ class DrafterFamily(Protocol):
             kernels: the implementation of the operations of ``pallas_kernels``.
         """
 
-    def train_blocks(
-        self,
-        drafter: Any,
-        vocab: Vocab,
-        feature_BSFD: jax.Array,
-        previous_BAG: jax.Array,
-        anchor_BA: jax.Array,
-        keep_BA: jax.Array,
-        cfg: Any,
-        *,
-        kernels: str,
-    ) -> BlockOutputs:
-        """Teacher-forced forward pass of all blocks of a batch of whole sequences.
-
-        Args:
-            drafter: weights, layers stacked; its ``head`` is the sequential head.
-            vocab: the drafter's vocabulary.
-            feature_BSFD: the target's features.
-            previous_BAG: int32 true tokens before each slot's prediction, the anchor first.
-            anchor_BA: int32 positions of the anchors.
-            keep_BA: False marks a dummy block.
-            cfg: sizes.
-            kernels: the implementation of the operations of ``pallas_kernels``.
-        """
+    @property
+    def train_blocks(self) -> TrainBlocks | None:
+        """Teacher-forced forward pass; None for drafters that are not trained."""

@@ -20,6 +20,7 @@ from flax import struct
 
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig
+from dspark_jax.models.layers import add
 from dspark_jax.models.vocab import Vocab, unembed
 
 
@@ -38,7 +39,7 @@ class ConfidenceHead:
     """Weights of the confidence head, ``c_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b)``."""
 
     w_IO: Any
-    bias_O: Any
+    bias_O: Any  # None for none
 
 
 @struct.dataclass
@@ -58,8 +59,9 @@ class DraftBlock:
     confidence_logit_BG: Any
 
 
-def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
-    """Declaration of the sequential head; None where ``markov_rank`` is 0."""
+def declare_markov_head(cfg: DrafterConfig, prefix: str = "") -> MarkovHead | None:
+    """Declaration of the sequential head; None where ``markov_rank`` is 0. Its names in a file have
+    the prefix."""
     if not cfg.markov_rank:
         return None
     rank = cfg.markov_rank
@@ -71,26 +73,28 @@ def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
             "I": cfg.hidden_size + (rank if gated else 2 * rank),
             "O": rank if gated else 3 * rank,
         }
-        name = "markov_head." + ("gate_proj" if gated else "joint_proj")
+        name = f"{prefix}markov_head." + ("gate_proj" if gated else "joint_proj")
         mix = declare("IO", sizes, f"{name}.weight", out="O")
         mix_bias = declare("O", sizes, f"{name}.bias", out="O", init="zeros")
     return MarkovHead(
-        w1_ZR=declare("ZR", looked_up, "markov_head.markov_w1.weight", init="embed"),
-        w2_RU=declare("RU", cfg.sizes, "markov_head.markov_w2.weight", out="U"),
+        w1_ZR=declare("ZR", looked_up, f"{prefix}markov_head.markov_w1.weight", init="embed"),
+        w2_RU=declare("RU", cfg.sizes, f"{prefix}markov_head.markov_w2.weight", out="U"),
         mix_IO=mix,
         mix_bias_O=mix_bias,
     )
 
 
-def declare_confidence_head(cfg: DrafterConfig) -> ConfidenceHead | None:
-    """Declaration of the confidence head; None where the drafter has none."""
+def declare_confidence_head(
+    cfg: DrafterConfig, prefix: str = "", *, biased: bool = True
+) -> ConfidenceHead | None:
+    """Declaration of the confidence head; None where the drafter has none. Its names in a file have
+    the prefix."""
     if not cfg.confidence:
         return None
     sizes = {"I": cfg.hidden_size + (cfg.markov_rank if cfg.confidence_with_markov else 0), "O": 1}
-    return ConfidenceHead(
-        w_IO=declare("IO", sizes, "confidence_head.proj.weight", out="O"),
-        bias_O=declare("O", sizes, "confidence_head.proj.bias", out="O", init="zeros"),
-    )
+    name = f"{prefix}confidence_head.proj"
+    bias_O = declare("O", sizes, f"{name}.bias", out="O", init="zeros") if biased else None
+    return ConfidenceHead(declare("IO", sizes, f"{name}.weight", out="O"), bias_O)
 
 
 def start_state(head: MarkovHead | None, lead: tuple[int, ...]) -> Any:
@@ -163,7 +167,8 @@ def confidence_logit(
     if cfg.confidence_with_markov and embedding_XR is not None:
         parts.append(embedding_XR)
     inputs_XI = jnp.concatenate(parts, axis=-1)
-    logit = jnp.matmul(inputs_XI, head.w_IO, preferred_element_type=jnp.float32) + head.bias_O
+    logit = jnp.matmul(inputs_XI, head.w_IO, preferred_element_type=jnp.float32)
+    logit = add(logit, head.bias_O)
     return logit[..., 0].astype(jnp.float32)
 
 
@@ -191,6 +196,7 @@ def sample_block(
     choose: Callable[[jax.Array, int], jax.Array],
     cfg: DrafterConfig,
     law: Callable[[jax.Array, int], jax.Array] = lambda logits_BU, slot: logits_BU,
+    seen_BGD: jax.Array | None = None,
 ) -> DraftBlock:
     """Draft a block left to right: bias, token, confidence (paper, section 3.2).
 
@@ -203,15 +209,17 @@ def sample_block(
             against (greedy, from the draft stream, or from the coupled noise field).
         cfg: sizes.
         law: ``(logits_BU, slot) -> logits_BU``, other laws to draw from.
+        seen_BGD: states that the heads see in place of those of the LM head.
 
     Returns:
         The block; its token at slot k was drawn from ``logits_BGU[:, k]`` after temperature.
     """
     base_BGU = unembed(vocab, hidden_BGD)
+    seen_BGD = hidden_BGD if seen_BGD is None else seen_BGD
     previous_B, state_BR = anchor_B, start_state(drafter.head, anchor_B.shape)
     tokens, indices, laws, confidences = [], [], [], []
     for slot in range(hidden_BGD.shape[1]):
-        hidden_BD, logits_BU, embedding_BR = hidden_BGD[:, slot], base_BGU[:, slot], None
+        hidden_BD, logits_BU, embedding_BR = seen_BGD[:, slot], base_BGU[:, slot], None
         if drafter.head is not None:
             state_BR, code_BR, embedding_BR = head_step(
                 drafter.head, state_BR, previous_B, hidden_BD, cfg.markov_head
