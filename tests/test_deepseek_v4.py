@@ -1,7 +1,6 @@
 """DeepSeek-V4 against the inference program that ships with its checkpoints."""
 
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -9,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.checkpoints.tensors import read_params, renamed
-from dspark_jax.checkpoints.weight_files import read_tensors
+from dspark_jax.checkpoints.hf import load_hf_target
 from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.stacks import loop_layers
 from dspark_jax.models.targets import deepseek_v4 as family
 from dspark_jax.models.targets import deepseek_v4_entries as entries
 from dspark_jax.models.targets import deepseek_v4_layers as layers
-from dspark_jax.models.targets.deepseek_v4_names import declared_name
 from dspark_jax.models.vocab import unembed
 
 GOLDEN = Path(__file__).parent / "data" / "deepseek_v4"
@@ -25,9 +22,7 @@ TOLERANCE = {"atol": 2e-4, "rtol": 0}  # of the golden: its two programs differ 
 
 @functools.cache
 def checkpoint():
-    cfg = family.config(json.loads((GOLDEN / "checkpoint" / "config.json").read_text()))
-    tensors = renamed(read_tensors(GOLDEN / "checkpoint"), declared_name)
-    return cfg, read_params(family.declare(cfg), tensors, jnp.float32)
+    return load_hf_target(GOLDEN / "checkpoint", jnp.float32)
 
 
 @functools.cache
@@ -53,12 +48,13 @@ def trace():
             mix = streams.mix(layer.attention_mixing, x, cfg.streams)
             u = layers.rms_norm(streams.join(mix, x), layer.attention_norm_D, cfg.rms_norm_eps)
 
-            def attend(*inputs):
-                return family._attend_causally(layer, kind, cfg, table_of[1], *inputs), None
+            def attend(inputs):
+                return family._attend_causally(layer, kind, inputs, table, cfg), None
 
             out["after"], _ = layers.read_layer(layer, x, token_BS, table, cfg, attend)
             latent, q = layers.queries(layer.heads, u, table, cfg)
-            seen, _ = attend(u, latent, q, layers.keys(layer.heads, u, table, cfg))
+            key = layers.keys(layer.heads, u, table, cfg)
+            seen, _ = attend(layers.Inputs(u, latent, q, key))
             out["attn_out"] = layers.output(layer.heads, seen, table)
             # The mixing around the experts, from the recorded output of the attention on.
             x = streams.part(mix, x, attended_LBSD[number])
@@ -73,9 +69,8 @@ def trace():
                 index = family.entries_of(layer.indexer.compressor, u, kind, cfg)
                 visible = entries.complete(position_S, index.shape[1], kind)[None]
                 out["index_keys"] = index
-                out["selected"] = entries.choose(
-                    layer.indexer, u, latent, index, visible, table, cfg
-                )
+                queries = entries.index_queries(layer.indexer, u, latent, table, cfg)
+                out["selected"] = entries.choose(*queries, index, visible, cfg.index_top)
             found.append(out)
             return number + 1
 

@@ -86,36 +86,36 @@ def complete(position_X: jax.Array, num_entries: int, kind: Kind) -> jax.Array:
     return (window_S + 1) * kind.ratio <= position_X[..., None] + 1
 
 
-def choose(
-    indexer: Indexer,
-    u_PCD: jax.Array,
-    latent_PCI: jax.Array,
-    key_PSH: jax.Array,
-    visible_PCS: jax.Array,
-    table: Table,
-    cfg: Config,
-) -> jax.Array:
-    """The visible entries that rows attend to, bool [P, C, S]: the best by the indexer's score.
+def index_queries(
+    indexer: Indexer, u_XD: jax.Array, latent_XI: jax.Array, table: Table, cfg: Config
+) -> tuple[jax.Array, jax.Array]:
+    """The queries of an indexer [X, N, H], rotated, and float32 weights of their heads [X, N].
 
     Args:
         indexer: weights.
-        u_PCD, latent_PCI: normed inputs and queries' latent of C rows of P groups.
-        key_PSH: the indexer's own entries of every group.
-        visible_PCS: those that are complete.
-        table: RoPE at the rows' positions.
+        u_XD, latent_XI: normed inputs and queries' latent of some rows.
+        table: RoPE at their positions.
         cfg: sizes.
     """
-    num_entries = key_PSH.shape[1]
-    if num_entries <= cfg.index_top:
-        return visible_PCS
-    q_PCXH = rotate_pairs(project(latent_PCI, indexer.query_IXH), table)
-    head_PCX = jnp.matmul(u_PCD.astype(jnp.float32), indexer.head_DX, precision="highest")
-    head_PCX *= (cfg.index_dim * cfg.index_heads) ** -0.5
-    score_PCXS = jnp.einsum("pcxh,psh->pcxs", q_PCXH, key_PSH, preferred_element_type=jnp.float32)
-    score_PCS = jnp.einsum("pcx,pcxs->pcs", head_PCX, jax.nn.relu(score_PCXS), precision="highest")
+    q_XNH = rotate_pairs(project(latent_XI, indexer.query_IXH), table)
+    head_XN = jnp.matmul(u_XD.astype(jnp.float32), indexer.head_DX, precision="highest")
+    return q_XNH, head_XN * (cfg.index_dim * cfg.index_heads) ** -0.5
+
+
+def choose(
+    q_PCNH: jax.Array, head_PCN: jax.Array, key_PSH: jax.Array, visible_PCS: jax.Array, count: int
+) -> jax.Array:
+    """The entries that rows attend to, bool [P, C, S]: the best of the visible ones.
+
+    Args:
+        q_PCNH, head_PCN: of :func:`index_queries`, of C rows of P groups.
+        key_PSH: the indexer's own entries of every group.
+        visible_PCS: those that are complete.
+        count: how many are chosen, where there are more.
+    """
+    score_PCNS = jnp.einsum("pcnh,psh->pcns", q_PCNH, key_PSH, preferred_element_type=jnp.float32)
+    score_PCS = jnp.einsum("pcn,pcns->pcs", head_PCN, jax.nn.relu(score_PCNS), precision="highest")
     score_PCS = jnp.where(visible_PCS, score_PCS, -jnp.inf)
-    _, best_PCK = jax.lax.top_k(score_PCS, cfg.index_top)
-    chosen_PCS = jnp.put_along_axis(
-        jnp.zeros(score_PCS.shape, bool), best_PCK, True, axis=-1, inplace=False
-    )
-    return chosen_PCS & visible_PCS
+    _, best_PCK = jax.lax.top_k(score_PCS, count)
+    none_PCS = jnp.zeros(score_PCS.shape, bool)
+    return visible_PCS & jnp.put_along_axis(none_PCS, best_PCK, True, axis=-1, inplace=False)

@@ -130,9 +130,19 @@ class Layer:
     shared: Mlp
 
 
-# (normed inputs [X, D], latent [X, I], queries [X, N, H], key [X, H]) -> what the rows attend to
-# [X, N, H], and anything else.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+@struct.dataclass
+class Inputs:
+    """What attention is given of some rows: normed inputs, the queries' latent, queries and the
+    key, both rotated."""
+
+    u_XD: jax.Array
+    latent_XI: jax.Array
+    q_XNH: jax.Array
+    key_XH: jax.Array
+
+
+# -> what the rows attend to [X, N, H], and anything else.
+Attend = Callable[[Inputs], tuple[jax.Array, Any]]
 
 
 def declare_layers(cfg: Config, kind: Kind, layers: range, prefix: str = "layers") -> Layer:
@@ -224,8 +234,8 @@ def read_layer(
     """
     mix = streams.mix(layer.attention_mixing, x_XJD, cfg.streams)
     u_XD = rms_norm(streams.join(mix, x_XJD), layer.attention_norm_D, cfg.rms_norm_eps)
-    latent_XI, q_XNH = queries(layer.heads, u_XD, table, cfg)
-    out_XNH, more = attend(u_XD, latent_XI, q_XNH, keys(layer.heads, u_XD, table, cfg))
+    key_XH = keys(layer.heads, u_XD, table, cfg)
+    out_XNH, more = attend(Inputs(u_XD, *queries(layer.heads, u_XD, table, cfg), key_XH))
     x_XJD = streams.part(mix, x_XJD, output(layer.heads, out_XNH, table))
     mix = streams.mix(layer.mlp_mixing, x_XJD, cfg.streams)
     u_XD = rms_norm(streams.join(mix, x_XJD), layer.mlp_norm_D, cfg.rms_norm_eps)
