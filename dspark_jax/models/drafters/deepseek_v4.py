@@ -41,6 +41,7 @@ from dspark_jax.models.stacks import Place, Sections, Stack, is_unstacked, loop_
 from dspark_jax.models.targets.config_json import count_field, field
 from dspark_jax.models.targets.deepseek_v4 import Config as TargetConfig
 from dspark_jax.models.targets.deepseek_v4_layers import (
+    Inputs,
     Kind,
     Layer,
     attend_to,
@@ -233,9 +234,10 @@ def block_streams(
             key_PSH, seen_PS = context(layer, index)
             seen_PGS = jnp.broadcast_to(seen_PS[:, None], (*token_PG.shape, seen_PS.shape[-1]))
 
-            def attend(u: Any, latent: Any, q_PGNH: jax.Array, key_PGH: jax.Array) -> Any:
-                seen = [(key_PSH.astype(key_PGH.dtype), seen_PGS), (key_PGH, own_PGG)]
-                return attend_to(q_PGNH, seen, layer.heads.sink_N), None
+            def attend(inputs: Inputs) -> tuple[jax.Array, None]:
+                own_PGH = inputs.key_XH
+                seen = [(key_PSH.astype(own_PGH.dtype), seen_PGS), (own_PGH, own_PGG)]
+                return attend_to(inputs.q_XNH, seen, layer.heads.sink_N), None
 
             return read_layer(layer, x_PGJD, None, table, cfg.stage, attend)[0]
 

@@ -39,7 +39,13 @@ from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.rope import rope_table
 from dspark_jax.models.targets.deepseek_v4 import Config as TargetConfig
-from dspark_jax.models.targets.deepseek_v4_layers import attend_to, declare_layers, keys, read_layer
+from dspark_jax.models.targets.deepseek_v4_layers import (
+    Inputs,
+    attend_to,
+    declare_layers,
+    keys,
+    read_layer,
+)
 from dspark_jax.models.vocab import Vocab, embed, unembed
 
 CHAIN = 3  # drafts a round: files do not say, and each is one more pass of the layer
@@ -221,14 +227,12 @@ def chain(
         oldest_P1 = at_P[:, None] - cfg.window(0) + 1
         seen_PS = (place_PS >= jnp.maximum(oldest_P1, 0)) & (place_PS < position_P[:, None] - 1)
 
-        def attend(
-            u: Any, latent: Any, q_PCNH: jax.Array, key_PCH: jax.Array, seen_PS: Any = seen_PS
-        ) -> Any:
-            own.append(key_PCH)
+        def attend(inputs: Inputs, seen_PS: jax.Array = seen_PS) -> tuple[jax.Array, None]:
+            own.append(inputs.key_XH)
             chain_PSH = jnp.concatenate(own, axis=1)  # no longer than the window
             every_PCS = jnp.ones((len(chain_PSH), 1, chain_PSH.shape[1]), bool)
-            seen = [(key_PSH.astype(key_PCH.dtype), seen_PS[:, None]), (chain_PSH, every_PCS)]
-            return attend_to(q_PCNH, seen, layer.heads.sink_N), None
+            seen = [(key_PSH.astype(chain_PSH.dtype), seen_PS[:, None]), (chain_PSH, every_PCS)]
+            return attend_to(inputs.q_XNH, seen, layer.heads.sink_N), None
 
         x_PJD = entry_inputs(drafter, vocab, token_P, x_PJD, cfg)
         x_PCJD, _ = read_layer(layer, x_PJD[:, None], None, table, cfg.stage, attend)

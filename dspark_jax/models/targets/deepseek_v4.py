@@ -118,7 +118,19 @@ def encode(
 
     carry = x_BSJD, start_features(streams.mean(x_BSJD), feature_layers)
     x_BSJD, feature_FBSD = loop_layers(block, carry, target.layers, sections(cfg))
+    feature_FBSD = _keep_streams(feature_FBSD, x_BSJD, feature_layers, cfg)
     return _leave(target, x_BSJD, cfg), jnp.moveaxis(feature_FBSD, 0, 2)
+
+
+def _keep_streams(
+    feature_FXD: jax.Array, x_XJD: jax.Array, feature_layers: Sequence[int], cfg: Config
+) -> jax.Array:
+    """The features with the streams after the last layer, which have the numbers behind it."""
+    for place, number in enumerate(feature_layers):
+        if number >= cfg.num_layers:
+            stream_XD = x_XJD[..., number - cfg.num_layers, :]
+            feature_FXD = feature_FXD.at[place].set(stream_XD)
+    return feature_FXD
 
 
 def _leave(target: TargetParams, x_XJD: jax.Array, cfg: Config) -> jax.Array:
@@ -210,6 +222,7 @@ def extend(
 
     carry = x_TJD, start_features(streams.mean(x_TJD), feature_layers), cache
     x_TJD, feature_FTD, cache = loop_layers(block, carry, target.layers, sections(cfg))
+    feature_FTD = _keep_streams(feature_FTD, x_TJD, feature_layers, cfg)
     return _leave(target, x_TJD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
 
 
