@@ -19,7 +19,7 @@ import numpy as np
 import platformdirs
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.load import default_drafter, load_drafter_for, load_target
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
@@ -224,7 +224,8 @@ def load(
     Args:
         target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
         drafter: a directory or hub id, ``"default"`` or ``"none"``; None is the packaged drafter
-            for the default target and none for another.
+            for the default target, the one inside the checkpoint of a target that has one, and none
+            for all others.
         dtype: of the weights.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
         kernels: the implementation of the operations of ``pallas_kernels``; "auto" is the kernels
@@ -244,7 +245,7 @@ def load(
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
     check_rendering(found.tokenizer, rendering, found.name)
     if drafter is None:
-        drafter = "default" if str(target) == "default" else "none"
+        drafter = default_drafter(target)
     name, bound, calibration = "none", None, None
     if str(drafter) != "none":
         loaded = load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh)

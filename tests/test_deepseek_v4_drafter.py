@@ -242,8 +242,7 @@ def test_a_long_chunk_leaves_its_last_positions_and_padding_nothing():
 @functools.cache
 def chained():
     """The drafter for the next token but one: (cfg, weights)."""
-    hf = json.loads((GOLDEN / "checkpoint" / "config.json").read_text())
-    own = mtp.config(hf, models()[0][0])
+    own = mtp.config(models()[0][0])
     tensors = own_tensors(GOLDEN / "mtp1")
     return own, read_params(mtp.declare_drafter(own), tensors, jnp.float32)
 

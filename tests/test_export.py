@@ -111,7 +111,7 @@ def test_speculators_and_back_is_the_same_drafter_bit_by_bit(
     export.write_drafter(target_dir, source, "speculators", tmp_path / "there")
     export.write_drafter(target_dir, tmp_path / "there", "dspark", tmp_path / "back")
     assert_same_bits(source, tmp_path / "back")
-    before, after = (read_drafter(target.cfg, path) for path in (source, tmp_path / "back"))
+    before, after = (read_drafter(target, path) for path in (source, tmp_path / "back"))
     assert after[0] == before[0]
     usable = load_drafter_for(target, tmp_path / "there")
     assert usable.cfg == before[0]
@@ -131,7 +131,7 @@ def test_the_reference_layout_and_back_is_the_same_drafter_bit_by_bit(
         np.testing.assert_array_equal(tensors[name], embed_VD)
     export.write_drafter(target_dir, tmp_path / "there", "dspark", tmp_path / "back")
     assert_same_bits(source, tmp_path / "back")
-    assert read_drafter(target.cfg, tmp_path / "back")[0] == read_drafter(target.cfg, source)[0]
+    assert read_drafter(target, tmp_path / "back")[0] == read_drafter(target, source)[0]
 
 
 @files_alone
@@ -189,8 +189,8 @@ def test_a_speculators_file_without_our_additions_is_read(target_dir, target, dr
     edit_tensors(out, **extra)
     export.write_drafter(target_dir, out, "dspark", tmp_path / "back")
     assert_same_bits(source, tmp_path / "back")
-    cfg = read_drafter(target.cfg, tmp_path / "back")[0]
-    assert replace(cfg, num_anchors=7) == read_drafter(target.cfg, source)[0]
+    cfg = read_drafter(target, tmp_path / "back")[0]
+    assert replace(cfg, num_anchors=7) == read_drafter(target, source)[0]
 
 
 @files_alone

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from configs import smollm2_135m_gpu as gpu
 from dspark_jax.checkpoints.conversations import read_answered
-from dspark_jax.checkpoints.load import read_drafter
+from dspark_jax.checkpoints.load import Target, read_drafter
 from dspark_jax.evaluation.answers import TEMPERATURES, questions, temperature_of
 from dspark_jax.evaluation.prompts import read_prompts
 from tests.tiny_model import DRAFTER, TARGET, write_drafter, write_target
@@ -135,7 +135,8 @@ def test_results_come_back_in_parts(args, tmp_path, monkeypatch):
     (work / "answers.jsonl").write_bytes(content)
     (work / "data.jsonl").write_bytes(content)
     write_drafter(work / "drafter")
-    cfg, params, own, _ = read_drafter(TARGET, work / "drafter")
+    target = Target(TARGET, None, None, "tiny", ())
+    cfg, params, own, _ = read_drafter(target, work / "drafter")
     gpu.save_rounded(work, cfg, params, own)
     monkeypatch.setattr(gpu, "PART_BYTES", 3000)
     paths = gpu.pack(work, out)
@@ -146,7 +147,7 @@ def test_results_come_back_in_parts(args, tmp_path, monkeypatch):
     back = tmp_path / "back"
     assert {path.name for path in back.iterdir()} == {"answers.jsonl", "drafter_bfloat16"}
     assert (back / "answers.jsonl").read_bytes() == content
-    assert read_drafter(TARGET, back / "drafter_bfloat16")[0] == cfg == DRAFTER
+    assert read_drafter(target, back / "drafter_bfloat16")[0] == cfg == DRAFTER
     for name, tensor in load_file(work / "drafter" / "model.safetensors").items():
         rounded = load_file(back / "drafter_bfloat16" / "model.safetensors")[name]
         np.testing.assert_allclose(rounded.astype(np.float32), tensor, rtol=2**-8)

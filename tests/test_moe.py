@@ -50,6 +50,31 @@ def test_the_tiles_of_the_experts_in_use_are_the_dense_sum(rows, chosen, seed):
     np.testing.assert_allclose(found, dense(experts_of(0), x_TD, expert_TC, weight_TC), atol=1e-4)
 
 
+def test_the_gradient_is_that_of_the_dense_sum():
+    """Of a layer of a stack, by its weights, the inputs and the weights of the choice."""
+    rng, layer = np.random.default_rng(2), 1
+    stack, x_TD = experts_of(2, (2,)), rng.normal(size=(7, D)).astype(np.float32)
+    expert_TC = np.stack([rng.choice(E, 2, replace=False) for _ in range(7)]).astype(np.int32)
+    weight_TC = rng.uniform(size=(7, 2)).astype(np.float32)
+    slope_TD = rng.normal(size=(7, D)).astype(np.float32)
+
+    def tiles(stack, x_TD, weight_TC):
+        experts = stack.at(jnp.int32(layer))
+        return (slope_TD * mix_experts(experts, x_TD, expert_TC, weight_TC, jax.nn.silu)).sum()
+
+    def every(stack, x_TD, weight_TC):
+        gate, up, down = (w[layer][expert_TC] for w in (
+            stack.gate_EDM, stack.up_EDM, stack.down_EMD
+        ))  # fmt: skip
+        gated = jax.nn.silu(jnp.einsum("td,tcdm->tcm", x_TD, gate))
+        gated *= jnp.einsum("td,tcdm->tcm", x_TD, up)
+        return (slope_TD * jnp.einsum("tc,tcm,tcmd->td", weight_TC, gated, down)).sum()
+
+    given = stack, x_TD, weight_TC
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*given) for f in (tiles, every))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, wanted)
+
+
 def test_a_layer_of_a_stack_is_read_where_it_lies():
     stack, x_TD = experts_of(1, (3,)), jnp.ones((2, D))
     expert_TC, weight_TC = jnp.array([[0, 4], [5, 4]]), jnp.ones((2, 2))

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dspark_jax.axes import map_params
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
 from dspark_jax.checkpoints.ends import end_ids, known_ends
@@ -24,9 +24,11 @@ from dspark_jax.checkpoints.hf import (
     read_hf_weights,
 )
 from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_another_target
+from dspark_jax.checkpoints.inside import open_inside, read_inside
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
@@ -180,7 +182,8 @@ def load_drafter_for(
 
     Args:
         target: the target.
-        source: ``"default"``, a directory or a hub id, in any dialect.
+        source: ``"default"``, which is the drafter inside the target's checkpoint where there is
+            one; a directory or a hub id, in any dialect.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
@@ -190,28 +193,46 @@ def load_drafter_for(
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
     dtype = target.params.norm_D.dtype if dtype is None else dtype
-    cfg, params, own, directory = read_drafter(target.cfg, source, mesh, target.tokenizer)
+    cfg, params, own, directory = read_drafter(target, source, mesh)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, own_vocab=own_vocab)
     if target.source is not None:
         warn_of_another_target(trained_for(directory), target.identity)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    declared = drafter_of(cfg).declare_drafter(cfg)
+    params = map_params(lambda param, leaf: leaf.astype(param.dtype or dtype), declared, params)
     name = (directory if str(source) == "default" else Path(source)).resolve().name
+    if directory == target.source:
+        logger.info("the drafter is the one inside %s: %d drafts a round", name, cfg.block_size)
     return Drafter(cfg, params, vocab, name, directory)
 
 
+def default_drafter(target: str | Path) -> str:
+    """What drafts for a target where nobody says: ``"default"``, which is the one inside its
+    checkpoint or the packaged one for the default target; ``"none"`` where there is neither.
+
+    Args:
+        target: what :func:`load_target` takes.
+
+    Raises:
+        LoadError: the target is not there, or its files are broken.
+    """
+    if str(target) == "default":
+        return "default"
+    found = None if is_gguf(target) else open_inside(model_directory(target))
+    return "none" if found is None else "default"
+
+
 def read_drafter(
-    target_cfg: TargetConfig,
+    target: Target,
     source: str | Path,
     mesh: Mesh | None = None,
-    tokenizer: Any = None,
 ) -> tuple[DrafterConfig, Any, Vocab | None, Path]:
     """A drafter as its checkpoint holds it, dtype included, in whichever dialect.
 
     Args:
-        target_cfg: of the target that it is for.
-        source: ``"default"``, a directory or a hub id.
+        target: that it is for; its weights need not be read.
+        source: ``"default"``, a directory or a hub id; one of a target is read for the drafter
+            inside.
         mesh: as in :func:`load_target`.
-        tokenizer: of the target, for files that spell the mask token.
 
     Returns:
         Configuration, parameters, what it holds of the vocabulary (for ``bind_vocab``), and the
@@ -220,13 +241,20 @@ def read_drafter(
     Raises:
         LoadError: the source is not there, broken or not supported.
     """
-    if str(source) == "default":
-        found = default_drafter_path()
-        if found is None:
+    directory, inside = None, None
+    if str(source) == "default" and target.source is not None and target.source.is_dir():
+        directory, inside = target.source, open_inside(target.source)
+    if str(source) == "default" and inside is None:
+        directory = default_drafter_path()
+        if directory is None:
             raise LoadError("this installation has no default drafter: name one, or use none")
-        source = found
-    directory = model_directory(source)
-    given: dict[str, Any] = {"mesh": mesh, "num_target_layers": target_cfg.num_layers}
-    if tokenizer is not None:
-        given["token_id"] = tokenizer.get_vocab().get
+    if directory is None:
+        directory = model_directory(source)
+        inside = open_inside(directory)
+    if inside is not None:
+        cfg, tensors = inside
+        return cfg, read_inside(cfg, tensors, mesh=mesh), None, directory
+    given: dict[str, Any] = {"mesh": mesh, "num_target_layers": target.cfg.num_layers}
+    if target.tokenizer is not None:
+        given["token_id"] = target.tokenizer.get_vocab().get
     return *load_drafter(directory, **given), directory

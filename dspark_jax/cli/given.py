@@ -64,10 +64,12 @@ def limits_of(args: argparse.Namespace, **changes: float) -> Request:
 
 
 def drafter_of(args: argparse.Namespace) -> str:
-    """The drafter asked for: the packaged one fits the default target alone."""
+    """The drafter asked for; where nobody asks, what the target has."""
     if args.drafter is not None:
         return str(args.drafter)
-    return "default" if args.target == "default" else "none"
+    from dspark_jax.checkpoints.load import default_drafter
+
+    return default_drafter(args.target)
 
 
 def load_model(args: argparse.Namespace) -> Model:

@@ -78,8 +78,8 @@ def add_models(command: argparse.ArgumentParser) -> None:
     add_target(command)
     command.add_argument(
         "--drafter",
-        help="directory or hub id, or none (default: the packaged one for the default target, "
-        "none for another)",
+        help="directory or hub id, or none (default: the packaged one for the default target, the "
+        "one inside a target's checkpoint, none for another)",
     )
 
 

@@ -103,7 +103,7 @@ def write_drafter(
     loaded = load_target(target, jnp.dtype(dtype), mesh)
     check_rendering(loaded.tokenizer, rendering, loaded.name)
     batch = check_batch(loaded, rendering)
-    cfg, params, own, directory = read_drafter(loaded.cfg, drafter, mesh, loaded.tokenizer)
+    cfg, params, own, directory = read_drafter(loaded, drafter, mesh)
     vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab, own_vocab=own_vocab)
     before_G = acceptance(loaded, cfg, params, vocab, batch)
     if full_vocabulary and vocab.d2t_U is not None:
@@ -119,7 +119,7 @@ def write_drafter(
             written, layout, (cfg, params, vocab), (target, loaded.cfg), trained_for(directory),
             own_vocab=own_vocab,
         )  # fmt: skip
-        cfg, params, own, _ = read_drafter(loaded.cfg, written, mesh)
+        cfg, params, own, _ = read_drafter(loaded, written, mesh)
         vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab, own_vocab=own_vocab)
         check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
         written.rename(out)

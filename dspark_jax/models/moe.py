@@ -2,8 +2,8 @@
 
 The (token, expert) pairs of a pass are sorted by expert and cut into tiles of rows that share one.
 A loop over as many tiles as there are multiplies each with its expert's weights, which are read
-where they lie: an expert that nobody chose costs nothing. On a mesh with an ``expert`` axis every
-device does so for its own experts, and the results are added.
+where they lie: an expert that nobody chose costs nothing, in a gradient either. On a mesh with an
+``expert`` axis every device does so for its own experts, and the results are added.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from dspark_jax.models.stacks import Whole
 from pallas_kernels import devices
 
 MAX_TILE = 64  # rows
+
+# (gate_XM, up_XM) -> what the last matrix multiplies.
+Combine = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @struct.dataclass
@@ -138,50 +141,136 @@ def mix_experts(
     return mixed_XD
 
 
+@struct.dataclass
+class _Tiles:
+    """The (token, expert) pairs A of a pass, in tiles of rows with one expert.
+
+    Attributes:
+        order_A: int32 pairs by their experts.
+        count_E, first_E, end_E: int32 pairs of every expert, those before them, and tiles up to
+            its own.
+        per_row: experts of a row.
+        size: rows of a tile.
+    """
+
+    order_A: jax.Array
+    count_E: jax.Array
+    first_E: jax.Array
+    end_E: jax.Array
+    per_row: int = struct.field(pytree_node=False)
+    size: int = struct.field(pytree_node=False)
+
+    def at(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The expert of a tile, its pairs, and their rows, out of bounds where there are none."""
+        expert = jnp.searchsorted(self.end_E, index, side="right")
+        tiles = -(-self.count_E[expert] // self.size)
+        place_R = (index - self.end_E[expert] + tiles) * self.size + jnp.arange(self.size)
+        pair_R = self.order_A.at[self.first_E[expert] + place_R].get(mode="clip")
+        real_R = place_R < self.count_E[expert]
+        return expert, pair_R, jnp.where(real_R, pair_R // self.per_row, len(self.order_A))
+
+
+def _cut(expert_TC: jax.Array, first: Any, num_experts: int) -> _Tiles:
+    """The tiles of some of all experts."""
+    own_A = (expert_TC - first).reshape(-1)
+    own_A = jnp.where((own_A >= 0) & (own_A < num_experts), own_A, num_experts)
+    size = min(MAX_TILE, 1 << max(0, (own_A.size - 1) // num_experts).bit_length())
+    count_E = jnp.bincount(own_A, length=num_experts + 1)[:num_experts]
+    order_A = jnp.argsort(own_A, stable=True)
+    first_E, end_E = jnp.cumsum(count_E) - count_E, jnp.cumsum(-(-count_E // size))
+    return _Tiles(order_A, count_E, first_E, end_E, expert_TC.shape[1], size)
+
+
 def _mix(
     experts: Experts,
     x_XD: jax.Array,
     expert_XC: jax.Array,
     weight_XC: jax.Array,
     *,
-    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    combine: Combine,
     by_expert: tuple[str, ...] | None = None,
     summed: tuple[str, ...] = (),
 ) -> jax.Array:
     """The same by one device, whose experts and widths are some of all on mesh axes."""
     x_TD = x_XD.reshape(-1, x_XD.shape[-1])
     expert_TC = expert_XC.reshape(len(x_TD), -1)
-    weight_TC = weight_XC.reshape(expert_TC.shape).astype(jnp.float32)
-    num_experts, num_pairs = experts.gate_EDM.shape[-3], expert_TC.size
+    weight_A = weight_XC.reshape(-1).astype(jnp.float32)
+    num_experts = experts.gate_EDM.shape[-3]
     first = jax.lax.axis_index(by_expert) * num_experts if by_expert else 0
-    own_A = (expert_TC - first).reshape(-1)
-    own_A = jnp.where((own_A >= 0) & (own_A < num_experts), own_A, num_experts)
-    tile = min(MAX_TILE, 1 << max(0, (num_pairs - 1) // num_experts).bit_length())
-
-    order_A = jnp.argsort(own_A, stable=True)
-    count_E = jnp.bincount(own_A, length=num_experts + 1)[:num_experts]
-    first_E = jnp.cumsum(count_E) - count_E
-    tiles_E = -(-count_E // tile)
-    end_E = jnp.cumsum(tiles_E)
-
-    def one_tile(index: jax.Array, out_TD: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(end_E, index, side="right")
-        place_R = (index - end_E[expert] + tiles_E[expert]) * tile + jnp.arange(tile)
-        real_R = place_R < count_E[expert]
-        pair_R = order_A.at[first_E[expert] + place_R].get(mode="clip")
-        row_R = jnp.where(real_R, pair_R // expert_TC.shape[1], len(x_TD))
-        x_RD = x_TD.at[row_R].get(mode="fill", fill_value=0)
-
-        def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-            where = (expert,) if experts.layer is None else (experts.layer, expert)
-            return matmul(rows, weights[where])
-
-        gated_RM = combine(product(x_RD, experts.gate_EDM), product(x_RD, experts.up_EDM))
-        result_RD = product(gated_RM, experts.down_EMD).astype(jnp.float32)
-        result_RD = result_RD * weight_TC.reshape(-1)[pair_R][:, None]
-        return out_TD.at[row_R].add(result_RD, mode="drop")
-
-    start_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    out_TD = jax.lax.fori_loop(0, end_E[-1], one_tile, start_TD)
+    tiles = _cut(expert_TC, first, num_experts)
+    weights = experts.gate_EDM, experts.up_EDM, experts.down_EMD
+    out_TD = _sum_tiles(combine, weights, x_TD, weight_A, experts.layer, tiles)
     out_TD = jax.lax.psum(out_TD, summed) if summed else out_TD
     return out_TD.astype(x_XD.dtype).reshape(x_XD.shape)
+
+
+def _expert(combine: Combine, weights: Any, x_RD: jax.Array, weight_R: jax.Array) -> jax.Array:
+    """One expert's part of its rows, float32 [R, D]."""
+    gate_DM, up_DM, down_MD = weights
+    gated_RM = combine(matmul(x_RD, gate_DM), matmul(x_RD, up_DM))
+    return matmul(gated_RM, down_MD).astype(jnp.float32) * weight_R[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_tiles(
+    combine: Combine,
+    weights: Any,
+    x_TD: jax.Array,
+    weight_A: jax.Array,
+    layer: jax.Array | None,
+    tiles: _Tiles,
+) -> jax.Array:
+    """The sum of all experts' parts, float32 [T, D].
+
+    As many tiles as there are is not a number that a gradient can be taken through: its loop is one
+    of its own, which computes every tile again.
+    """
+
+    def one_tile(index: jax.Array, out_TD: jax.Array) -> jax.Array:
+        expert, pair_R, row_R = tiles.at(index)
+        x_RD = x_TD.at[row_R].get(mode="fill", fill_value=0)
+        of_expert = [part[_place(layer, expert)] for part in weights]
+        result_RD = _expert(combine, of_expert, x_RD, weight_A[pair_R])
+        return out_TD.at[row_R].add(result_RD, mode="drop")
+
+    return jax.lax.fori_loop(0, tiles.end_E[-1], one_tile, jnp.zeros(x_TD.shape, jnp.float32))
+
+
+def _place(layer: jax.Array | None, expert: jax.Array) -> tuple[jax.Array, ...]:
+    return (expert,) if layer is None else (layer, expert)
+
+
+def _sum_tiles_forward(combine: Combine, *given: Any) -> tuple[jax.Array, Any]:
+    return _sum_tiles(combine, *given), given
+
+
+def _sum_tiles_backward(combine: Combine, given: Any, slope_TD: jax.Array) -> tuple[Any, ...]:
+    weights, x_TD, weight_A, layer, tiles = given
+
+    def one_tile(index: jax.Array, slopes: Any) -> Any:
+        of_weights, of_x_TD, of_weight_A = slopes
+        expert, pair_R, row_R = tiles.at(index)
+        place = _place(layer, expert)
+        x_RD = x_TD.at[row_R].get(mode="fill", fill_value=0)
+        of_expert = [part[place] for part in weights]
+        part = functools.partial(_expert, combine)
+        _, pull = jax.vjp(part, of_expert, x_RD, weight_A[pair_R])
+        more, more_RD, more_R = pull(slope_TD.at[row_R].get(mode="fill", fill_value=0))
+        of_weights = [all_.at[place].add(one) for all_, one in zip(of_weights, more, strict=True)]
+        return (
+            of_weights,
+            of_x_TD.at[row_R].add(more_RD, mode="drop"),
+            of_weight_A.at[pair_R].add(more_R),
+        )
+
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (list(weights), x_TD, weight_A)
+    )
+    found = jax.lax.fori_loop(0, tiles.end_E[-1], one_tile, nothing)
+    slopes = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), found, (
+        list(weights), x_TD, weight_A
+    ))  # fmt: skip
+    return tuple(slopes[0]), *slopes[1:], None, None
+
+
+_sum_tiles.defvjp(_sum_tiles_forward, _sum_tiles_backward)

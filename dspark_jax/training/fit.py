@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints
-from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.export import save_own
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
@@ -221,5 +221,6 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
     params = gather(state.result)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
-        save_drafter(out / "drafter", run.cfg, params, run.own, run.trained_for)
+        drafter = run.cfg, params, run.own
+        save_own(out / "drafter", drafter, recipe.target, run.trained_for)
     return out / "drafter"

@@ -23,7 +23,7 @@ from dspark_jax.checkpoints.load import Target, open_target, read_drafter
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import unused_token
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
-from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.models.drafters.table import drafter_of, trained_form
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import data
@@ -81,30 +81,30 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
     """The drafter that a recipe describes, with the target's sizes where it names none."""
     cfg = target.cfg
     mask = recipe.mask_token_id
-    return DrafterConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=recipe.intermediate_size or cfg.intermediate_size,
-        num_layers=recipe.num_layers,
-        num_heads=recipe.num_heads or cfg.num_heads,
-        num_kv_heads=recipe.num_kv_heads or cfg.num_kv_heads,
-        head_dim=recipe.head_dim or cfg.head_dim,
-        rms_norm_eps=cfg.rms_norm_eps,
-        **family_of(cfg).draft_fields(cfg),
-        windows=(recipe.sliding_window,) * recipe.num_layers if recipe.sliding_window else (),
-        max_positions=cfg.max_positions,
-        block_size=recipe.block_size,
-        mask_token_id=mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
-        target_layer_ids=recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
-        num_target_layers=cfg.num_layers,
-        num_anchors=recipe.num_anchors,
-        markov_rank=recipe.markov_rank,
-        markov_head=recipe.markov_head,
-        confidence=recipe.confidence,
-        confidence_with_markov=recipe.confidence_with_markov,
-        draft_vocab_size=recipe.draft_vocab_size or None,
-        owns_vocab=False,
-    )
+    fields = {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": recipe.intermediate_size or cfg.intermediate_size,
+        "num_layers": recipe.num_layers,
+        "num_heads": recipe.num_heads or cfg.num_heads,
+        "num_kv_heads": recipe.num_kv_heads or cfg.num_kv_heads,
+        "head_dim": recipe.head_dim or cfg.head_dim,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "windows": (recipe.sliding_window,) * recipe.num_layers if recipe.sliding_window else (),
+        "max_positions": cfg.max_positions,
+        "block_size": recipe.block_size,
+        "mask_token_id": mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
+        "target_layer_ids": recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
+        "num_target_layers": cfg.num_layers,
+        "num_anchors": recipe.num_anchors,
+        "markov_rank": recipe.markov_rank,
+        "markov_head": recipe.markov_head,
+        "confidence": recipe.confidence,
+        "confidence_with_markov": recipe.confidence_with_markov,
+        "draft_vocab_size": recipe.draft_vocab_size or None,
+        "owns_vocab": False,
+    }
+    return trained_form(fields | family_of(cfg).draft_fields(cfg), cfg)
 
 
 def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:
@@ -180,7 +180,7 @@ def starting_point(
         ValueError: ``init_drafter`` cannot be read, or is not of the recipe's sizes.
     """
     if recipe.init_drafter:
-        found, params, own, _ = read_drafter(target.cfg, recipe.init_drafter)
+        found, params, own, _ = read_drafter(target, recipe.init_drafter)
         check_same_sizes(recipe.init_drafter, cfg, found)
         ids = None if own is None or own.d2t_U is None else np.asarray(own.d2t_U)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
@@ -194,6 +194,8 @@ def starting_point(
         t2d_V = draft_places(cfg.vocab_size, d2t_U)
     if recipe.bigram_init:
         params = start_from_bigrams(params, train_set, t2d_V, cfg)
+    if recipe.local_init and type(cfg) is not DrafterConfig:
+        raise ValueError("local_init is of other layers than this target's drafters have: drop it")
     if recipe.local_init:
         some = next(data.batches_from(train_set, recipe, 0))
         rows = min(len(some.token_BS), LOCAL_INIT_SEQUENCES)

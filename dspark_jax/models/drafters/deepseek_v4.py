@@ -128,6 +128,32 @@ def config(hf: Mapping[str, Any], target: TargetConfig, num_stages: int) -> Conf
     )
 
 
+def of_recipe(fields: Mapping[str, Any], target: TargetConfig) -> Config:
+    """The configuration of a drafter that a recipe describes.
+
+    Args:
+        fields: of a ``DrafterConfig``.
+        target: sizes of the target, whose layers the stages are like.
+
+    Raises:
+        ValueError: a field is wrong, or the stages leave no choice there.
+    """
+    free = "block_size", "mask_token_id", "target_layer_ids", "markov_rank", "num_anchors"
+    stage = stages_of(target, fields["num_layers"])
+    own = Config(
+        **stage_fields(stage, target.num_layers),
+        **{name: fields[name] for name in free},
+        confidence=True,
+    )
+    for name, value in fields.items():
+        if value != getattr(own, name) and (name, value) != ("windows", ()):
+            raise ValueError(
+                f"{name} is {value!r}: a drafter of layers like this target's has "
+                f"{getattr(own, name)!r}; leave it out of the recipe"
+            )
+    return own
+
+
 def config_dict(cfg: Config) -> dict[str, Any]:
     """What :func:`config` reads."""
     return {

@@ -13,7 +13,8 @@ Source: DeepSeek-V4 (2026), section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from flax import struct
 from dspark_jax.axes import Buffer, declare
 from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.drafters import ring
+from dspark_jax.models.drafters import deepseek_v4, ring
 from dspark_jax.models.drafters.deepseek_v4 import (
     StageConfig,
     read_out,
@@ -38,6 +39,7 @@ from dspark_jax.models.drafters.family import Choose, Law
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.rope import rope_table
+from dspark_jax.models.targets.config_json import count_field
 from dspark_jax.models.targets.deepseek_v4 import Config as TargetConfig
 from dspark_jax.models.targets.deepseek_v4_layers import (
     Inputs,
@@ -98,8 +100,31 @@ class Context:
     stream_LBJD: Any
 
 
-def config(hf: Mapping[str, Any], target: TargetConfig) -> Config:
-    """The configuration of the drafter in a checkpoint of a target of this configuration."""
+def inside(
+    hf: Mapping[str, Any], target: TargetConfig, names: Collection[str]
+) -> StageConfig | None:
+    """The configuration of the drafter in a target's checkpoint; None where it holds none.
+
+    Args:
+        hf: the target's ``config.json``; with a ``dspark_block_size`` the drafter is of
+            :mod:`.deepseek_v4`.
+        target: its configuration.
+        names: of the drafter's tensors. They alone say how many stages there are.
+
+    Raises:
+        ValueError: a field is missing or wrong.
+    """
+    stages = (f"mtp.{stage}.attn_norm.weight" for stage in itertools.count())
+    count = sum(1 for _ in itertools.takewhile(names.__contains__, stages))
+    if not count:
+        return None
+    if count_field(hf, "dspark_block_size", 0):
+        return deepseek_v4.config(hf, target, count)
+    return config(target)
+
+
+def config(target: TargetConfig) -> Config:
+    """The configuration of the drafter of this kind of a target."""
     layers = target.num_layers
     return Config(
         **stage_fields(stages_of(target, 1), layers),

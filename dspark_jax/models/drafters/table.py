@@ -1,12 +1,30 @@
-"""Which family a drafter is of."""
+"""Which family a drafter is of, and which targets have one of their own form."""
 
 from __future__ import annotations
 
-from dspark_jax.config import DrafterConfig
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark
 from dspark_jax.models.drafters.family import DrafterFamily
+from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
 
 DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp)
+
+# Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
+# the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
+INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], DrafterConfig | None]] = {
+    "deepseek_v4": deepseek_v4_mtp.inside,
+}
+# Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
+_FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
+    deepseek_v4_target.Config: deepseek_v4.of_recipe,
+}
+# Drafters of such a form -> their settings in a target's ``config.json``.
+_SETTINGS: Mapping[type[DrafterConfig], Callable[[Any], dict[str, Any]]] = {
+    deepseek_v4.Config: deepseek_v4.config_dict,
+}
 
 _BY_CONFIG = {family.Config: family for family in DRAFTERS}
 
@@ -14,3 +32,24 @@ _BY_CONFIG = {family.Config: family for family in DRAFTERS}
 def drafter_of(cfg: DrafterConfig) -> DrafterFamily:
     """The family of a configuration."""
     return _BY_CONFIG[type(cfg)]
+
+
+def trained_form(fields: Mapping[str, Any], target: TargetConfig) -> DrafterConfig:
+    """The configuration of a drafter that is trained for a target.
+
+    Args:
+        fields: of a ``DrafterConfig``, as a recipe and the sizes of the target say.
+        target: sizes of the target.
+
+    Raises:
+        ValueError: fields are wrong, or the drafters of such a target have no choice there.
+    """
+    form = _FORMS.get(type(target))
+    return DrafterConfig(**fields) if form is None else form(fields, target)
+
+
+def inside_settings(cfg: DrafterConfig) -> dict[str, Any] | None:
+    """What ``config.json`` says of a drafter that has the form of those inside checkpoints of its
+    target; None for all others."""
+    settings = _SETTINGS.get(type(cfg))
+    return None if settings is None else settings(cfg)

@@ -1,0 +1,80 @@
+"""Drafters that lie in the checkpoints of their targets, under names of their own.
+
+One that was trained for such a target is written in the same form: the target's ``config.json``
+with the drafter's settings, and its tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.deepspec import TRAINED_FOR
+from dspark_jax.checkpoints.hf import CONFIG_FILE, target_config, write_checkpoint
+from dspark_jax.checkpoints.tensors import (
+    LoadError,
+    Tensors,
+    read_json,
+    read_params,
+    write_params,
+)
+from dspark_jax.checkpoints.weight_files import read_tensors
+from dspark_jax.config import DrafterConfig
+from dspark_jax.models.drafters.table import INSIDE, drafter_of, inside_settings
+
+PREFIX = "mtp."
+
+
+def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
+    """The drafter inside a target's checkpoint, whose weights are yet to be read; None where there
+    is none.
+
+    Raises:
+        LoadError: the checkpoint cannot be read, or says something else of its drafter.
+    """
+    path = directory / CONFIG_FILE
+    hf = read_json(path) if path.is_file() else {}
+    inside = INSIDE.get(str(hf.get("model_type")))
+    if inside is None:
+        return None
+    tensors = read_tensors(directory)
+    names = {name for name in tensors.shapes if name.startswith(PREFIX)}
+    try:
+        cfg = inside(hf, target_config(hf), names)
+    except ValueError as error:
+        raise LoadError(f"{path}: {error}") from None
+    return None if cfg is None else (cfg, tensors.without(*(tensors.shapes.keys() - names)))
+
+
+def read_inside(
+    cfg: DrafterConfig, tensors: Tensors, dtype: Any = None, mesh: Mesh | None = None
+) -> Any:
+    """The weights of a drafter of :func:`open_inside`; arguments and errors as in
+    :func:`~dspark_jax.checkpoints.tensors.read_params`."""
+    return read_params(drafter_of(cfg).declare_drafter(cfg), tensors, dtype, mesh)
+
+
+def save_inside(
+    directory: str | Path,
+    cfg: DrafterConfig,
+    params: Any,
+    target: Path,
+    trained_for: Mapping[str, str] | None = None,
+) -> None:
+    """Write a drafter under the names that it has inside a target's checkpoint.
+
+    Args:
+        directory: where to; made if it is not there.
+        cfg: sizes.
+        params: weights, layers stacked.
+        target: the directory of its target, or of another drafter of it.
+        trained_for: of :func:`~dspark_jax.checkpoints.identity.identity_of`, to be kept.
+    """
+    config = read_json(target / CONFIG_FILE) | (inside_settings(cfg) or {})
+    if trained_for:
+        config[TRAINED_FOR] = dict(trained_for)
+    tensors = write_params(drafter_of(cfg).declare_drafter(cfg), params)
+    write_checkpoint(directory, config, tensors)
