@@ -117,7 +117,7 @@ CONFIGS["deepseek_v4"] = deepseek_v4.Config(
     index_dim=6,
     index_top=3,
     mix_steps=4,
-    num_experts=6,
+    num_experts=8,
     num_chosen=2,
     expert_size=20,
     hashed=(0,),
@@ -232,7 +232,8 @@ def test_any_rows_through_the_cache_equal_the_dense_encoding(cfg, stacked, seed)
 
 @each_form
 def test_chunks_of_a_prompt_equal_the_whole(cfg, stacked):
-    """Two slots decode while the prompt of the third is read, its two pieces in one pass."""
+    """Two slots decode while the prompt of the third is read, its two pieces in one pass, and its
+    anchor, too."""
     target, tokens = tiny_target(cfg, stacked=stacked), random_tokens(cfg, 8)
     *_, cache = step(
         cfg,
@@ -243,12 +244,13 @@ def test_chunks_of_a_prompt_equal_the_whole(cfg, stacked):
     position_PW = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
     slot_PW = jnp.full((2, 5), 2, jnp.int32).at[1, 3:].set(SLOTS)  # 8 tokens, the rest is padding
     chunks = Rows(jnp.asarray(tokens)[2, position_PW], slot_PW, position_PW)
-    rows = make_rows(tokens, [4, 3, 0], [2, 1, 0], range(SLOTS))
+    rows = make_rows(tokens, [4, 3, 8], [2, 1, 1], range(SLOTS))
     *outputs, _ = step(cfg, target, cache, rows, chunks)
     num_rows = len(rows.slot_T)
     for out, whole in zip(outputs, dense(cfg, target, jnp.asarray(tokens)), strict=True):
         np.testing.assert_allclose(out[:2], whole[0, 4:6], **CLOSE)
         np.testing.assert_allclose(out[2], whole[1, 3], **CLOSE)
+        np.testing.assert_allclose(out[3], whole[2, 8], **CLOSE)
         np.testing.assert_allclose(out[num_rows : num_rows + 8], whole[2, :8], **CLOSE)
 
 

@@ -160,8 +160,9 @@ def _attend_causally(
         if count:
             visible_BCS = complete(row_C, count, kind)[None]
             if kind.sparse and count > cfg.index_top:
-                rows = (x[:, first:end] for x in index)
-                visible_BCS = choose(*rows, index_BKH[:, :count], visible_BCS, cfg.index_top)
+                q_BCNH, head_BCN = (x[:, first:end] for x in index)
+                own_BKH = index_BKH[:, :count]
+                visible_BCS = choose(q_BCNH, head_BCN, own_BKH, visible_BCS, cfg.index_top)
             seen.append((entry_BKH[:, :count], visible_BCS))
         parts.append(attend_to(inputs.q_XNH[:, first:end], seen, layer.heads.sink_N))
     return jnp.concatenate(parts, axis=1)

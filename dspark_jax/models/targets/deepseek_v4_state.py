@@ -117,6 +117,15 @@ class Run:
         """int32 positions of the groups' places."""
         return self.first_P[:, None] + jnp.arange(self.groups.rows_per_group, dtype=jnp.int32)
 
+    def find(self, slot_P: jax.Array, position_PS: jax.Array) -> jax.Array:
+        """The group, int32 [P, S], that has a position of a slot, if there is one."""
+        if self.by_slot:
+            group_P = jnp.minimum(slot_P, self.groups.num_groups - 1)
+            return jnp.broadcast_to(group_P[:, None], position_PS.shape)
+        offset_PSG = position_PS[..., None] - self.first_P
+        there_PSG = (offset_PSG >= 0) & (offset_PSG < self.count_P)
+        return jnp.argmax(there_PSG & (slot_P[:, None] == self.slot_P)[:, None], axis=-1)
+
     def of_slots(self, x_BX: jax.Array) -> jax.Array:
         """What belongs to the slot of every group [P, ...]."""
         return x_BX if self.by_slot else jnp.take(x_BX, self.slot_P, axis=0, mode="clip")
@@ -193,7 +202,7 @@ def _store_entries(
     """The entries that are complete with these rows, and what the rows add to later ones."""
     raw_TX, key = raw_inputs(compressor, u_TD), entries.key
     for run in runs:
-        window_PK, raw_PSX = _windows(run, raw_TX, entries.raw[index], kind)
+        window_PK, raw_PSX = _windows(run, runs, raw_TX, entries.raw[index], kind)
         entry_PKH = compress(compressor, raw_PSX, window_PK, kind, cfg).astype(key[0].dtype)
         end_P = (run.first_P + run.count_P)[:, None]
         done_PK = ((window_PK + 1) * kind.ratio <= end_P) & (run.count_P > 0)[:, None]
@@ -209,34 +218,28 @@ def _store_entries(
 
 
 def _windows(
-    run: Run, raw_TX: jax.Array, ring_BSX: jax.Array, kind: Kind
+    run: Run, runs: Sequence[Run], raw_TX: jax.Array, ring_BSX: jax.Array, kind: Kind
 ) -> tuple[jax.Array, jax.Array]:
     """The windows [P, K] that may be complete with the rows of a run, and the raw inputs
-    [P, S, X] of their positions: of the rows of the pass, and of earlier ones in the ring."""
-    most, size = run.groups.rows_per_group, ring_BSX.shape[1]
-    count = 1 + (most - 1) // kind.ratio
-    first_P = run.first_P // kind.ratio
+    [P, S, X] of their positions: of rows of the pass, and of earlier ones in the ring."""
+    slots, size = ring_BSX.shape[:2]
+    before, ratio = overlap(kind), kind.ratio
+    count = 1 + (run.groups.rows_per_group - 1) // ratio
+    first_P = run.first_P // ratio
     window_PK = first_P[:, None] + jnp.arange(count, dtype=jnp.int32)
-    before = overlap(kind)
-    start_P = first_P * kind.ratio - before
-    position_PS = start_P[:, None] + jnp.arange(count * kind.ratio + before, dtype=jnp.int32)
-    raw_PCX = run.gather(raw_TX)
-    flat_RX = raw_PCX.reshape(-1, raw_PCX.shape[-1])
-    group_P = jnp.arange(run.groups.num_groups, dtype=jnp.int32)
-    if run.by_slot:
-        from_PS = jnp.broadcast_to(group_P[:, None], position_PS.shape)
-    else:
-        # The group of the same slot that has the position, its own if there is none.
-        offset_PSG = position_PS[..., None] - run.first_P
-        same_PG = run.slot_P[:, None] == run.slot_P
-        has_PSG = same_PG[:, None] & (offset_PSG >= 0) & (offset_PSG < run.count_P)
-        from_PS = jnp.where(has_PSG.any(-1), jnp.argmax(has_PSG, -1), group_P[:, None])
-    offset_PS = position_PS - run.first_P[from_PS]
-    is_row_PS = (offset_PS >= 0) & (offset_PS < run.count_P[from_PS])
-    row_PS = from_PS * most + jnp.clip(offset_PS, 0, most - 1)
-    slot_P1 = jnp.minimum(run.slot_P, ring_BSX.shape[0] - 1)[:, None]
-    kept_PSX = ring_BSX[slot_P1, position_PS % size]
-    return window_PK, jnp.where(is_row_PS[..., None], flat_RX[row_PS], kept_PSX)
+    place_S = jnp.arange(count * ratio + before, dtype=jnp.int32) - before
+    position_PS = first_P[:, None] * ratio + place_S
+    slot_P1 = jnp.minimum(run.slot_P, slots - 1)[:, None]
+    raw_PSX = ring_BSX[slot_P1, position_PS % size]
+    row_T = jnp.arange(len(raw_TX), dtype=jnp.int32)
+    for other in runs:  # the anchor of a prompt is read with the last piece of it
+        group_PS = other.find(run.slot_P, position_PS)
+        offset_PS = position_PS - other.first_P[group_PS]
+        there_PS = (offset_PS >= 0) & (offset_PS < other.count_P[group_PS])
+        there_PS &= other.slot_P[group_PS] == run.slot_P[:, None]
+        row_PS = other.gather(row_T).at[group_PS, offset_PS].get(mode="clip")
+        raw_PSX = jnp.where(there_PS[..., None], raw_TX[row_PS], raw_PSX)
+    return window_PK, raw_PSX
 
 
 def attend_rows(
