@@ -185,7 +185,7 @@ def answers(args: argparse.Namespace, end: float) -> None:
 def train(args: argparse.Namespace, end: float) -> None:
     """Train for as many steps as there is time for, or go on with those chosen before."""
     work, recipe = Path(args.work), recipe_of(args)
-    target_cfg = open_target(recipe.target)[0].cfg
+    target = open_target(recipe.target)[0]
     if not (work / "drafter").exists():
         end -= EXPORT_S
         if (work / "recipe.json").exists():
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, end: float) -> None:
                 params = saved.restore(saved.latest, run.state).params
             return save_rounded(work, run.cfg, params, run.own)
         timer.cancel()
-    cfg, params, own, _ = read_drafter(target_cfg, work / "drafter")
+    cfg, params, own, _ = read_drafter(target, work / "drafter")
     save_rounded(work, cfg, params, own)
 
 
