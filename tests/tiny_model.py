@@ -106,6 +106,11 @@ def write_target(directory: Path, cfg: LlamaConfig = TARGET, **fields) -> Path:
     tensors = write_params(declared, random_params(20, declared))
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
+    return write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """One token a character, an end and a mask, with a chat template."""
     vocabulary = {text: index for index, text in enumerate([*PRINTABLE, "<end>", "<mask>"])}
     tokenizer = Tokenizer(BPE(vocabulary, []))
     tokenizer.decoder = decoders.Fuse()
