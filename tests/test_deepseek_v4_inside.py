@@ -283,9 +283,9 @@ def test_a_chain_is_not_exported(directory, tmp_path):
 
 
 @pytest.mark.full
-def test_the_command_drafts_with_the_one_inside(directory, capsys, own_cache):
+def test_the_command_drafts_with_the_one_inside(directory, capsys, caplog, own_cache):
     command = ["generate", "hello there", "--target", directory, "--max-new-tokens", 12, "--json"]
     plain = json.loads(dspark(capsys, *command, "--drafter", "none"))
     drafted = json.loads(dspark(capsys, *command, "--policy", "block"))
     assert drafted["text"] == plain["text"]
-    assert drafted["drafter"] == "target"
+    assert "the drafter is the one inside target" in caplog.text
