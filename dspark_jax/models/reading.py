@@ -37,6 +37,7 @@ class Attention:
         scale: of the scores; None for H ** -0.5.
         softcap: of the scores; None for none.
         reads: the layer whose keys and values are read in place of own ones.
+        value_is_key: whether values are the keys themselves, which no kernel has a form for.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     reads: int | None = None
+    value_is_key: bool = False
 
 
 @dataclass(frozen=True)

@@ -58,14 +58,14 @@ def architecture(cfg: Config) -> str:
 
 def draft_fields(cfg: Config) -> dict[str, Any]:
     """What a drafter of other layers takes over from its target."""
-    return {"rope": cfg.rope, "num_kv_heads": 1}
+    return {"rope": cfg.rope}
 
 
 def sections(cfg: Config) -> Sections:
     """The layers by their kinds."""
 
     def kind(layer: int) -> Kind:
-        attention = Attention(1, cfg.head_dim, cfg.window(layer))
+        attention = Attention(1, cfg.head_dim, cfg.window(layer), value_is_key=True)
         ratio, sparse = cfg.ratios[layer], layer in cfg.sparse
         return Kind(attention, ratio, sparse, layer in cfg.hashed)
 

@@ -159,13 +159,12 @@ def _check_kind(hf: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is {hf[key]!r}: only {value!r} is supported")
 
 
-def _listed(hf: Mapping[str, Any], key: str, layers: int, known: tuple[str, ...]) -> list[str]:
+def _listed(key: str, names: Any, layers: int, known: tuple[str, ...]) -> list[str]:
     """A list with one of the known names for each layer.
 
     Raises:
         ValueError: it is none.
     """
-    names = hf[key]
     if not isinstance(names, list) or len(names) != layers or not all(n in known for n in names):
         raise ValueError(f"{key} must list {', '.join(known)} for each of the {layers} layers")
     return names
@@ -175,7 +174,7 @@ def _ratios(hf: Mapping[str, Any], layers: int) -> tuple[tuple[int, ...], tuple[
     """The ratio of every layer, and the layers that are sparse.
 
     Raises:
-        ValueError: neither spelling is there, one is wrong, or they do not agree.
+        ValueError: a spelling is wrong, or the two do not agree.
     """
     listed, types = hf.get("compress_ratios"), hf.get("layer_types")
     ratios: tuple[int, ...] | None = None
@@ -187,11 +186,11 @@ def _ratios(hf: Mapping[str, Any], layers: int) -> tuple[tuple[int, ...], tuple[
                 f"compress_ratios must list integers of 0 or more for each of the {layers} layers"
             )
         ratios = tuple(listed[:layers])
-    if types is None:
-        if ratios is None:
-            raise ValueError("compress_ratios is missing")
+    if types is None and ratios is not None:
         return ratios, tuple(n for n, ratio in enumerate(ratios) if ratio == SPARSE_RATIO)
-    types = _listed(hf, "layer_types", layers, (SLIDING, SPARSE, HEAVY))
+    if types is None:  # as transformers has it
+        types = [SPARSE if n > 2 and n % 2 else HEAVY for n in range(layers)]
+    types = _listed("layer_types", types, layers, (SLIDING, SPARSE, HEAVY))
     rates = field(hf, "compress_rates", dict, {})
     ratio_of = {
         SLIDING: 0,
@@ -209,9 +208,10 @@ def _ratios(hf: Mapping[str, Any], layers: int) -> tuple[tuple[int, ...], tuple[
 
 def _hashed(hf: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """The layers whose experts follow from the token."""
-    if hf.get("mlp_layer_types") is None:
+    names = hf.get("mlp_layer_types")
+    if names is None:
         return tuple(range(min(layers, count_field(hf, "num_hash_layers", 3))))
-    names = _listed(hf, "mlp_layer_types", layers, (HASHED, LEARNED))
+    names = _listed("mlp_layer_types", names, layers, (HASHED, LEARNED))
     return tuple(n for n, name in enumerate(names) if name == HASHED)
 
 

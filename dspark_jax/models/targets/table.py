@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.targets import (
     deepseek_v4,
     deepseek_v4_names,
+    deepseek_v4_text,
     gemma,
     gemma_drafter,
     llama,
@@ -62,3 +63,12 @@ def declared_name(cfg: TargetConfig, name: str) -> str | None:
     not the target's."""
     of_family = _NAMES.get(type(cfg))
     return name if of_family is None else of_family(name)
+
+
+def chat_template(cfg: TargetConfig, tokens: Container[str]) -> str | None:
+    """The template of a family whose checkpoints have none; None where they have, or where its
+    special tokens are not among those of the tokenizer."""
+    if type(cfg) is not deepseek_v4.Config:
+        return None
+    known = all(token in tokens for token in deepseek_v4_text.SPECIAL_TOKENS)
+    return deepseek_v4_text.CHAT_TEMPLATE if known else None
