@@ -63,7 +63,6 @@ def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
     if not cfg.markov_rank:
         return None
     rank = cfg.markov_rank
-    looked_up = {"Z": cfg.vocab_size, "R": rank}
     mix = mix_bias = None
     if cfg.markov_head != "vanilla":
         gated = cfg.markov_head == "gated"
@@ -75,7 +74,7 @@ def declare_markov_head(cfg: DrafterConfig) -> MarkovHead | None:
         mix = declare("IO", sizes, f"{name}.weight", out="O")
         mix_bias = declare("O", sizes, f"{name}.bias", out="O", init="zeros")
     return MarkovHead(
-        w1_ZR=declare("ZR", looked_up, "markov_head.markov_w1.weight", init="embed"),
+        w1_ZR=declare("ZR", cfg.sizes, "markov_head.markov_w1.weight", init="embed"),
         w2_RU=declare("RU", cfg.sizes, "markov_head.markov_w2.weight", out="U"),
         mix_IO=mix,
         mix_bias_O=mix_bias,
