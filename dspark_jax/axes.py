@@ -8,7 +8,8 @@ axes of the sharding rules:
     L layers             F feature layers       D width            M MLP width
     N query heads        K key/value heads      H head dimension   R Markov rank
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
-    Z vocabulary of a table so narrow that every device looks tokens up in a whole one
+    Z vocabulary of a table in which tokens are looked up and nothing else: a whole one on every
+      device, since rows of one that is split cost a collective
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
     J products in one, or residual streams      Q pages of a cache     X any leading axes
 

@@ -105,6 +105,7 @@ class TransformerConfig:
             "K": self.num_kv_heads,
             "H": self.head_dim,
             "V": self.vocab_size,
+            "Z": self.vocab_size,
         }
 
 

@@ -1,4 +1,4 @@
-"""Weights on a mesh: every device gets its share out of the file, and never anything whole."""
+"""Weights on a mesh: every device gets its share out of the file, and never a whole matrix."""
 
 import dataclasses
 
@@ -57,9 +57,11 @@ def shares(leaf):
     return {shard.data.nbytes for shard in leaf.addressable_shards}
 
 
-def test_nothing_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, monkeypatch):
+def test_no_matrix_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, monkeypatch):
+    """The embedding is, which is no LM head here and only looked up; it has the head's shape."""
     declared = declare_target(UNTIED), declare_drafter(REDUCED)
-    split, seen = shapes_that_are_split(declared, mesh), set()
+    embedding = declared[0].vocab.embed_VD.shape
+    split, seen = shapes_that_are_split(declared, mesh) - {embedding}, set()
 
     def spy(param, tensor):
         assert not tensor.flags.owndata  # a view of the file
@@ -73,14 +75,14 @@ def test_nothing_is_whole_on_a_device_while_it_is_loaded(target, drafter, mesh, 
     monkeypatch.setattr(tensors, "from_file", spy)
     monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
     weights = load(target, drafter, mesh=mesh).decoder.weights
-    assert len(seen) >= 10
+    assert len(seen) >= 9
     for shards, shape in (2, (40, 2, 3, 8)), (2, (56, 40)), (2, (40, 56, 2)), (1, (40,)):
         leaves = [leaf for leaf in jax.tree.leaves(weights.target.layers) if leaf.shape == shape]
         assert leaves, shape
         assert {leaf.nbytes // shards for leaf in leaves} == set.union(*map(shares, leaves)), shape
     assert weights.vocab.embed_VD is weights.target.vocab.embed_VD
-    head_UD = weights.vocab.unembed_VD
-    assert shares(head_UD) == {head_UD.nbytes // 2}
+    for head in weights.vocab.unembed_VD, weights.target.vocab.unembed_VD:
+        assert shares(head) == {head.nbytes // 2}
 
 
 @pytest.mark.parametrize("reduced", [True, False])

@@ -22,7 +22,7 @@ from dspark_jax.models.merged import single_layers
 from dspark_jax.models.stacks import is_unstacked
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.models.vocab import Vocab, head_by_outputs, lm_head
+from dspark_jax.models.vocab import Vocab, embedding_axes, head_by_outputs, lm_head
 from dspark_jax.scheduler.calibration import Calibration
 
 
@@ -124,7 +124,7 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) 
 
     return replace(
         vocab,
-        embed_VD=put(vocab.embed_VD, "VD"),
+        embed_VD=put(vocab.embed_VD, embedding_axes(vocab.unembed_VD is None)),
         unembed_VD=put(vocab.unembed_VD, "UD"),
         d2t_U=put(vocab.d2t_U, "X"),
     )

@@ -38,6 +38,11 @@ class Vocab:
     softcap: float | None = struct.field(pytree_node=False, default=None)
 
 
+def embedding_axes(tied: bool) -> str:
+    """The axes of ``embed_VD``: where it is the LM head too, it is split over a mesh like one."""
+    return "VD" if tied else "ZD"
+
+
 def embed(vocab: Vocab, token_X: jax.Array) -> jax.Array:
     """Token embeddings [X, D]."""
     embed_XD = jnp.take(vocab.embed_VD, token_X, axis=0, mode="clip")

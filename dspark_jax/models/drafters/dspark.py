@@ -27,7 +27,7 @@ from dspark_jax.models.drafters.heads import (
     sample_block,
     teach_heads,
 )
-from dspark_jax.models.layers import flat, matmul, project, project_kv, rms_norm
+from dspark_jax.models.layers import flat, matmul, project_for_many, project_kv, rms_norm
 from dspark_jax.models.merged import join_context, single_layers, split_context
 from dspark_jax.models.reading import Cache, declare_caches
 from dspark_jax.models.stacks import (
@@ -149,7 +149,7 @@ def inject(
         if not isinstance(layers, tuple):
             return jax.vmap(lambda layer: one(layer, project_kv(layer, context_XD)))(layers)
         if isinstance(drafter, MergedDrafter):
-            together_XKJH = project(context_XD, drafter.context_DKJH[number])
+            together_XKJH = project_for_many(context_XD, drafter.context_DKJH[number])
             products = split_context(together_XKJH, len(layers))
         else:
             products = [project_kv(layer, context_XD) for layer in layers]

@@ -65,7 +65,6 @@ def declare_markov_head(cfg: DrafterConfig, prefix: str = "") -> MarkovHead | No
     if not cfg.markov_rank:
         return None
     rank = cfg.markov_rank
-    looked_up = {"Z": cfg.vocab_size, "R": rank}
     mix = mix_bias = None
     if cfg.markov_head != "vanilla":
         gated = cfg.markov_head == "gated"
@@ -77,7 +76,7 @@ def declare_markov_head(cfg: DrafterConfig, prefix: str = "") -> MarkovHead | No
         mix = declare("IO", sizes, f"{name}.weight", out="O")
         mix_bias = declare("O", sizes, f"{name}.bias", out="O", init="zeros")
     return MarkovHead(
-        w1_ZR=declare("ZR", looked_up, f"{prefix}markov_head.markov_w1.weight", init="embed"),
+        w1_ZR=declare("ZR", cfg.sizes, f"{prefix}markov_head.markov_w1.weight", init="embed"),
         w2_RU=declare("RU", cfg.sizes, f"{prefix}markov_head.markov_w2.weight", out="U"),
         mix_IO=mix,
         mix_bias_O=mix_bias,

@@ -41,7 +41,7 @@ from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.gemma_config import DRAFT_LAYERS
 from dspark_jax.models.targets.gemma_config import Config as Config
 from dspark_jax.models.targets.gemma_config import config as config
-from dspark_jax.models.vocab import Vocab, embed
+from dspark_jax.models.vocab import Vocab, embed, embedding_axes
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)
 
@@ -159,7 +159,7 @@ def declare(cfg: Config) -> TargetParams:
     head = None if cfg.tied else declare_param("VD", sizes, "lm_head.weight", init="embed")
     return TargetParams(
         vocab=Vocab(
-            param("VD", "embed_tokens.weight", "embed"),
+            param(embedding_axes(cfg.tied), "embed_tokens.weight", "embed"),
             head,
             embed_scale=cfg.hidden_size**0.5,
             softcap=cfg.softcap,

@@ -45,7 +45,7 @@ from dspark_jax.models.targets.config_json import (
     window_of,
 )
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.vocab import Vocab, embed
+from dspark_jax.models.vocab import Vocab, embed, embedding_axes
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def declare_model(cfg: TargetConfig, layers: Any) -> TargetParams:
 
     head = None if cfg.tied else param("VD", "lm_head.weight", "embed")
     return TargetParams(
-        vocab=Vocab(param("VD", "model.embed_tokens.weight", "embed"), head),
+        vocab=Vocab(param(embedding_axes(cfg.tied), "model.embed_tokens.weight", "embed"), head),
         layers=layers,
         norm_D=param("D", "model.norm.weight", "ones"),
     )
