@@ -53,6 +53,8 @@ class Param:
             head dimension) are adjacent there, so that a reshape separates them.
         file_rank: number of dimensions of the tensor in the file.
         layers: which layers of the model are stacked, where they are.
+        inputs: the axes that one output of a matrix sums over; empty for what is no matrix.
+        dtype: of the array, where it is not that of the model.
     """
 
     axes: str
@@ -63,6 +65,8 @@ class Param:
     init: str = "normal"
     fan_in: int = 1
     layers: range = range(0)
+    inputs: str = ""
+    dtype: Any = None
 
     @property
     def spread(self) -> str:
@@ -103,7 +107,8 @@ def declare(
     fan_in = math.prod(sizes[letter] for letter in inputs)
     sizes = {**sizes, "L": len(layers)}
     shape = tuple(sizes[letter] for letter in axes)
-    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers)
+    summed = inputs if out else ""
+    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers, summed)
 
 
 def is_param(leaf: object) -> bool:
@@ -139,8 +144,11 @@ def init_params(key: jax.Array, declared: Tree, dtype: Any = jnp.float32) -> Tre
 
 
 def abstract_params(declared: Tree, dtype: Any = jnp.float32) -> Tree:
-    """``jax.ShapeDtypeStruct`` for every declared parameter."""
-    return map_params(lambda param: jax.ShapeDtypeStruct(param.shape, dtype), declared)
+    """``jax.ShapeDtypeStruct`` for every declared parameter, of this dtype unless it has its
+    own."""
+    return map_params(
+        lambda param: jax.ShapeDtypeStruct(param.shape, param.dtype or dtype), declared
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from dspark_jax.checkpoints.quantised import with_scales
 from dspark_jax.checkpoints.tensors import (
     LoadError,
     Tensors,
@@ -28,6 +29,7 @@ from dspark_jax.checkpoints.tensors import (
 from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors, what_else
 from dspark_jax.config import TargetConfig
 from dspark_jax.files import absent, write_together
+from dspark_jax.models.quantised import PLAIN
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import FAMILIES, family_of
 from dspark_jax.models.targets.text_config import TEXT_OF, text_config
@@ -147,7 +149,7 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
         return target_config(hf), text_config(hf).get("tie_word_embeddings")
 
     (cfg, said), tensors = read_checkpoint(source, parse)
-    tensors = split_experts(text_part(tensors))
+    tensors = with_scales(split_experts(text_part(tensors)))
     if HEAD not in tensors.shapes and not cfg.tied:
         if said is not None:
             raise LoadError(
@@ -170,10 +172,15 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
 
 
 def read_hf_weights(
-    cfg: TargetConfig, tensors: Tensors, dtype: Any, mesh: Mesh | None = None
+    cfg: TargetConfig,
+    tensors: Tensors,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> TargetParams:
-    """The weights of an opened target; arguments and errors as in :func:`load_hf_target`."""
-    return read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
+    """The weights of an opened target; arguments and errors as in :func:`load_hf_target`, and
+    ``weights`` as in :func:`~dspark_jax.checkpoints.tensors.read_params`."""
+    return read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh, weights)
 
 
 def load_hf_target(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_an
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams
+from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.quantised import PLAIN, check_kind, quantise_params
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
 logger = logging.getLogger(__name__)
 
-# dtype of the parameters and mesh, as in load_target -> the weights.
-ReadWeights = Callable[[Any, Mesh | None], TargetParams]
+# dtype of the parameters, mesh and kind of weights, as in load_target -> the weights.
+ReadWeights = Callable[..., TargetParams]
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,27 @@ class Drafter:
     directory: Path
 
 
-def load_target(source: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Target:
+def load_target(
+    source: str | Path,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
+) -> Target:
     """A target with its tokenizer.
 
     Args:
         source: ``"default"``, a GGUF file, a Hugging Face directory or a hub id.
         dtype: dtype of the parameters.
         mesh: over which every parameter is split as its axes say; None for the default device.
+        weights: ``"plain"``, or the kind of values that the layers' matrices are turned into,
+            ``"int8"`` or ``"fp8"``.
 
     Raises:
         LoadError: the source is not there, broken or not supported.
     """
+    check_kind(weights)
     target, read_weights = open_target(source)
-    return replace(target, params=read_weights(dtype, mesh))
+    return replace(target, params=read_weights(dtype, mesh, weights))
 
 
 def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
@@ -136,7 +146,11 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
     hidden = _suppressed(f"{path}: {key}", file.value(key, list, []), cfg.vocab_size)
     cfg = replace(cfg, suppressed=hidden)
     target = Target(cfg, None, tokenizer, path.stem, stops, path)
-    return target, lambda dtype, mesh: load_gguf_target(path, dtype, mesh, file=file)[1]
+
+    def read(dtype: Any, mesh: Mesh | None, weights: str = PLAIN) -> TargetParams:
+        return load_gguf_target(path, dtype, mesh, weights, file=file)[1]
+
+    return target, read
 
 
 def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
@@ -159,7 +173,7 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     ]
     name = Path(source).resolve().name
     target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size), directory)
-    return target, lambda dtype, mesh: read_hf_weights(cfg, tensors, dtype, mesh)
+    return target, partial(read_hf_weights, cfg, tensors)
 
 
 def _suppressed(where: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
@@ -176,6 +190,7 @@ def load_drafter_for(
     own_vocab: bool = False,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> Drafter:
     """A drafter for a loaded target; says what it was trained for where that is another one.
 
@@ -186,6 +201,7 @@ def load_drafter_for(
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
         mesh: that the target was read onto; None for the default device.
+        weights: as in :func:`load_target`.
 
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
@@ -196,6 +212,7 @@ def load_drafter_for(
     if target.source is not None:
         warn_of_another_target(trained_for(directory), target.identity)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = quantise_params(declare_drafter(cfg), params, weights)
     name = (directory if str(source) == "default" else Path(source)).resolve().name
     return Drafter(cfg, params, vocab, name, directory)
 

@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax import files
 from dspark_jax.axes import Param, Tree, is_param, map_params, partition
+from dspark_jax.models.quantised import (
+    BLOCKS,
+    HELD_AS,
+    PLAIN,
+    InBlocks,
+    declare_in_blocks,
+    quantise_param,
+)
 
 UNQUANTISED = "take the unquantised checkpoint, or a GGUF file of the model"
 KEPT = ("float32", "float16", "bfloat16")  # dtypes that parameters may have
@@ -42,16 +50,19 @@ class Tensors:
         origin: where they lie, for messages.
         shapes: name -> shape in the file.
         read: name -> array of that shape, a view of the file where that is possible.
+        scales: of the matrices that are values with scales, name -> name of the scales; ``read``
+            gives both as they are stored, and ``shapes`` has the plain matrices alone.
     """
 
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, *names: str) -> Tensors:
         """The same checkpoint with these tensors left out of the table."""
         shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
-        return Tensors(self.origin, shapes, self.read)
+        return Tensors(self.origin, shapes, self.read, self.scales)
 
 
 def file_shape(param: Param) -> tuple[int, ...]:
@@ -90,7 +101,11 @@ def to_file(param: Param, value: np.ndarray) -> np.ndarray:
 
 
 def read_params(
-    declared: Tree, tensors: Tensors, dtype: Any = None, mesh: Mesh | None = None
+    declared: Tree,
+    tensors: Tensors,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> Tree:
     """The parameters of a declaration tree out of a checkpoint.
 
@@ -104,6 +119,9 @@ def read_params(
         dtype: dtype of the result; None keeps that of the file, where it is one of ``KEPT``, and
             float32 stands for others and for several.
         mesh: over which every parameter is split as its axes say; None for the default device.
+        weights: the kind of values that matrices are turned into (:mod:`~dspark_jax.models.
+            quantised`), each as soon as it is there. Those that are values with scales in the
+            checkpoint stay as they are.
 
     Raises:
         LoadError: a tensor is missing, left over, or has another shape or kind of numbers.
@@ -111,7 +129,12 @@ def read_params(
     params = jax.tree.leaves(declared, is_leaf=is_param)
     _check_tensors(params, tensors)
 
-    def load(param: Param) -> jax.Array:
+    def load(param: Param) -> Any:
+        if next(file_names(param)) in tensors.scales:
+            return _read_in_blocks(param, tensors, mesh)
+        return quantise_param(param, plain(param), weights)
+
+    def plain(param: Param) -> jax.Array:
         if mesh is None:
             (value,) = _read_parts(param, tensors, dtype, [(slice(None),) * len(param.shape)])
             return jnp.asarray(value)
@@ -168,6 +191,41 @@ def _read_parts(
                 within = tuple(some.index(at) for at, some in zip(place, members, strict=True))
                 part[within or ...] = share
     return parts
+
+
+def _read_in_blocks(param: Param, tensors: Tensors, mesh: Mesh | None) -> InBlocks:
+    """A matrix whose tensors are values with scales, as they are stored.
+
+    Raises:
+        LoadError: some of its tensors are stored in another way than the first.
+    """
+    names = list(file_names(param))
+    places = np.array(names, object).reshape(param.shape[: len(param.spread)])
+    dtype = tensors.read(names[0]).dtype
+    for name in names:
+        if name not in tensors.scales or tensors.read(name).dtype != dtype:
+            raise LoadError(
+                f"{tensors.origin}: {name} is not stored as {names[0]} is ({dtype} with scales): "
+                "take a checkpoint that has all layers alike"
+            )
+
+    def load(declared: Param, read: Callable[[str], np.ndarray]) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            outer, inner = index[: places.ndim], index[places.ndim :]
+            held = np.asarray(places[outer], object)
+            rows = [np.asarray(read(name)[inner]) for name in held.reshape(-1)]
+            return np.stack(rows).reshape(*held.shape, *rows[0].shape).view(declared.dtype)
+
+        if mesh is None:
+            return jnp.asarray(part((slice(None),) * len(declared.shape)))
+        sharding = NamedSharding(mesh, partition(declared.axes, declared.shape, mesh))
+        found = jax.make_array_from_callback(declared.shape, sharding, part)
+        return found.block_until_ready()
+
+    shape = declare_in_blocks(param, BLOCKS[dtype.name], HELD_AS[dtype.name])
+    value_OI = load(shape.value_OI, tensors.read)
+    scale_OI = load(shape.scale_OI, lambda name: tensors.read(tensors.scales[name]))
+    return InBlocks(value_OI, scale_OI, shape.matrix, shape.block)
 
 
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:
