@@ -26,6 +26,7 @@ from dspark_jax.cli import training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
+    kind_of,
     limits_of,
     load_model,
     mesh_of,
@@ -258,7 +259,7 @@ def calibrate(args: argparse.Namespace) -> int:
             for name in ("dtype", "limit", "max_new_tokens", "seed"):
                 recipe[name] = getattr(args, name)
             recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
-            recipe |= rendering_of(args).record()
+            recipe |= rendering_of(args).record() | kind_of(args)
             rounds.write_record(Path(args.record), recipe, record)
             requests = rounds.read_record(args.record)
     tables, report = confidence.fit_calibration(requests)
@@ -304,7 +305,7 @@ def prepare(args: argparse.Namespace) -> int:
     ]
     model = load_model(args)
     recipe = {"target": model.target, "dtype": args.dtype, "input_sha256": sha256(Path(args.input))}
-    recipe |= rendering.record()
+    recipe |= rendering.record() | kind_of(args)
     given = ("acceptance", "policy", "kernels")
     options = {name: getattr(args, name) for name in given}
     with data.engine_for(model.decoder, limits, args.batch, **options) as engine:
