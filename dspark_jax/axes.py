@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ _replicated: set[tuple[str, int, int]] = set()
 
 
 def partition(
-    axes: str, shape: Sequence[int], mesh: Mesh, unused: Sequence[str] = ()
+    axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, unused: Sequence[str] = ()
 ) -> PartitionSpec:
     """The :class:`PartitionSpec` of an array with these logical axes.
 
@@ -291,6 +291,27 @@ def declared_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, partition(leaf.axes, leaf.shape, mesh, unused)), declared
     )
+
+
+def device_bytes(
+    declared: Tree, mesh: Mesh | AbstractMesh | None = None, dtype: Any = jnp.float32
+) -> int:
+    """Bytes that one device holds of what is declared.
+
+    Args:
+        declared: pytree of :class:`Param` and :class:`Buffer`.
+        mesh: over which they are split as their axes say, whose devices need not be there; None
+            for one device.
+        dtype: of parameters that state none.
+    """
+
+    def held(leaf: Param | Buffer) -> int:
+        shape = leaf.shape
+        if mesh is not None:
+            shape = NamedSharding(mesh, partition(leaf.axes, shape, mesh)).shard_shape(shape)
+        return math.prod(shape) * jnp.dtype(leaf.dtype or dtype).itemsize
+
+    return sum(map(held, jax.tree.leaves(declared)))
 
 
 def place(tree: Tree, shardings: Any) -> Tree:

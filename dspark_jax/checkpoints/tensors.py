@@ -222,10 +222,20 @@ def _read_in_blocks(param: Param, tensors: Tensors, mesh: Mesh | None) -> InBloc
         found = jax.make_array_from_callback(declared.shape, sharding, part)
         return found.block_until_ready()
 
-    shape = declare_in_blocks(param, BLOCKS[dtype.name], HELD_AS[dtype.name])
+    shape = declare_stored(param, tensors)
     value_OI = load(shape.value_OI, tensors.read)
     scale_OI = load(shape.scale_OI, lambda name: tensors.read(tensors.scales[name]))
     return InBlocks(value_OI, scale_OI, shape.matrix, shape.block)
+
+
+def declare_stored(param: Param, tensors: Tensors) -> Any:
+    """The declaration of a parameter as it is in a checkpoint: of values and scales where there
+    are some."""
+    name = next(file_names(param))
+    if name not in tensors.scales:
+        return param
+    kind = tensors.read(name).dtype.name
+    return declare_in_blocks(param, BLOCKS[kind], HELD_AS[kind])
 
 
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:

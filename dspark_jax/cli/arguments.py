@@ -65,11 +65,13 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
+    _add_quality(measurements, "how far quantised weights are from plain ones")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
     _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
+    _add_plan(commands, "say what models take on each device, and what fits; reads no weights")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
     _add_cache(commands)
@@ -137,6 +139,18 @@ def _add_acceptance(commands: Any, summary: str) -> None:
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
+def _add_quality(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "quality", summary)
+    command.set_defaults(command="bench quality")
+    add = command.add_argument
+    add_prompt_files(command)
+    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add_decoder(command)
+    add_rendering(command)
+    add_rule(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
 def _add_load(commands: Any, summary: str) -> None:
     command = _add_command(commands, "load", summary)
     command.set_defaults(command="bench load")
@@ -177,6 +191,18 @@ def _add_profile(commands: Any, summary: str) -> None:
     add("--positions", type=count, default=1024, metavar="N", help="default %(default)s")
     add("--replays", type=count, default=20, metavar="N", help="default %(default)s")
     add_decoder(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_plan(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "plan", summary)
+    command.set_defaults(command="plan")
+    add = command.add_argument
+    add("--slots", type=count, default=8, metavar="N", help="requests at once; default %(default)s")
+    add("--positions", type=count, default=1024, metavar="N", help="default %(default)s")
+    add("--memory", type=count, default=80, metavar="GB", help="of a device; default %(default)s")
+    add_decoder(command)
+    command.set_defaults(dtype="bfloat16")
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 

@@ -141,7 +141,10 @@ _quantise = jax.jit(quantise, static_argnums=(1, 2))
 
 def is_matrix(param: Param) -> bool:
     """Whether a parameter is among the matrices that are quantised."""
-    return bool(param.inputs) and set(param.axes.removeprefix(param.spread)) <= MATRIX_AXES
+    plain = param.dtype is None
+    return (
+        plain and bool(param.inputs) and set(param.axes.removeprefix(param.spread)) <= MATRIX_AXES
+    )
 
 
 def declare_quantised(declared: Any, kind: str) -> Any:
