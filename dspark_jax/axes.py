@@ -10,7 +10,7 @@ axes of the sharding rules:
     V vocabulary         U draft vocabulary     E experts          Y width of features (= D)
     Z vocabulary of a table so narrow that every device looks tokens up in a whole one
     P chunks of prompts  W rows of a chunk      I, O inputs and outputs of a small head
-    J products in one    Q pages of a cache     X any leading axes
+    J products in one, or residual streams      Q pages of a cache     X any leading axes
 
 A :class:`Param` states shape, axes, initialiser and the Hugging Face name of a parameter once;
 initialisation, sharding, restoring and the name tables are derived from it. A :class:`Buffer` does
@@ -44,7 +44,7 @@ class Param:
         axes: one letter per dimension, in our layout; a leading ``L`` is the stacked layer axis.
         shape: sizes in the order of ``axes``.
         init: ``"normal"`` (standard deviation ``fan_in ** -0.5``), ``"embed"`` (standard
-            deviation 0.02), ``"ones"`` or ``"zeros"``.
+            deviation 0.02), ``"ones"`` or ``"zeros"``; of integers ``"choices"`` below ``fan_in``.
         fan_in: number of inputs that one output sums over (``"normal"`` only).
         name: Hugging Face tensor name; ``{layer}`` stands for the layer where ``L`` is stacked, and
             ``{expert}`` for the expert where every one has a tensor of its own.
@@ -53,8 +53,9 @@ class Param:
             head dimension) are adjacent there, so that a reshape separates them.
         file_rank: number of dimensions of the tensor in the file.
         layers: which layers of the model are stacked, where they are.
+        dtype: of what has one of its own, whatever the model's: small matrices that rounding would
+            harm, and integers. None for the model's.
         inputs: the axes that one output of a matrix sums over; empty for what is no matrix.
-        dtype: of the array, where it is not that of the model.
     """
 
     axes: str
@@ -65,13 +66,17 @@ class Param:
     init: str = "normal"
     fan_in: int = 1
     layers: range = range(0)
-    inputs: str = ""
     dtype: Any = None
+    inputs: str = ""
 
     @property
     def spread(self) -> str:
         """The leading axes that have a tensor in the file for each of their members."""
         return _spread(self.axes, self.name)
+
+    def below(self, limit: int) -> Param:
+        """Of ``"choices"``: integers below a limit."""
+        return replace(self, fan_in=limit)
 
 
 def _spread(axes: str, name: str) -> str:
@@ -87,6 +92,7 @@ def declare(
     out: str = "",
     init: str = "normal",
     layers: range = range(0),
+    dtype: Any = None,
 ) -> Param:
     """A :class:`Param` with sizes looked up by axis letter.
 
@@ -96,7 +102,7 @@ def declare(
         name: Hugging Face tensor name.
         out: axes on the output side of a linear layer (``"NH"``); the file holds them, fused, in
             front of the fused inputs (of a bias: alone). Empty: the file holds our layout.
-        init, layers: see :class:`Param`.
+        init, layers, dtype: see :class:`Param`.
     """
     letters = axes.removeprefix(_spread(axes, name))
     inputs = "".join(letter for letter in letters if letter not in out)
@@ -108,7 +114,7 @@ def declare(
     sizes = {**sizes, "L": len(layers)}
     shape = tuple(sizes[letter] for letter in axes)
     summed = inputs if out else ""
-    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers, summed)
+    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers, dtype, summed)
 
 
 def is_param(leaf: object) -> bool:
@@ -127,18 +133,21 @@ def init_params(key: jax.Array, declared: Tree, dtype: Any = jnp.float32) -> Tre
     Args:
         key: a ``jax.random`` key.
         declared: pytree of :class:`Param`.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, but of those that have their own.
     """
     leaves, structure = jax.tree.flatten(declared, is_leaf=is_param)
     keys = jax.random.split(key, len(leaves))
 
     def init(param: Param, leaf_key: jax.Array) -> jax.Array:
+        own = param.dtype or dtype
         if param.init == "ones":
-            return jnp.ones(param.shape, dtype)
+            return jnp.ones(param.shape, own)
         if param.init == "zeros":
-            return jnp.zeros(param.shape, dtype)
+            return jnp.zeros(param.shape, own)
+        if param.init == "choices":
+            return jax.random.randint(leaf_key, param.shape, 0, param.fan_in, own)
         scale = 0.02 if param.init == "embed" else param.fan_in**-0.5
-        return (scale * jax.random.normal(leaf_key, param.shape)).astype(dtype)
+        return (scale * jax.random.normal(leaf_key, param.shape)).astype(own)
 
     return jax.tree.unflatten(structure, [init(p, k) for p, k in zip(leaves, keys, strict=True)])
 

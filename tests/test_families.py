@@ -17,7 +17,7 @@ from dspark_jax.engine.state import StateConfig, declare_state, make_state, move
 from dspark_jax.models import cache as kv
 from dspark_jax.models.cache import Rows
 from dspark_jax.models.merged import single_layers
-from dspark_jax.models.targets import gemma, llama, qwen3_moe
+from dspark_jax.models.targets import deepseek_v4, gemma, llama, qwen3_moe
 from dspark_jax.models.targets.table import FAMILIES, family_of
 from dspark_jax.models.vocab import unembed
 from tests.tiny_model import DRAFTER
@@ -102,6 +102,27 @@ CONFIGS = {
         tied=True,
     ),
 }
+CONFIGS["deepseek_v4"] = deepseek_v4.Config(
+    **SIZES | {"num_kv_heads": 1},
+    num_layers=4,
+    windows=(3,) * 4,
+    compressed_rope=RopeConfig(500.0, "yarn", 4.0, original_max_positions=64),
+    rope_dim=4,
+    query_rank=12,
+    output_groups=2,
+    output_rank=6,
+    ratios=(0, 2, 3, 2),
+    sparse=(1, 3),
+    index_heads=8,
+    index_dim=6,
+    index_top=3,
+    mix_steps=4,
+    num_experts=8,
+    num_chosen=2,
+    expert_size=20,
+    hashed=(0,),
+    limit=1.5,
+)
 FEATURES = (-1, 0, 2)
 SLOTS, POSITIONS, ROWS_PER_SLOT = 3, 16, 4
 AHEAD = 10  # as many as two chunks of a prompt
@@ -143,8 +164,10 @@ def tiny_target(cfg, *, stacked: bool, dtype=jnp.float32):
     rng = np.random.default_rng(0)
 
     def draw(param):
+        if param.init == "choices":
+            return jnp.asarray(rng.integers(0, param.fan_in, param.shape), param.dtype)
         scale, mean = (0.1, 1.0) if param.init == "ones" else (param.fan_in**-0.5, 0.0)
-        return jnp.asarray(rng.normal(mean, scale, param.shape), dtype)
+        return jnp.asarray(rng.normal(mean, scale, param.shape), param.dtype or dtype)
 
     target = map_params(draw, family_of(cfg).declare(cfg))
     if stacked:
@@ -209,7 +232,8 @@ def test_any_rows_through_the_cache_equal_the_dense_encoding(cfg, stacked, seed)
 
 @each_form
 def test_chunks_of_a_prompt_equal_the_whole(cfg, stacked):
-    """Two slots decode while the prompt of the third is read, its two pieces in one pass."""
+    """Two slots decode while the prompt of the third is read, its two pieces in one pass, and its
+    anchor, too."""
     target, tokens = tiny_target(cfg, stacked=stacked), random_tokens(cfg, 8)
     *_, cache = step(
         cfg,
@@ -220,12 +244,13 @@ def test_chunks_of_a_prompt_equal_the_whole(cfg, stacked):
     position_PW = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
     slot_PW = jnp.full((2, 5), 2, jnp.int32).at[1, 3:].set(SLOTS)  # 8 tokens, the rest is padding
     chunks = Rows(jnp.asarray(tokens)[2, position_PW], slot_PW, position_PW)
-    rows = make_rows(tokens, [4, 3, 0], [2, 1, 0], range(SLOTS))
+    rows = make_rows(tokens, [4, 3, 8], [2, 1, 1], range(SLOTS))
     *outputs, _ = step(cfg, target, cache, rows, chunks)
     num_rows = len(rows.slot_T)
     for out, whole in zip(outputs, dense(cfg, target, jnp.asarray(tokens)), strict=True):
         np.testing.assert_allclose(out[:2], whole[0, 4:6], **CLOSE)
         np.testing.assert_allclose(out[2], whole[1, 3], **CLOSE)
+        np.testing.assert_allclose(out[3], whole[2, 8], **CLOSE)
         np.testing.assert_allclose(out[num_rows : num_rows + 8], whole[2, :8], **CLOSE)
 
 
@@ -339,7 +364,7 @@ def test_a_moved_state_is_the_same_in_another_form(cfg, stacked, slots, position
         if "S" not in buffer.axes:
             np.testing.assert_array_equal(after, before)
             return
-        common = min(8, positions)
+        common = min(before.shape[-1], after.shape[-1])
         np.testing.assert_array_equal(after[..., :common], before[..., :common])
         assert (after[..., common:] == buffer.fill).all()
 
@@ -365,6 +390,8 @@ def test_slots_are_split_over_data_and_heads_over_tensor(cfg, emulated_devices):
     split = jax.tree.map(split_axes, declared, state)
 
     def heads(buffer):
+        if "K" not in buffer.axes:
+            return "B"
         return "BK" if buffer.shape[buffer.axes.index("K")] % 2 == 0 else "B"
 
     for part in ("target_cache", "context_cache"):

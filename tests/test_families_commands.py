@@ -54,6 +54,28 @@ FAMILIES = {
         "moe_intermediate_size": 16,
     },
 }
+FAMILIES["deepseek_v4"] = LAYERS | {
+    "model_type": "deepseek_v4",
+    "q_lora_rank": 12,
+    "o_groups": 2,
+    "o_lora_rank": 6,
+    "qk_rope_head_dim": 4,
+    "sliding_window": 12,
+    "compress_ratios": [0, 4, 8, 4, 0],
+    "index_n_heads": 8,
+    "index_head_dim": 8,
+    "index_topk": 6,
+    "hc_sinkhorn_iters": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_hash_layers": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 128,
+    },
+}
 LINES = [{"prompt": "hello there"}, {"prompt": "one"}, {"prompt": "what is this?"}]
 
 

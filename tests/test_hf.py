@@ -279,7 +279,10 @@ def test_the_text_of_a_model_that_has_others_beside_it(kind, before, after, head
 
 
 UNSUPPORTED = {
-    "no family": ({"model_type": None}, "model_type is missing: use a model of gemma2, gemma3,"),
+    "no family": (
+        {"model_type": None},
+        "model_type is missing: use a model of deepseek_v4, gemma2,",
+    ),
     "a family beside others": (
         {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
         "model_type of 'qwen2_5_vl' 'qwen2_5_vl_text' is not supported",

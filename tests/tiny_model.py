@@ -74,6 +74,8 @@ def random_params(seed, declared):
     def draw(param):
         if param.init == "ones":
             return np.ones(param.shape, np.float32)
+        if param.init == "choices":
+            return random.integers(0, param.fan_in, param.shape, np.int32)
         scale = 0.6 if param.init == "embed" else param.fan_in**-0.5
         return (scale * random.standard_normal(param.shape)).astype(np.float32)
 

@@ -5,6 +5,7 @@ The tensors follow from the declaration (``tensors.py``), the configuration from
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from dspark_jax.checkpoints.tensors import (
     Tensors,
     read_json,
     read_params,
+    renamed,
     split_experts,
     text_part,
 )
@@ -31,7 +33,7 @@ from dspark_jax.config import TargetConfig
 from dspark_jax.files import absent, write_together
 from dspark_jax.models.quantised import PLAIN
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.targets.table import FAMILIES, family_of
+from dspark_jax.models.targets.table import FAMILIES, declared_name, family_of
 from dspark_jax.models.targets.text_config import TEXT_OF, text_config
 
 logger = logging.getLogger(__name__)
@@ -149,23 +151,26 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
         return target_config(hf), text_config(hf).get("tie_word_embeddings")
 
     (cfg, said), tensors = read_checkpoint(source, parse)
-    tensors = with_scales(split_experts(text_part(tensors)))
-    if HEAD not in tensors.shapes and not cfg.tied:
+    tensors = split_experts(text_part(tensors))
+    tensors = with_scales(renamed(tensors, functools.partial(declared_name, cfg)))
+    vocab = family_of(cfg).declare(replace(cfg, tied=False)).vocab
+    embedding, head = vocab.embed_VD.name, vocab.unembed_VD.name
+    if head not in tensors.shapes and not cfg.tied:
         if said is not None:
             raise LoadError(
-                f"{tensors.origin}: tie_word_embeddings is false, but {HEAD} is missing: complete "
+                f"{tensors.origin}: tie_word_embeddings is false, but {head} is missing: complete "
                 f"the download, or set it to true in {CONFIG_FILE} where the embedding is the head"
             )
-        logger.warning("%s has no %s: the embedding is taken for it", tensors.origin, HEAD)
+        logger.warning("%s has no %s: the embedding is taken for it", tensors.origin, head)
         return replace(cfg, tied=True), tensors
-    if cfg.tied and {HEAD, EMBEDDING} <= tensors.shapes.keys():
-        if np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
-            return cfg, tensors.without(HEAD)
+    if cfg.tied and {head, embedding} <= tensors.shapes.keys():
+        if np.array_equal(tensors.read(head), tensors.read(embedding)):
+            return cfg, tensors.without(head)
         logger.warning(
             "%s: tie_word_embeddings is true, but %s differs from %s: it is used",
             tensors.origin,
-            HEAD,
-            EMBEDDING,
+            head,
+            embedding,
         )
         return replace(cfg, tied=False), tensors
     return cfg, tensors

@@ -31,6 +31,7 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
 from dspark_jax.models.quantised import PLAIN, check_kind, quantise_params
 from dspark_jax.models.targets.family import TargetParams
+from dspark_jax.models.targets.table import chat_template
 from dspark_jax.models.vocab import Vocab
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,8 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     directory = model_directory(source)
     cfg, tensors = open_hf_target(directory)
     tokenizer = load_tokenizer(directory)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template(cfg, tokenizer.get_vocab())
     path = directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     hidden = generation.get("suppress_tokens") or []

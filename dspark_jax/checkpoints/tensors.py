@@ -116,8 +116,8 @@ def read_params(
     Args:
         declared: pytree of Param.
         tensors: the checkpoint.
-        dtype: dtype of the result; None keeps that of the file, where it is one of ``KEPT``, and
-            float32 stands for others and for several.
+        dtype: dtype of the result, but of parameters that have their own; None keeps that of the
+            file, where it is one of ``KEPT``, and float32 stands for others and for several.
         mesh: over which every parameter is split as its axes say; None for the default device.
         weights: the kind of values that matrices are turned into (:mod:`~dspark_jax.models.
             quantised`), each as soon as it is there. Those that are values with scales in the
@@ -163,20 +163,16 @@ def _read_parts(
         indices: of each part, a slice for every axis.
 
     Raises:
-        LoadError: the tensors do not hold floats.
+        LoadError: the tensors do not hold the numbers that are declared.
     """
     parts: list[np.ndarray] = []
-    spread = len(param.spread)
+    spread, dtype = len(param.spread), param.dtype or dtype
     outer = param.shape[:spread]
     # Of every part, which members of the spread axes it holds.
     held = [[range(n)[cut] for n, cut in zip(outer, i[:spread], strict=True)] for i in indices]
     for place, name in zip(np.ndindex(*outer), file_names(param), strict=True):
         tensor = from_file(param, tensors.read(name))
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise LoadError(
-                f"{tensors.origin}: {name} has dtype {tensor.dtype}, but weights must be floats: "
-                f"{UNQUANTISED}"
-            )
+        _check_numbers(param, f"{tensors.origin}: {name}", tensor)
         shares = [tensor[index[spread:]] for index in indices]
         if not parts:
             kind = (str(tensor.dtype) in KEPT and tensor.dtype) or np.float32
@@ -191,6 +187,22 @@ def _read_parts(
                 within = tuple(some.index(at) for at, some in zip(place, members, strict=True))
                 part[within or ...] = share
     return parts
+
+
+def _check_numbers(param: Param, where: str, tensor: np.ndarray) -> None:
+    """Refuse numbers of another kind than declared, and choices that there are not."""
+    if param.init == "choices":
+        if not jnp.issubdtype(tensor.dtype, jnp.integer):
+            raise LoadError(f"{where} has dtype {tensor.dtype}, but must be integers")
+        if tensor.size and not 0 <= tensor.min() <= tensor.max() < param.fan_in:
+            raise LoadError(
+                f"{where} holds {tensor.min()}..{tensor.max()}, but must lie in "
+                f"0..{param.fan_in - 1}: the two files do not belong together"
+            )
+    elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise LoadError(
+            f"{where} has dtype {tensor.dtype}, but weights must be floats: {UNQUANTISED}"
+        )
 
 
 def _read_in_blocks(param: Param, tensors: Tensors, mesh: Mesh | None) -> InBlocks:
@@ -213,7 +225,8 @@ def _read_in_blocks(param: Param, tensors: Tensors, mesh: Mesh | None) -> InBloc
         def part(index: Any) -> np.ndarray:
             outer, inner = index[: places.ndim], index[places.ndim :]
             held = np.asarray(places[outer], object)
-            rows = [np.asarray(read(name)[inner]) for name in held.reshape(-1)]
+            one = declared.shape[places.ndim :]  # groups of outputs may be an axis of their own
+            rows = [read(name).reshape(one)[inner] for name in held.reshape(-1)]
             return np.stack(rows).reshape(*held.shape, *rows[0].shape).view(declared.dtype)
 
         if mesh is None:
@@ -235,7 +248,10 @@ def declare_stored(param: Param, tensors: Tensors) -> Any:
     if name not in tensors.scales:
         return param
     kind = tensors.read(name).dtype.name
-    return declare_in_blocks(param, BLOCKS[kind], HELD_AS[kind])
+    try:
+        return declare_in_blocks(param, BLOCKS[kind], HELD_AS[kind])
+    except ValueError as error:
+        raise LoadError(f"{tensors.origin}: {error}") from None
 
 
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:
@@ -321,6 +337,13 @@ def text_part(tensors: Tensors) -> Tensors:
     if "lm_head.weight" in tensors.shapes:
         names.setdefault("lm_head.weight", "lm_head.weight")
     shapes = {name: tensors.shapes[old] for name, old in names.items()}
+    return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))
+
+
+def renamed(tensors: Tensors, declared_name: Callable[[str], str | None]) -> Tensors:
+    """A checkpoint under the names of a declaration, without what has none."""
+    names = {declared_name(name): name for name in tensors.shapes}
+    shapes = {new: tensors.shapes[old] for new, old in names.items() if new is not None}
     return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))
 
 

@@ -60,6 +60,8 @@ def _problems(decoder: Decoder, positions: Sequence[int]) -> Iterator[str]:
         models.append(("drafter", drafter.norm_D, sections))
     for name, norm_D, sections in models:
         for own in map_stacks(lambda stack: stack.kind.attention, sections):
+            if own.value_is_key:
+                yield f"the {name} has attention whose values are its keys, with a sink"
             given = norm_D.dtype, own.head_dim, own.softcap, positions
             problem = dispatch.attention_problem(*given)
             if problem is not None:

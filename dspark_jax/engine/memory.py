@@ -68,6 +68,8 @@ def _pages_in_memory(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> 
     one, two = (
         engine_bytes(decoder, replace(config, pages=count * shards), ladder) for count in (1, 2)
     )
+    if one == two:
+        return 2**31 - 1  # no cache lies in pages
     return (shards * (limit - one) // (two - one) + shards) // shards * shards
 
 

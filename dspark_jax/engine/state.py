@@ -93,7 +93,9 @@ def declare_state(cfg: StateConfig) -> DecodeState:
 
     def cache(declare: Any, sizes: Any, which: int) -> Any:
         dtype = cfg.dtypes[which]
-        room = Room(cfg.num_slots, cfg.num_positions, cfg.num_ahead, dtype, cfg.num_pages)
+        drafts = 0 if cfg.drafter is None else cfg.drafter.block_size
+        sizes_of = cfg.num_slots, cfg.num_positions, cfg.num_ahead, dtype, cfg.num_pages, drafts
+        room = Room(*sizes_of)
         declared = declare(sizes, room)
         return declared if cfg.stacked[which] else unstacked(declared)
 

@@ -73,6 +73,8 @@ class Room:
         dtype: of keys and values.
         pages: Q, pages that layers that see everything share; 0 where every slot has room for all
             positions.
+        drafts: the most positions of a slot that may be written and then rejected: a block. None
+            for as many as ``ahead``.
     """
 
     slots: int
@@ -80,11 +82,17 @@ class Room:
     ahead: int
     dtype: Any
     pages: int = 0
+    drafts: int | None = None
 
     def length(self, window: int) -> int:
         """S of a layer that sees so many positions; 0 for all."""
         ring = -(-(window + self.ahead) // RING_STEP) * RING_STEP
         return min(self.positions, ring) if window else self.positions
+
+    def tail(self, count: int) -> int:
+        """S of a ring of the last ``count`` positions that are not rejected."""
+        drafts = self.ahead if self.drafts is None else self.drafts
+        return min(self.positions, count + drafts + 1)
 
 
 def declare_kv(num_layers: int, num_heads: int, head_dim: int, window: int, room: Room) -> KVCache:
@@ -148,26 +156,35 @@ def write(
     if window:
         place_T = position_T % _positions(cache)
     elif cache.paged:
-        where = slot_T, position_T // PAGE
-        first_T = cache.page_BX.at[where].get(mode="fill", fill_value=_NO_PAGE)
+        page = slot_T, position_T // PAGE
+        first_T = cache.page_BX.at[page].get(mode="fill", fill_value=_NO_PAGE)
         place_T = position_T % PAGE
     sound_TK1 = jnp.isfinite(v_TKH).all(axis=2, keepdims=True)
     k_TKH, v_TKH = jnp.where(sound_TK1, k_TKH, jnp.nan), jnp.where(sound_TK1, v_TKH, 0)
-    if first_T.shape[0] == 1:
+    where = first_T, slice(None), place_T
+    k, v = (put(values, layer, where, new) for values, new in ((cache.k, k_TKH), (cache.v, v_TKH)))
+    return cache.replace(k=k, v=v)  # type: ignore[attr-defined]
+
+
+def put(values: Any, layer: Any, where: tuple[Any, ...], new_TX: jax.Array) -> Any:
+    """Values of decoding state with T rows put into one layer.
+
+    Args:
+        values: [L, ...], or a tuple of the L layers.
+        layer: which one.
+        where: of every row in a layer: int32 arrays [T], or slices. Rows outside are dropped.
+        new_TX: the rows.
+    """
+    if new_TX.shape[0] == 1:
         # XLA makes a scatter of one row an update of a slice, and copies the cache for its test of
         # the bounds (30 layers, 1024 positions, a CPU: 42 ms a round, not 18). Two rows stay a
         # scatter; the second is dropped.
-        first_T = jnp.append(first_T, _NO_PAGE)
-        place_T = jnp.append(place_T, 0)
-        k_TKH, v_TKH = jnp.repeat(k_TKH, 2, axis=0), jnp.repeat(v_TKH, 2, axis=0)
-
-    def put(values: Any, new_TKH: jax.Array) -> Any:
-        if isinstance(values, tuple):
-            changed = values[layer].at[first_T, :, place_T].set(new_TKH, mode="drop")
-            return (*values[:layer], changed, *values[layer + 1 :])
-        return values.at[layer, first_T, :, place_T].set(new_TKH, mode="drop")
-
-    return cache.replace(k=put(cache.k, k_TKH), v=put(cache.v, v_TKH))  # type: ignore[attr-defined]
+        where = tuple(x if isinstance(x, slice) else jnp.append(x, _NO_PAGE) for x in where)
+        new_TX = jnp.repeat(new_TX, 2, axis=0)
+    if isinstance(values, tuple):
+        changed = values[layer].at[where].set(new_TX, mode="drop")
+        return (*values[:layer], changed, *values[layer + 1 :])
+    return values.at[(layer, *where)].set(new_TX, mode="drop")
 
 
 def read(cache: KVCache, layer: Any) -> tuple[jax.Array, jax.Array]:

@@ -224,6 +224,14 @@ def project(x_XD: jax.Array, w_DNH: Matrix) -> jax.Array:
     return out_XI.reshape(*x_XD.shape[:-1], *w_DNH.shape[1:])
 
 
+def grouped(x_XKI: jax.Array, w_KXO: jax.Array | InBlocks) -> jax.Array:
+    """[X, K, O] of K groups with a matrix each."""
+    if isinstance(w_KXO, InBlocks):
+        return jax.vmap(matmul, in_axes=(-2, 0), out_axes=-2)(x_XKI, w_KXO)
+    w_KIO = w_KXO.reshape(*x_XKI.shape[-2:], -1)
+    return jnp.einsum("...ki,kio->...ko", x_XKI, w_KIO).astype(x_XKI.dtype)
+
+
 def finish_kv(
     layer: Layer,
     k_XKH: jax.Array,
@@ -255,17 +263,33 @@ def add(x_X: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x_X if bias is None else x_X + bias
 
 
-def gated_mlp(
-    mlp: Mlp, x_XD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+def gated(
+    gate_XM: jax.Array,
+    up_XM: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    limit: float | None = None,
 ) -> jax.Array:
-    """``down(activation(gate(x)) * up(x))``."""
+    """``activation(gate) * up``, of a gate of at most ``limit``, and an ``up`` within it on both
+    sides."""
+    if limit is not None:
+        gate_XM, up_XM = jnp.minimum(gate_XM, limit), jnp.clip(up_XM, -limit, limit)
+    return activation(gate_XM) * up_XM
+
+
+def gated_mlp(
+    mlp: Mlp,
+    x_XD: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    limit: float | None = None,
+) -> jax.Array:
+    """``down(activation(gate(x)) * up(x))``; ``limit`` as in :func:`gated`."""
     if isinstance(mlp.gate_DM, Merged):
         out_XMJ = project(x_XD, mlp.gate_DM.weight_DX)
         gate_XM, up_XM = out_XMJ[..., 0], out_XMJ[..., 1]
     else:
         gate_XM, up_XM = matmul(x_XD, mlp.gate_DM), matmul(x_XD, mlp.up_DM)
     gate_XM, up_XM = add(gate_XM, mlp.gate_bias_M), add(up_XM, mlp.up_bias_M)
-    return add(matmul(activation(gate_XM) * up_XM, mlp.down_MD), mlp.down_bias_D)
+    return add(matmul(gated(gate_XM, up_XM, activation, limit), mlp.down_MD), mlp.down_bias_D)
 
 
 def finish_layer(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dspark_jax.models.layers import Merged
-from dspark_jax.models.quantised import InBlocks, PerOutput
+from dspark_jax.models.quantised import InBlocks, PerOutput, Quantised
 
 Tree = Any
 Join = Callable[..., jax.Array]
@@ -75,8 +75,8 @@ def single_layers(stack: Tree, *, donate: bool = False) -> tuple[Tree, ...]:
         """The tree with a list of the layers' arrays in the place of every array."""
         if tree is None:
             return None
-        if not hasattr(tree, "__dataclass_fields__"):
-            return cut(_alone, tree)
+        if not hasattr(tree, "__dataclass_fields__") or isinstance(tree, Quantised):
+            return jax.tree.map(functools.partial(cut, _alone), tree)
         fields = {name: getattr(tree, name) for name in tree.__dataclass_fields__}
         merged: dict[str, Any] = {}
         for names, join in _PRODUCTS.items():

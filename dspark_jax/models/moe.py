@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from dspark_jax.axes import MESH_RULES, Param, declare
-from dspark_jax.models.layers import matmul
+from dspark_jax.models.layers import gated, matmul
 from dspark_jax.models.quantised import split
 from dspark_jax.models.stacks import Whole
 from pallas_kernels import devices
@@ -46,23 +46,26 @@ class Experts(Whole):
         return self.replace(layer=index)  # type: ignore[attr-defined]
 
 
-def declare_experts(sizes: Mapping[str, int], prefix: str, layers: range) -> Experts:
+def declare_experts(
+    sizes: Mapping[str, int],
+    prefix: str,
+    layers: range,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Experts:
     """Declaration of the experts of some layers, stacked on L.
 
     Args:
         sizes: axis letter -> size; M is the width of an expert.
         prefix: of the names before ``.{expert}.gate_proj.weight``.
         layers: which ones.
+        names: of gate, up and down.
     """
 
     def param(axes: str, name: str, out: str) -> Param:
         return declare("LE" + axes, sizes, f"{prefix}.{{expert}}.{name}", out=out, layers=layers)
 
-    return Experts(
-        param("DM", "gate_proj.weight", "M"),
-        param("DM", "up_proj.weight", "M"),
-        param("MD", "down_proj.weight", "D"),
-    )
+    gate, up, down = (f"{name}.weight" for name in names)
+    return Experts(param("DM", gate, "M"), param("DM", up, "M"), param("MD", down, "D"))
 
 
 def choose_experts(
@@ -91,6 +94,7 @@ def mix_experts(
     expert_XC: jax.Array,
     weight_XC: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
+    limit: float | None = None,
 ) -> jax.Array:
     """``sum_c weight[c] * expert[c](x)`` of every row, for gated experts.
 
@@ -100,13 +104,15 @@ def mix_experts(
         expert_XC: int32 experts of every row.
         weight_XC: their weights.
         activation: of the gate.
+        limit: as in :func:`~dspark_jax.models.layers.gated`.
 
     Returns:
         [X, D] in the dtype of ``x_XD``; summed in float32.
     """
     free = devices.free_axes()
+    combine = functools.partial(gated, activation=activation, limit=limit)
     if math.prod(free.values()) == 1:
-        return _mix(experts, x_XD, expert_XC, weight_XC, activation=activation)
+        return _mix(experts, x_XD, expert_XC, weight_XC, combine=combine)
     if experts.layer is not None:  # or all layers would be gathered
         parts = experts.gate_EDM, experts.up_EDM, experts.down_EMD
         experts = Experts(*(part[experts.layer] for part in parts))
@@ -121,7 +127,7 @@ def mix_experts(
     down = split(experts.down_EMD, by_expert, by_width, None)
     mix = functools.partial(
         _mix,
-        activation=activation,
+        combine=combine,
         by_expert=by_expert,
         summed=(by_expert or ()) + (by_width or ()),
     )
@@ -142,7 +148,7 @@ def _mix(
     expert_XC: jax.Array,
     weight_XC: jax.Array,
     *,
-    activation: Callable[[jax.Array], jax.Array],
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
     by_expert: tuple[str, ...] | None = None,
     summed: tuple[str, ...] = (),
 ) -> jax.Array:
@@ -174,7 +180,7 @@ def _mix(
             where = (expert,) if experts.layer is None else (experts.layer, expert)
             return matmul(rows, weights[where])
 
-        gated_RM = activation(product(x_RD, experts.gate_EDM)) * product(x_RD, experts.up_EDM)
+        gated_RM = combine(product(x_RD, experts.gate_EDM), product(x_RD, experts.up_EDM))
         result_RD = product(gated_RM, experts.down_EMD).astype(jnp.float32)
         result_RD = result_RD * weight_TC.reshape(-1)[pair_R][:, None]
         return out_TD.at[row_R].add(result_RD, mode="drop")

@@ -176,15 +176,25 @@ def declare_in_blocks(param: Param, block: tuple[int, int], dtype: Any) -> InBlo
     the first of them.
 
     Args:
-        param: a matrix, whose outputs follow its inputs.
+        param: a matrix, whose outputs follow its inputs; but for outputs that go before, which are
+            groups of inputs and outputs of their own.
         block: outputs and inputs of a scale.
         dtype: of the values.
+
+    Raises:
+        ValueError: a group is not of whole blocks.
     """
-    lead, letters = param.spread, param.axes.removeprefix(param.spread)
     sizes = dict(zip(param.axes, param.shape, strict=True))
-    outer, matrix = param.shape[: len(lead)], param.shape[len(lead) :]
+    start = min(param.axes.index(axis) for axis in param.inputs)
+    lead, letters = param.axes[:start], param.axes[start:]
+    outer, matrix = param.shape[:start], param.shape[start:]
     inputs = math.prod(sizes[axis] for axis in param.inputs)
     outputs = math.prod(matrix) // inputs
+    if len(lead) > len(param.spread) and outputs % block[0]:
+        raise ValueError(
+            f"{param.name} has groups of {outputs} outputs, and scales for {block[0]}: groups must "
+            "be of whole blocks"
+        )
     axes = lead + letters[len(param.inputs)] + letters[0]
     in_value = inputs // 2 if dtype == E2M1 else inputs
     blocks = tuple(-(-size // of) for size, of in zip((outputs, inputs), block, strict=True))

@@ -37,6 +37,7 @@ class Attention:
         scale: of the scores; None for H ** -0.5.
         softcap: of the scores; None for none.
         reads: the layer whose keys and values are read in place of own ones.
+        value_is_key: whether values are the keys themselves, which no kernel has a form for.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     reads: int | None = None
+    value_is_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def read_sequences(
         options = {"window": own.window, "scale": own.scale, "softcap": own.softcap}
         out = attend_causally(q, k, v, **options, kernels=kernels)
         x_BSD = blocks.finish(layer, x_BSD, out, place, shared, cfg)
-        return x_BSD, _keep_feature(feature_FBSD, x_BSD, place.layer, feature_layers), kept
+        return x_BSD, keep_feature(feature_FBSD, x_BSD, place.layer, feature_layers), kept
 
     def nothing(number: int) -> tuple[jax.Array, jax.Array]:
         own = place_of(sections, number).kind.attention
@@ -117,7 +119,7 @@ def read_sequences(
         return empty, empty
 
     kept = {number: nothing(number) for number in _read_layers(sections)}
-    carry = (x_BSD, _start_features(x_BSD, feature_layers), kept)
+    carry = (x_BSD, start_features(x_BSD, feature_layers), kept)
     x_BSD, feature_FBSD, _ = loop_layers(block, carry, target.layers, sections)
     return blocks.leave(target, x_BSD, cfg), jnp.moveaxis(feature_FBSD, 0, 2)
 
@@ -171,9 +173,9 @@ def read_rows(
         if chunks is not None:
             out_TNH = jnp.concatenate([out_TNH, attend_chunks(q_TNH[num_rows:], *held)])
         x_TD = blocks.finish(layer, x_TD, out_TNH, place, shared, cfg)
-        return x_TD, _keep_feature(feature_FTD, x_TD, place.layer, feature_layers), cache
+        return x_TD, keep_feature(feature_FTD, x_TD, place.layer, feature_layers), cache
 
-    carry = (x_TD, _start_features(x_TD, feature_layers), cache)
+    carry = (x_TD, start_features(x_TD, feature_layers), cache)
     x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers, sections)
     return blocks.leave(target, x_TD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
 
@@ -201,7 +203,7 @@ def _cache_attention(
     return attention
 
 
-def _keep_feature(
+def keep_feature(
     feature_FXD: jax.Array, x_XD: jax.Array, layer: Any, feature_layers: Sequence[int]
 ) -> jax.Array:
     """The features with the residual stream after ``layer``, if it is one of the chosen."""
@@ -216,7 +218,7 @@ def _keep_feature(
     return feature_FXD.at[place].set(x_XD, mode="drop")
 
 
-def _start_features(x_XD: jax.Array, feature_layers: Sequence[int]) -> jax.Array:
+def start_features(x_XD: jax.Array, feature_layers: Sequence[int]) -> jax.Array:
     """Room for the features, the embedding output (layer -1) already in its place."""
     feature_FXD = jnp.zeros((len(feature_layers), *x_XD.shape), x_XD.dtype)
-    return _keep_feature(feature_FXD, x_XD, -1, feature_layers)
+    return keep_feature(feature_FXD, x_XD, -1, feature_layers)

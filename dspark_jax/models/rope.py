@@ -73,3 +73,21 @@ def rotate(x_XNH: jax.Array, table: Table) -> jax.Array:
     first, second = jnp.split(x_XNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_XNH.dtype)
+
+
+def rotate_pairs(x_XNH: jax.Array, table: Table, *, back: bool = False) -> jax.Array:
+    """RoPE of the last channels, as many as the table has frequencies for, in neighbouring pairs;
+    computed in float32.
+
+    Args:
+        x_XNH: heads.
+        table: cos and sin [X, 1, R/2] for R rotated channels.
+        back: whether to turn them the other way.
+    """
+    cos, sin = table
+    sin = -sin if back else sin
+    width = 2 * cos.shape[-1]
+    kept, turning = x_XNH[..., :-width], x_XNH[..., -width:].astype(jnp.float32)
+    even, odd = turning[..., ::2], turning[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return jnp.concatenate([kept, turned.reshape(turning.shape).astype(x_XNH.dtype)], axis=-1)

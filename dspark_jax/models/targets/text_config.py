@@ -19,8 +19,10 @@ SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
-# ``model_type`` -> these sizes; None for as many key/value heads as heads, and for no window.
+# ``model_type`` -> these sizes; None for what is not there: as many key/value heads as heads, no
+# window, no MLP.
 DEFAULTS: Mapping[str, tuple[int | None, ...]] = {
+    "deepseek_v4": (129280, 4096, None, 43, 64, 1, 1048576, 128),
     "llama": (32000, 4096, 11008, 32, 32, None, 2048, None),
     "mistral": (32000, 4096, 14336, 32, 32, 8, 131072, 4096),
     "qwen2": (151936, 4096, 22016, 32, 32, 32, 32768, 4096),
