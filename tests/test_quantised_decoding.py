@@ -10,7 +10,7 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.models.quantised import PerOutput, dequantise
-from tests.test_families_decoding import ENGINE, texts
+from tests.test_families_decoding import ENGINE, NEW, texts
 from tests.tiny_model import write_drafter, write_target
 
 
@@ -44,6 +44,7 @@ def test_texts_are_those_of_the_weights_that_are_stood_for(folders, kind, emulat
     decoder = decoder_of(folders, kind)
     assert any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(decoder.weights.drafter.layers))
     found = texts(decoder)
+    assert {len(ids) for ids in found} == {NEW}
     assert found == texts(decoder_of(folders, kind, change=plain))
     mesh = make_mesh(tensor=2, devices=emulated_devices)
     assert found == texts(decoder_of(folders, kind, mesh))

@@ -16,7 +16,8 @@ import gguf
 import numpy as np
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, split_experts
+from dspark_jax.checkpoints.tensor_names import split_experts
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.files import absent, foreign
 from dspark_jax.models.quantised import PLAIN

@@ -19,14 +19,12 @@ from jax.sharding import Mesh
 from safetensors.numpy import save
 
 from dspark_jax.checkpoints.quantised import with_scales
+from dspark_jax.checkpoints.tensor_names import renamed, split_experts, text_part
 from dspark_jax.checkpoints.tensors import (
     LoadError,
     Tensors,
     read_json,
     read_params,
-    renamed,
-    split_experts,
-    text_part,
 )
 from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors, what_else
 from dspark_jax.config import TargetConfig

@@ -268,13 +268,13 @@ def _by_blocks(x_TI: jax.Array, w: InBlocks) -> jax.Array:
         )
         return out_TBO.astype(x_TI.dtype).reshape(len(x_TI), -1)
 
-    whole = outputs // size
-    value_BOI = w.value_OI[: whole * size].reshape(whole, size, -1)
-    out_TO = blocks(scale_BI[:whole], value_BOI)
-    if whole == len(scale_BI):
-        return out_TO
-    rest_TO = blocks(scale_BI[whole:], w.value_OI[None, whole * size :])
-    return jnp.concatenate([out_TO, rest_TO], axis=1)
+    whole, parts = outputs // size, []
+    if whole:
+        value_BOI = w.value_OI[: whole * size].reshape(whole, size, -1)
+        parts.append(blocks(scale_BI[:whole], value_BOI))
+    if whole < len(scale_BI):  # the last block is partial
+        parts.append(blocks(scale_BI[whole:], w.value_OI[None, whole * size :]))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _by_panels(x_TI: jax.Array, w: InBlocks) -> jax.Array:
