@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Param:
         layers: which layers of the model are stacked, where they are.
         dtype: of what has one of its own, whatever the model's: small matrices that rounding would
             harm, and integers. None for the model's.
+        inputs: the axes that one output of a matrix sums over; empty for what is no matrix.
     """
 
     axes: str
@@ -67,6 +68,7 @@ class Param:
     fan_in: int = 1
     layers: range = range(0)
     dtype: Any = None
+    inputs: str = ""
 
     @property
     def spread(self) -> str:
@@ -112,7 +114,8 @@ def declare(
     fan_in = math.prod(sizes[letter] for letter in inputs)
     sizes = {**sizes, "L": len(layers)}
     shape = tuple(sizes[letter] for letter in axes)
-    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers, dtype)
+    summed = inputs if out else ""
+    return Param(axes, shape, name, file_axes, file_rank, init, fan_in, layers, dtype, summed)
 
 
 def is_param(leaf: object) -> bool:
@@ -151,7 +154,8 @@ def init_params(key: jax.Array, declared: Tree, dtype: Any = jnp.float32) -> Tre
 
 
 def abstract_params(declared: Tree, dtype: Any = jnp.float32) -> Tree:
-    """``jax.ShapeDtypeStruct`` for every declared parameter."""
+    """``jax.ShapeDtypeStruct`` for every declared parameter, of this dtype unless it has its
+    own."""
     return map_params(
         lambda param: jax.ShapeDtypeStruct(param.shape, param.dtype or dtype), declared
     )
@@ -265,7 +269,7 @@ _replicated: set[tuple[str, int, int]] = set()
 
 
 def partition(
-    axes: str, shape: Sequence[int], mesh: Mesh, unused: Sequence[str] = ()
+    axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, unused: Sequence[str] = ()
 ) -> PartitionSpec:
     """The :class:`PartitionSpec` of an array with these logical axes.
 
@@ -297,6 +301,27 @@ def declared_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, partition(leaf.axes, leaf.shape, mesh, unused)), declared
     )
+
+
+def device_bytes(
+    declared: Tree, mesh: Mesh | AbstractMesh | None = None, dtype: Any = jnp.float32
+) -> int:
+    """Bytes that one device holds of what is declared.
+
+    Args:
+        declared: pytree of :class:`Param` and :class:`Buffer`.
+        mesh: over which they are split as their axes say, whose devices need not be there; None
+            for one device.
+        dtype: of parameters that state none.
+    """
+
+    def held(leaf: Param | Buffer) -> int:
+        shape = leaf.shape
+        if mesh is not None:
+            shape = NamedSharding(mesh, partition(leaf.axes, shape, mesh)).shard_shape(shape)
+        return math.prod(shape) * jnp.dtype(leaf.dtype or dtype).itemsize
+
+    return sum(map(held, jax.tree.leaves(declared)))
 
 
 def place(tree: Tree, shardings: Any) -> Tree:

@@ -210,6 +210,7 @@ def load(
     drafter: str | Path | None = None,
     *,
     dtype: Any = "float32",
+    weights: str = "plain",
     mesh: Mesh | None = None,
     kernels: Kernels = "auto",
     system: str = "",
@@ -227,6 +228,9 @@ def load(
             for the default target, the one inside the checkpoint of a target that has one, and none
             for all others.
         dtype: of the weights.
+        weights: ``"plain"``; or ``"int8"`` or ``"fp8"``, which the matrices of the layers are
+            turned into as they are read, with a scale for every output. Texts are then those of
+            that target.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
         kernels: the implementation of the operations of ``pallas_kernels``; "auto" is the kernels
             for GPUs wherever they can run.
@@ -241,14 +245,15 @@ def load(
     """
     rendering = Rendering(system, chat_template, {} if template_args is None else template_args)
     use_compilation_cache()
-    found = load_target(target, jnp.dtype(dtype), mesh)
+    found = load_target(target, jnp.dtype(dtype), mesh, weights)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
     check_rendering(found.tokenizer, rendering, found.name)
     if drafter is None:
         drafter = default_drafter(target)
     name, bound, calibration = "none", None, None
     if str(drafter) != "none":
-        loaded = load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh)
+        options: dict[str, Any] = {"own_vocab": own_vocab, "mesh": mesh, "weights": weights}
+        loaded = load_drafter_for(found, drafter, **options)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
         if (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)

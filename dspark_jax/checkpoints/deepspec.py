@@ -158,6 +158,27 @@ def load_drafter(
     Raises:
         LoadError: something is missing, left over, broken or not supported.
     """
+    given: dict[str, Any] = {"num_target_layers": num_target_layers, "token_id": token_id}
+    cfg, held, tensors, d2t_U, tied = open_drafter(source, **given)
+    params, vocab = read_params((declare_drafter(cfg), held), tensors, dtype, mesh)
+    if tied:
+        vocab = replace(vocab, unembed_VD=vocab.embed_VD)
+    vocab = replace(vocab, d2t_U=None if d2t_U is None else jnp.asarray(d2t_U))
+    return cfg, params, vocab if jax.tree.leaves(vocab) else None
+
+
+def open_drafter(
+    source: str | Path,
+    *,
+    num_target_layers: int | None = None,
+    token_id: Callable[[str], int | None] | None = None,
+) -> tuple[DrafterConfig, Vocab, Tensors, np.ndarray | None, bool]:
+    """A drafter whose weights are yet to be read; arguments and errors as in :func:`load_drafter`.
+
+    Returns:
+        Its configuration, the declaration of what it holds of the vocabulary, its tensors, the
+        target ids of a reduced vocabulary, and whether its head is its embedding.
+    """
     directory = model_directory(source)
     parse = partial(flat_config, num_target_layers=num_target_layers, token_id=token_id)
     flat, tensors = read_checkpoint(directory, parse)
@@ -177,11 +198,7 @@ def load_drafter(
         embed_scale=cfg.embed_scale,
         softcap=cfg.softcap,
     )
-    params, vocab = read_params((declare_drafter(cfg), held), tensors, dtype, mesh)
-    if head is None and flat.get("tie_word_embeddings"):
-        vocab = replace(vocab, unembed_VD=vocab.embed_VD)
-    vocab = replace(vocab, d2t_U=None if d2t_U is None else jnp.asarray(d2t_U))
-    return cfg, params, vocab if jax.tree.leaves(vocab) else None
+    return cfg, held, tensors, d2t_U, head is None and bool(flat.get("tie_word_embeddings"))
 
 
 def _completed(flat: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:

@@ -16,9 +16,11 @@ import gguf
 import numpy as np
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, split_experts
+from dspark_jax.checkpoints.tensor_names import split_experts
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params
 from dspark_jax.config import RopeConfig, TargetConfig
 from dspark_jax.files import absent, foreign
+from dspark_jax.models.quantised import PLAIN
 from dspark_jax.models.rope import rope_frequencies
 from dspark_jax.models.targets.config_json import rope_config_dict
 from dspark_jax.models.targets.family import TargetParams
@@ -164,14 +166,19 @@ def _check_start(path: Path) -> None:
 
 
 def load_gguf_target(
-    path: str | Path, dtype: Any, mesh: Mesh | None = None, *, file: GgufFile | None = None
+    path: str | Path,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
+    *,
+    file: GgufFile | None = None,
 ) -> tuple[TargetConfig, TargetParams]:
     """A target out of a GGUF file.
 
     Args:
         path: the file.
         dtype: dtype of the parameters; dequantisation itself is in float32.
-        mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
+        mesh, weights: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
         file: the same file where it is open already.
 
     Raises:
@@ -181,7 +188,7 @@ def load_gguf_target(
     cfg = gguf_config(file, path)
     try:
         tensors = _tensors(file, cfg, str(path))
-        return cfg, read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
+        return cfg, read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh, weights)
     except LoadError:
         raise
     except BROKEN as error:

@@ -18,18 +18,18 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from dspark_jax.checkpoints.quantised import with_scales
+from dspark_jax.checkpoints.tensor_names import renamed, split_experts, text_part
 from dspark_jax.checkpoints.tensors import (
     LoadError,
     Tensors,
     read_json,
     read_params,
-    renamed,
-    split_experts,
-    text_part,
 )
 from dspark_jax.checkpoints.weight_files import WEIGHTS_FILE, read_tensors, what_else
 from dspark_jax.config import TargetConfig
 from dspark_jax.files import absent, write_together
+from dspark_jax.models.quantised import PLAIN
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import FAMILIES, declared_name, family_of
 from dspark_jax.models.targets.text_config import TEXT_OF, text_config
@@ -150,7 +150,7 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
 
     (cfg, said), tensors = read_checkpoint(source, parse)
     tensors = split_experts(text_part(tensors))
-    tensors = renamed(tensors, functools.partial(declared_name, cfg))
+    tensors = with_scales(renamed(tensors, functools.partial(declared_name, cfg)))
     vocab = family_of(cfg).declare(replace(cfg, tied=False)).vocab
     embedding, head = vocab.embed_VD.name, vocab.unembed_VD.name
     if head not in tensors.shapes and not cfg.tied:
@@ -175,10 +175,15 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
 
 
 def read_hf_weights(
-    cfg: TargetConfig, tensors: Tensors, dtype: Any, mesh: Mesh | None = None
+    cfg: TargetConfig,
+    tensors: Tensors,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> TargetParams:
-    """The weights of an opened target; arguments and errors as in :func:`load_hf_target`."""
-    return read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh)
+    """The weights of an opened target; arguments and errors as in :func:`load_hf_target`, and
+    ``weights`` as in :func:`~dspark_jax.checkpoints.tensors.read_params`."""
+    return read_params(family_of(cfg).declare(cfg), tensors, dtype, mesh, weights)
 
 
 def load_hf_target(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dspark_jax.axes import map_params
+from dspark_jax.axes import Param, map_params
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
 from dspark_jax.checkpoints.ends import end_ids, known_ends
@@ -29,14 +30,15 @@ from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.models.quantised import PLAIN, Quantised, check_kind, quantise_params
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import chat_template
 from dspark_jax.models.vocab import Vocab
 
 logger = logging.getLogger(__name__)
 
-# dtype of the parameters and mesh, as in load_target -> the weights.
-ReadWeights = Callable[[Any, Mesh | None], TargetParams]
+# dtype of the parameters, mesh and kind of weights, as in load_target -> the weights.
+ReadWeights = Callable[..., TargetParams]
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,27 @@ class Drafter:
     directory: Path
 
 
-def load_target(source: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Target:
+def load_target(
+    source: str | Path,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
+) -> Target:
     """A target with its tokenizer.
 
     Args:
         source: ``"default"``, a GGUF file, a Hugging Face directory or a hub id.
         dtype: dtype of the parameters.
         mesh: over which every parameter is split as its axes say; None for the default device.
+        weights: ``"plain"``, or the kind of values that the layers' matrices are turned into,
+            ``"int8"`` or ``"fp8"``.
 
     Raises:
         LoadError: the source is not there, broken or not supported.
     """
+    check_kind(weights)
     target, read_weights = open_target(source)
-    return replace(target, params=read_weights(dtype, mesh))
+    return replace(target, params=read_weights(dtype, mesh, weights))
 
 
 def open_target(source: str | Path) -> tuple[Target, ReadWeights]:
@@ -138,7 +148,11 @@ def _gguf_target(path: Path) -> tuple[Target, ReadWeights]:
     hidden = _suppressed(f"{path}: {key}", file.value(key, list, []), cfg.vocab_size)
     cfg = replace(cfg, suppressed=hidden)
     target = Target(cfg, None, tokenizer, path.stem, stops, path)
-    return target, lambda dtype, mesh: load_gguf_target(path, dtype, mesh, file=file)[1]
+
+    def read(dtype: Any, mesh: Mesh | None, weights: str = PLAIN) -> TargetParams:
+        return load_gguf_target(path, dtype, mesh, weights, file=file)[1]
+
+    return target, read
 
 
 def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
@@ -163,7 +177,7 @@ def _hf_target(source: str | Path) -> tuple[Target, ReadWeights]:
     ]
     name = Path(source).resolve().name
     target = Target(cfg, None, tokenizer, name, end_ids(stated, cfg.vocab_size), directory)
-    return target, lambda dtype, mesh: read_hf_weights(cfg, tensors, dtype, mesh)
+    return target, partial(read_hf_weights, cfg, tensors)
 
 
 def _suppressed(where: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
@@ -180,6 +194,7 @@ def load_drafter_for(
     own_vocab: bool = False,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> Drafter:
     """A drafter for a loaded target; says what it was trained for where that is another one.
 
@@ -191,6 +206,7 @@ def load_drafter_for(
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
         mesh: that the target was read onto; None for the default device.
+        weights: as in :func:`load_target`.
 
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
@@ -201,7 +217,11 @@ def load_drafter_for(
     if target.source is not None:
         warn_of_another_target(trained_for(directory), target.identity)
     declared = drafter_of(cfg).declare_drafter(cfg)
-    params = map_params(lambda param, leaf: leaf.astype(param.dtype or dtype), declared, params)
+
+    def converted(param: Param, leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Quantised) else leaf.astype(param.dtype or dtype)
+
+    params = quantise_params(declared, map_params(converted, declared, params), weights)
     name = (directory if str(source) == "default" else Path(source)).resolve().name
     if directory == target.source:
         logger.info("the drafter is the one inside %s: %d drafts a round", name, cfg.block_size)

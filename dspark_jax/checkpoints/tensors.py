@@ -9,12 +9,10 @@ checked against the declaration before they are read, and whatever is wrong with
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax import files
 from dspark_jax.axes import Param, Tree, is_param, map_params, partition
+from dspark_jax.models.quantised import (
+    BLOCKS,
+    HELD_AS,
+    PLAIN,
+    InBlocks,
+    declare_in_blocks,
+    dequantise,
+    quantise_param,
+)
 
 UNQUANTISED = "take the unquantised checkpoint, or a GGUF file of the model"
 KEPT = ("float32", "float16", "bfloat16")  # dtypes that parameters may have
@@ -42,16 +49,19 @@ class Tensors:
         origin: where they lie, for messages.
         shapes: name -> shape in the file.
         read: name -> array of that shape, a view of the file where that is possible.
+        scales: of the matrices that are values with scales, name -> name of the scales; ``read``
+            gives both as they are stored, and ``shapes`` has the plain matrices alone.
     """
 
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, *names: str) -> Tensors:
         """The same checkpoint with these tensors left out of the table."""
         shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
-        return Tensors(self.origin, shapes, self.read)
+        return Tensors(self.origin, shapes, self.read, self.scales)
 
 
 def file_shape(param: Param) -> tuple[int, ...]:
@@ -90,7 +100,11 @@ def to_file(param: Param, value: np.ndarray) -> np.ndarray:
 
 
 def read_params(
-    declared: Tree, tensors: Tensors, dtype: Any = None, mesh: Mesh | None = None
+    declared: Tree,
+    tensors: Tensors,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    weights: str = PLAIN,
 ) -> Tree:
     """The parameters of a declaration tree out of a checkpoint.
 
@@ -104,6 +118,9 @@ def read_params(
         dtype: dtype of the result, but of parameters that have their own; None keeps that of the
             file, where it is one of ``KEPT``, and float32 stands for others and for several.
         mesh: over which every parameter is split as its axes say; None for the default device.
+        weights: the kind of values that matrices are turned into (:mod:`~dspark_jax.models.
+            quantised`), each as soon as it is there. Those that are values with scales in the
+            checkpoint stay as they are.
 
     Raises:
         LoadError: a tensor is missing, left over, or has another shape or kind of numbers.
@@ -111,7 +128,13 @@ def read_params(
     params = jax.tree.leaves(declared, is_leaf=is_param)
     _check_tensors(params, tensors)
 
-    def load(param: Param) -> jax.Array:
+    def load(param: Param) -> Any:
+        if next(file_names(param)) in tensors.scales:
+            held = _read_in_blocks(param, tensors, mesh)
+            return held if param.dtype is None else dequantise(held, param.dtype)
+        return quantise_param(param, plain(param), weights)
+
+    def plain(param: Param) -> jax.Array:
         if mesh is None:
             (value,) = _read_parts(param, tensors, dtype, [(slice(None),) * len(param.shape)])
             return jnp.asarray(value)
@@ -182,6 +205,58 @@ def _check_numbers(param: Param, where: str, tensor: np.ndarray) -> None:
         )
 
 
+def _read_in_blocks(param: Param, tensors: Tensors, mesh: Mesh | None) -> InBlocks:
+    """A matrix whose tensors are values with scales, as they are stored.
+
+    Raises:
+        LoadError: some of its tensors are stored in another way than the first.
+    """
+    names = list(file_names(param))
+    places = np.array(names, object).reshape(param.shape[: len(param.spread)])
+    dtype = tensors.read(names[0]).dtype
+    for name in names:
+        if name not in tensors.scales or tensors.read(name).dtype != dtype:
+            raise LoadError(
+                f"{tensors.origin}: {name} is not stored as {names[0]} is ({dtype} with scales): "
+                "take a checkpoint that has all layers alike"
+            )
+
+    def load(declared: Param, read: Callable[[str], np.ndarray]) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            outer, inner = index[: places.ndim], index[places.ndim :]
+            held = np.asarray(places[outer], object)
+            one = declared.shape[places.ndim :]  # groups of outputs may be an axis of their own
+            rows = [read(name).reshape(one)[inner] for name in held.reshape(-1)]
+            return np.stack(rows).reshape(*held.shape, *rows[0].shape).view(declared.dtype)
+
+        if mesh is None:
+            return jnp.asarray(part((slice(None),) * len(declared.shape)))
+        sharding = NamedSharding(mesh, partition(declared.axes, declared.shape, mesh))
+        found = jax.make_array_from_callback(declared.shape, sharding, part)
+        return found.block_until_ready()
+
+    shape = _declare_in_blocks(param, tensors)
+    value_OI = load(shape.value_OI, tensors.read)
+    scale_OI = load(shape.scale_OI, lambda name: tensors.read(tensors.scales[name]))
+    return InBlocks(value_OI, scale_OI, shape.matrix, shape.block)
+
+
+def declare_stored(param: Param, tensors: Tensors) -> Any:
+    """The declaration of a parameter as it is read: of values and scales where a checkpoint has
+    some, but for small matrices that have a dtype of their own."""
+    if next(file_names(param)) not in tensors.scales or param.dtype is not None:
+        return param
+    return _declare_in_blocks(param, tensors)
+
+
+def _declare_in_blocks(param: Param, tensors: Tensors) -> InBlocks:
+    kind = tensors.read(next(file_names(param))).dtype.name
+    try:
+        return declare_in_blocks(param, BLOCKS[kind], HELD_AS[kind])
+    except ValueError as error:
+        raise LoadError(f"{tensors.origin}: {error}") from None
+
+
 def _check_tensors(params: list[Param], tensors: Tensors) -> None:
     """Compare names and shapes with the declaration before anything is read."""
     wanted = ((name, param) for param in params for name in file_names(param))
@@ -245,69 +320,6 @@ def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
 
     map_params(put, declared, values)
     return tensors
-
-
-def text_part(tensors: Tensors) -> Tensors:
-    """The language model of a checkpoint that has others beside it, under the names of one that
-    has none: ``model.language_model.x`` and ``language_model.model.x`` are ``model.x``; some call
-    it ``text_model``, and a model that is saved without its head leaves out ``model``."""
-    names = {}
-    for name in tensors.shapes:
-        found = re.fullmatch(
-            r"(?:model\.)?(?:language|text)_model\.(?:(lm_head\..*)|(?:model\.)?(.*))", name
-        )
-        if found:
-            names[found[1] or f"model.{found[2]}"] = name
-    if not names and "embed_tokens.weight" in tensors.shapes:  # saved without its head
-        names = {f"model.{name}": name for name in tensors.shapes if name != "lm_head.weight"}
-    if not names:
-        return tensors
-    if "lm_head.weight" in tensors.shapes:
-        names.setdefault("lm_head.weight", "lm_head.weight")
-    shapes = {name: tensors.shapes[old] for name, old in names.items()}
-    return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))
-
-
-def renamed(tensors: Tensors, declared_name: Callable[[str], str | None]) -> Tensors:
-    """A checkpoint under the names of a declaration, without what has none."""
-    names = {declared_name(name): name for name in tensors.shapes}
-    shapes = {new: tensors.shapes[old] for new, old in names.items() if new is not None}
-    return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))
-
-
-def split_experts(tensors: Tensors) -> Tensors:
-    """A checkpoint that has all experts of a layer in one tensor, as one with a tensor for each.
-
-    ``x.experts.gate_up_proj`` [E, 2 M, D] holds the gates' rows first; it may come as two.
-    ``x.experts.down_proj`` is [E, D, M].
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, tuple[str, int, slice]] = {}
-    for name, shape in tensors.shapes.items():
-        found = re.fullmatch(r"(.*\.experts)\.(\w+_proj)(?:\.weight)?", name)
-        if not found or len(shape) != 3:
-            shapes[name] = shape
-            continue
-        experts, rows, width = shape
-        half = rows // 2
-        parts = {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
-        if found[2] != "gate_up_proj":
-            parts = {found[2]: slice(0, rows)}
-        for expert, (part, cut) in itertools.product(range(experts), parts.items()):
-            one = f"{found[1]}.{expert}.{part}.weight"
-            shapes[one] = (len(range(rows)[cut]), width)
-            places[one] = (name, expert, cut)
-
-    # The experts of a tensor are read one after the other.
-    read_whole = functools.lru_cache(maxsize=1)(tensors.read)
-
-    def read(name: str) -> np.ndarray:
-        if name not in places:
-            return tensors.read(name)
-        whole, expert, cut = places[name]
-        return read_whole(whole)[expert, cut]
-
-    return Tensors(tensors.origin, shapes, read) if places else tensors
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 from typing import Any, NoReturn
 
 from dspark_jax.cli.options import (
+    add_decoder,
     add_decoding,
     add_filters,
     add_limits,
@@ -64,11 +65,13 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
+    _add_quality(measurements, "how far quantised weights are from plain ones")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
     _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
     _add_profile(commands, "measure the seconds of an engine's rounds, for its scheduler")
+    _add_plan(commands, "say what models take on each device, and what fits; reads no weights")
     _add_prepare(commands, "have the target answer prompts, as training data; resumes where it was")
     _add_train(commands, "train a drafter, or go on where an interrupted run stopped")
     _add_cache(commands)
@@ -95,7 +98,7 @@ def _add_generate(commands: Any, summary: str) -> None:
         metavar="FILE.jsonl",
         help='one JSON object a line with "prompt", or "turns" of which the first is used',
     )
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add_decoding(command)
     add_filters(command)
@@ -111,7 +114,7 @@ def _add_speed(commands: Any, summary: str) -> None:
     add = command.add_argument
     add_prompt_files(command)
     add("--repeats", type=count, default=3, metavar="N", help="default %(default)s")
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add_decoding(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -130,7 +133,19 @@ def _add_acceptance(commands: Any, summary: str) -> None:
         help="may be repeated (default: 0 and 1)",
     )
     add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
-    add_models(command)
+    add_decoder(command)
+    add_rendering(command)
+    add_rule(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_quality(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "quality", summary)
+    command.set_defaults(command="bench quality")
+    add = command.add_argument
+    add_prompt_files(command)
+    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add_decoder(command)
     add_rendering(command)
     add_rule(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -149,7 +164,7 @@ def _add_load(commands: Any, summary: str) -> None:
         help="of each client, on average (default %(default)s)")  # fmt: skip
     add("--repeats", type=count, default=5, metavar="N", help="default %(default)s")
     add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add_limits(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -162,7 +177,7 @@ def _add_doctor(commands: Any, summary: str) -> None:
     add("--concurrency", type=counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
         "once; default 1,8,32")  # fmt: skip
     add("--max-new-tokens", type=count, default=48, metavar="N", help="of each text; default 48")
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -175,7 +190,19 @@ def _add_profile(commands: Any, summary: str) -> None:
     add("--slots", type=count, default=8, metavar="N", help="of the engine; default %(default)s")
     add("--positions", type=count, default=1024, metavar="N", help="default %(default)s")
     add("--replays", type=count, default=20, metavar="N", help="default %(default)s")
-    add_models(command)
+    add_decoder(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_plan(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "plan", summary)
+    command.set_defaults(command="plan")
+    add = command.add_argument
+    add("--slots", type=count, default=8, metavar="N", help="requests at once; default %(default)s")
+    add("--positions", type=count, default=1024, metavar="N", help="default %(default)s")
+    add("--memory", type=count, default=80, metavar="GB", help="of a device; default %(default)s")
+    add_decoder(command)
+    command.set_defaults(dtype="bfloat16")
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -201,7 +228,7 @@ def _add_calibrate(commands: Any, summary: str) -> None:
     add("--record", metavar="FILE.jsonl", help="keep the rounds, for replay and --from, and to go "
         "on after an interruption")  # fmt: skip
     add("--plot", metavar="FILE.png", help="accepted against predicted, by position")
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -234,7 +261,7 @@ def _add_prepare(commands: Any, summary: str) -> None:
     add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
     add("--limit", type=count, metavar="N", help="use the first N lines")
     add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
-    add_models(command)
+    add_decoder(command)
     add_rendering(command)
     add_decoding(command)
     add_filters(command)

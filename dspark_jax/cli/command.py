@@ -26,6 +26,7 @@ from dspark_jax.cli import training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
+    kind_of,
     limits_of,
     load_model,
     mesh_of,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from dspark_jax.engine.reader import Generation
 
 
-UNCOMPILED = ("replay", "cache estimate", "cache check")  # commands that run no model
+UNCOMPILED = ("plan", "replay", "cache estimate", "cache check")  # commands that run no model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "bench speed": bench_speed,
         "bench load": bench_load,
+        "bench quality": bench_quality,
         "profile": profile,
+        "plan": plan,
         "doctor": doctor,
         "calibrate": calibrate,
         "replay": replay,
@@ -197,6 +200,23 @@ def bench_load(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_quality(args: argparse.Namespace) -> int:
+    """Measure how far quantised weights are from plain ones."""
+    if args.weights == "plain":
+        raise ValueError("bench quality compares weights with plain ones: give --weights int8")
+    from dspark_jax.evaluation import quality
+    from dspark_jax.evaluation.prompts import read_prompt_sets
+
+    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
+    model = load_model(args)
+    plain = load_model(argparse.Namespace(**{**vars(args), "weights": "plain"}))
+    options = {name: getattr(args, name) for name in ("seed", "batch", "acceptance", "kernels")}
+    report = quality.bench_quality(plain.decoder, model.decoder, sets, limits, **options)
+    report |= names_of(model) | {"weights": args.weights}
+    print(json.dumps(report) if args.json else quality.format_quality(report))
+    return 0
+
+
 def profile(args: argparse.Namespace) -> int:
     """Measure what the rounds of an engine cost here."""
     model = load_model(args)
@@ -209,6 +229,18 @@ def profile(args: argparse.Namespace) -> int:
     if args.out is not None:
         costs.write_profile(Path(args.out), found)
     print(json.dumps(costs.profile_json(found)) if args.json else costs.format_profile(found))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say what models take on each device, and what fits."""
+    from dspark_jax.evaluation import footprint
+
+    models = footprint.open_models(args.target, drafter_of(args), own_vocab=args.own_vocab)
+    given = ("slots", "positions", "dtype", "weights")
+    options = {name: getattr(args, name) for name in given} | {"memory_bytes": args.memory * 10**9}
+    report = footprint.plan(models, args.mesh, **options)
+    print(json.dumps(report) if args.json else footprint.format_plan(report))
     return 0
 
 
@@ -258,7 +290,7 @@ def calibrate(args: argparse.Namespace) -> int:
             for name in ("dtype", "limit", "max_new_tokens", "seed"):
                 recipe[name] = getattr(args, name)
             recipe |= {"acceptances": list(acceptances), "temperatures": list(temperatures)}
-            recipe |= rendering_of(args).record()
+            recipe |= rendering_of(args).record() | kind_of(args)
             rounds.write_record(Path(args.record), recipe, record)
             requests = rounds.read_record(args.record)
     tables, report = confidence.fit_calibration(requests)
@@ -304,7 +336,7 @@ def prepare(args: argparse.Namespace) -> int:
     ]
     model = load_model(args)
     recipe = {"target": model.target, "dtype": args.dtype, "input_sha256": sha256(Path(args.input))}
-    recipe |= rendering.record()
+    recipe |= rendering.record() | kind_of(args)
     given = ("acceptance", "policy", "kernels")
     options = {name: getattr(args, name) for name in given}
     with data.engine_for(model.decoder, limits, args.batch, **options) as engine:

@@ -80,6 +80,7 @@ def load_model(args: argparse.Namespace) -> Model:
     if hasattr(args, "kernels"):
         given = given | {"kernels": args.kernels}
     given = given | {"dtype": args.dtype, "mesh": mesh_of(args), "own_vocab": args.own_vocab}
+    given = given | {"weights": args.weights}
     return load(args.target, drafter_of(args), **given)
 
 
@@ -99,6 +100,12 @@ def mesh_of(args: argparse.Namespace) -> Mesh | None:
     from dspark_jax.axes import make_mesh
 
     return make_mesh(**args.mesh) if args.mesh else None
+
+
+def kind_of(args: argparse.Namespace) -> dict[str, str]:
+    """What recipes say of weights that are not plain; nothing of plain ones, so that outputs of
+    earlier versions can be gone on with."""
+    return {} if args.weights == "plain" else {"weights": args.weights}
 
 
 def names_of(model: Model) -> dict[str, str]:

@@ -83,6 +83,18 @@ def add_models(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decoder(command: argparse.ArgumentParser) -> None:
+    """A target with its drafter, to decode with."""
+    add_models(command)
+    command.add_argument(
+        "--weights",
+        choices=("plain", "int8", "fp8"),
+        default="plain",
+        help="of the layers' matrices, target and drafter alike; int8 and fp8 have a scale for "
+        "every output (default %(default)s)",
+    )
+
+
 def add_processes(command: argparse.ArgumentParser) -> None:
     """How several processes find each other."""
     add = command.add_argument

@@ -19,6 +19,7 @@ from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.by_outputs import matrices_by_outputs
 from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.merged import single_layers
+from dspark_jax.models.quantised import declare_like
 from dspark_jax.models.stacks import is_unstacked
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
@@ -102,7 +103,9 @@ def without_drafter(decoder: Decoder) -> Decoder:
 
 def _placed(params: Any, declared: Any, mesh: Mesh | None) -> Any:
     """Parameters on their devices; what lies right already is not copied."""
-    return jax.device_put(params, None if mesh is None else declared_shardings(declared, mesh))
+    if mesh is None:
+        return jax.device_put(params)
+    return jax.device_put(params, declared_shardings(declare_like(declared, params), mesh))
 
 
 def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) -> Vocab:

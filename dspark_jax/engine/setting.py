@@ -26,7 +26,7 @@ def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
     setting: dict[str, Any] = {
         "device": device_name(),
         "mesh": None if decoder.mesh is None else str(dict(decoder.mesh.shape)),
-        "dtype": str(decoder.weights.target.norm_D.dtype),
+        "dtype": _dtypes_of(decoder),
         "jax": jax.__version__,
         "dspark_jax": __version__,
         "chunk_rows": config.chunk_rows,
@@ -37,6 +37,13 @@ def setting_of(decoder: Decoder, config: EngineConfig) -> dict[str, Any]:
         fields = {} if cfg is None else json.loads(json.dumps(dataclasses.asdict(cfg)))
         setting |= {f"{model}.{field}": value for field, value in fields.items()}
     return setting
+
+
+def _dtypes_of(decoder: Decoder) -> str:
+    """Of all weights, that of the activations first: quantised weights have others besides."""
+    own, weights = str(decoder.weights.target.norm_D.dtype), decoder.weights
+    others = {str(leaf.dtype) for leaf in jax.tree.leaves((weights.target, weights.drafter))}
+    return ", ".join([own, *sorted(others - {own, "float32"})])
 
 
 def device_name() -> str:

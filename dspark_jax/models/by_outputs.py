@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dspark_jax.models.quantised import PerOutput
 from pallas_kernels import dispatch
 
 FEW_ROWS = 12  # with more, the library is faster
@@ -45,19 +46,18 @@ class ByOutputs:
     Attributes:
         weight_OI: one axis for inputs and outputs each, the halves of the inputs swapped.
         shape: the axes of the matrix by its inputs.
+        scale_O: of the outputs of a quantised matrix; None of a plain one.
     """
 
     weight_OI: Any
     shape: tuple[int, ...] = struct.field(pytree_node=False)
-
-    @property
-    def dtype(self) -> Any:
-        """Of the weights."""
-        return self.weight_OI.dtype
+    scale_O: Any = None
 
 
-def by_outputs(w: jax.Array, num_inputs: int = 1) -> ByOutputs:
+def by_outputs(w: jax.Array | PerOutput, num_inputs: int = 1) -> ByOutputs:
     """A matrix whose first ``num_inputs`` axes are inputs, by its outputs; a copy."""
+    if isinstance(w, PerOutput):
+        return by_outputs(w.value, num_inputs).replace(scale_O=w.scale.reshape(-1))  # type: ignore[attr-defined]
     return ByOutputs(_turn(w, math.prod(w.shape[:num_inputs])), w.shape)
 
 
@@ -76,7 +76,7 @@ def matrices_by_outputs(params: Any) -> Any:
     def changed(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(changed(name, one) for one in value)
-        if name not in _MATRICES or not hasattr(value, "ndim"):
+        if name not in _MATRICES or not isinstance(value, jax.Array | PerOutput):
             return matrices_by_outputs(value)
         return by_outputs(value, _MATRICES[name])
 
@@ -95,7 +95,10 @@ def product(x_XI: jax.Array, w: ByOutputs) -> jax.Array:
         num_places = next((count for count in places if count * num_rows <= SUMS), places[-1])
         out_RO = _sums(x_RI, w.weight_OI.reshape(num_places, -1, inputs))
     else:
-        out_RO = jnp.matmul(x_RI, w.weight_OI.T, preferred_element_type=jnp.float32)
+        weight_OI = w.weight_OI if w.scale_O is None else w.weight_OI.astype(x_RI.dtype)
+        out_RO = jnp.matmul(x_RI, weight_OI.T, preferred_element_type=jnp.float32)
+    if w.scale_O is not None:
+        out_RO = out_RO * w.scale_O
     return out_RO.reshape(*x_XI.shape[:-1], outputs)
 
 

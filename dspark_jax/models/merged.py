@@ -9,7 +9,7 @@ of fewer tiles than the device has processors where it is as narrow as keys and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dspark_jax.models.layers import Merged
+from dspark_jax.models.quantised import InBlocks, PerOutput, Quantised
 
 Tree = Any
 Join = Callable[..., jax.Array]
@@ -59,7 +60,9 @@ def single_layers(stack: Tree, *, donate: bool = False) -> tuple[Tree, ...]:
     """
     count = jax.tree.leaves(stack)[0].shape[0]
 
-    def cut(join: Join, *parts: jax.Array) -> list[jax.Array]:
+    def cut(join: Join, *parts: Any) -> Any:
+        if isinstance(parts[0], PerOutput):
+            return _each(functools.partial(cut, join), parts)
         program = _program(join, _without_layers(parts[-1], join is not _alone))
         layers = [program(*parts, index=index) for index in range(count)]
         if donate:
@@ -72,13 +75,13 @@ def single_layers(stack: Tree, *, donate: bool = False) -> tuple[Tree, ...]:
         """The tree with a list of the layers' arrays in the place of every array."""
         if tree is None:
             return None
-        if not hasattr(tree, "__dataclass_fields__"):
-            return cut(_alone, tree)
+        if not hasattr(tree, "__dataclass_fields__") or isinstance(tree, Quantised):
+            return jax.tree.map(functools.partial(cut, _alone), tree)
         fields = {name: getattr(tree, name) for name in tree.__dataclass_fields__}
         merged: dict[str, Any] = {}
         for names, join in _PRODUCTS.items():
             parts = [fields[name] for name in names if fields.get(name) is not None]
-            if len(parts) > 1 and len({_spec(part) for part in parts}) == 1:
+            if len(parts) > 1 and _alike(parts):
                 merged |= dict.fromkeys(names) | {names[0]: Merged(cut(join, *parts))}
         others = {name: convert(value) for name, value in fields.items() if name not in merged}
         return tree.replace(**others, **merged)
@@ -91,11 +94,15 @@ def single_layers(stack: Tree, *, donate: bool = False) -> tuple[Tree, ...]:
     return tuple(map(layer, range(count)))
 
 
-def join_context(stack: Tree) -> jax.Array:
+def join_context(stack: Tree) -> Any:
     """The matrices of keys and values (or of keys alone) of all layers of a stack as one,
     [D, K, J, H]: layer after layer, for one input of all of them."""
+
+    def join(*parts: jax.Array) -> jax.Array:
+        return _program(_join_layers, _without_layers(parts[-1], True))(*parts)
+
     parts = [part for part in (stack.k_DKH, stack.v_DKH) if part is not None]
-    return _program(_join_layers, _without_layers(parts[-1], True))(*parts)
+    return _each(join, parts) if isinstance(parts[0], PerOutput) else join(*parts)
 
 
 def split_context(products_XKJH: jax.Array, num_layers: int) -> list[tuple[Any, Any]]:
@@ -118,6 +125,20 @@ def _join_layers(*matrices_LDKH: jax.Array) -> jax.Array:
 def _program(join: Join, where: NamedSharding | None) -> Any:
     """A join, compiled, its result on the devices of a mesh."""
     return jax.jit(join, out_shardings=where)
+
+
+def _each(function: Callable[..., Any], parts: Sequence[PerOutput]) -> PerOutput:
+    """A function of matrices, of the values and of the scales of quantised ones: they have the same
+    axes."""
+    values, scales = [part.value for part in parts], [part.scale for part in parts]
+    return PerOutput(function(*values), function(*scales))
+
+
+def _alike(parts: Sequence[Any]) -> bool:
+    """Whether matrices have a form that can be joined, and are split over a mesh alike."""
+    if any(isinstance(part, InBlocks) for part in parts):
+        return False
+    return len({_spec(jax.tree.leaves(part)[0]) for part in parts}) == 1
 
 
 def _spec(array: jax.Array) -> PartitionSpec | None:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from dspark_jax.axes import MESH_RULES, Param, declare
 from dspark_jax.models.layers import gated, matmul
+from dspark_jax.models.quantised import split
 from dspark_jax.models.stacks import Whole
 from pallas_kernels import devices
 
@@ -123,21 +124,24 @@ def mix_experts(
     by_width = devices.split_over(MESH_RULES["M"], width)
     # Whole sequences are split over their first axis; rows of a batch are everywhere.
     rows = P(devices.split_over(MESH_RULES["B"], len(x_XD)) if x_XD.ndim > 2 else None)
-    wide = P(by_expert, None, by_width)
+    gate, up = (
+        split(part, by_expert, None, by_width) for part in (experts.gate_EDM, experts.up_EDM)
+    )
+    down = split(experts.down_EMD, by_expert, by_width, None)
     mix = functools.partial(
         _mix,
         combine=combine,
         by_expert=by_expert,
         summed=(by_expert or ()) + (by_width or ()),
     )
-    split = jax.shard_map(
+    sharded = jax.shard_map(
         mix,
-        in_specs=(Experts(wide, wide, P(by_expert, by_width)), rows, rows, rows),
+        in_specs=(Experts(gate, up, down), rows, rows, rows),
         out_specs=rows,
         axis_names=set(free),
         check_vma=False,
     )
-    mixed_XD: jax.Array = split(experts, x_XD, expert_XC, weight_XC)
+    mixed_XD: jax.Array = sharded(experts, x_XD, expert_XC, weight_XC)
     return mixed_XD
 
 

@@ -135,7 +135,7 @@ def inject(
         unstacked.
     """
     blocks = draft_blocks_of(cfg)
-    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.fc_FYD.dtype)
+    flat_XI = feature_XFD.reshape(*position_X.shape, -1).astype(drafter.norm_D.dtype)
     context_XD = matmul(flat_XI, flat(drafter.fc_FYD, flat_XI.shape[-1]))
     context_XD = rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
     shared = blocks.shared(position_X, cfg)
@@ -325,7 +325,7 @@ def _backbone(
     first_BAG = (slot_G == 0) & keep_BA[..., None]
     token_BAG = jnp.where(first_BAG, anchor_BA[..., None], cfg.mask_token_id)
     shared = blocks.shared(position_BA[..., None] + slot_G, cfg)
-    x_BAGD = embed(vocab, token_BAG).astype(drafter.fc_FYD.dtype)
+    x_BAGD = embed(vocab, token_BAG).astype(drafter.norm_D.dtype)
 
     def block(x_BAGD: jax.Array, layer: Any, place: Place) -> jax.Array:
         def compute(x_BAGD: jax.Array, layer: Any, index: Any) -> jax.Array:

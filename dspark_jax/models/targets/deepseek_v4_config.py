@@ -109,7 +109,8 @@ def config(hf: Mapping[str, Any]) -> Config:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
     expert_size = field(hf, "moe_intermediate_size", int, 2048)
-    sizes = size_config({**hf, "intermediate_size": expert_size}, field(hf, "head_dim", int, 512))
+    given = {**hf, "intermediate_size": expert_size, **_stored_types(hf)}
+    sizes = size_config(given, field(hf, "head_dim", int, 512))
     _check_kind(hf)
     layers = sizes["num_layers"]
     ratios, sparse = _ratios(hf, layers)
@@ -141,6 +142,14 @@ def config(hf: Mapping[str, Any]) -> Config:
         limit=field(hf, "swiglu_limit", float, 10.0),
         tied=field(hf, "tie_word_embeddings", bool, False),
     )
+
+
+def _stored_types(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What replaces the note of the released files that their matrices are e4m3 in blocks: these
+    are read, whatever it says, by their own types and scales."""
+    note = hf.get("quantization_config")
+    fp8 = isinstance(note, dict) and note.get("quant_method") == "fp8"
+    return {"quantization_config": None} if fp8 else {}
 
 
 def _check_kind(hf: Mapping[str, Any]) -> None:

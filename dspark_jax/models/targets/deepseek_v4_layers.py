@@ -22,7 +22,7 @@ from dspark_jax.axes import Param
 from dspark_jax.axes import declare as declare_param
 from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.hyper_connections import Mixing
-from dspark_jax.models.layers import Mlp, flat, gated_mlp, matmul, project, rms_norm
+from dspark_jax.models.layers import Mlp, flat, gated_mlp, grouped, matmul, project, rms_norm
 from dspark_jax.models.moe import Experts, declare_experts, mix_experts
 from dspark_jax.models.reading import Attention
 from dspark_jax.models.rope import Table, rotate_pairs
@@ -304,8 +304,7 @@ def output(heads: Heads, out_XNH: jax.Array, table: Table) -> jax.Array:
     groups, members, width, rank = heads.out_a_KXHO.shape
     turned_XNH = rotate_pairs(out_XNH, table, back=True)
     grouped_XKI = turned_XNH.reshape(*out_XNH.shape[:-2], groups, members * width)
-    a_KIO = heads.out_a_KXHO.reshape(groups, members * width, rank)
-    out_XKO = jnp.einsum("...ki,kio->...ko", grouped_XKI, a_KIO).astype(out_XNH.dtype)
+    out_XKO = grouped(grouped_XKI, heads.out_a_KXHO)
     flat_XI = out_XKO.reshape(*out_XNH.shape[:-2], groups * rank)
     return matmul(flat_XI, flat(heads.out_b_KOD, groups * rank))
 
