@@ -172,10 +172,8 @@ class DrafterConfig(TransformerConfig):
         if not ids or any(b <= a for a, b in itertools.pairwise(ids)):
             raise ValueError(f"target_layer_ids {ids} must be strictly increasing and not empty")
         if ids[0] < -1 or ids[-1] > self.last_feature:
-            raise ValueError(
-                f"target_layer_ids {ids} must lie in -1..{self.last_feature}, the feature layers "
-                f"of a target of {self.num_target_layers}"
-            )
+            last = f"{self.last_feature}, as the target has {self.num_target_layers} layers"
+            raise ValueError(f"target_layer_ids {ids} must lie in -1..{last}")
         if not 1 <= self.block_size < self.max_positions:
             most = self.max_positions - 1
             raise ValueError(f"block_size {self.block_size} must lie in 1..{most}, in the context")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dspark_jax.axes import empty_buffers
-from dspark_jax.checkpoints.tensors import Tensors, read_params, renamed
+from dspark_jax.checkpoints.tensor_names import renamed
+from dspark_jax.checkpoints.tensors import Tensors, read_params
 from dspark_jax.checkpoints.weight_files import read_tensors
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import deepseek_v4 as drafters

@@ -20,12 +20,13 @@ from dspark_jax.checkpoints.deepspec import open_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
 from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, open_gguf
 from dspark_jax.checkpoints.hf import CONFIG_FILE, model_directory, open_hf_target, target_config
+from dspark_jax.checkpoints.inside import open_inside
 from dspark_jax.checkpoints.tensors import LoadError, declare_stored, read_json
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.config import EngineConfig, round_up
 from dspark_jax.engine.memory import LOGIT_COPIES, SHARE
 from dspark_jax.engine.state import StateConfig, declare_state
-from dspark_jax.models.drafters.dspark import declare_drafter
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.quantised import PLAIN, check_kind, declare_quantised
 from dspark_jax.models.targets.table import family_of
 
@@ -63,6 +64,7 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
         LoadError: a source is not there, broken or not supported.
     """
     source = default_target_path() if target == "default" else target
+    inside = None
     if is_gguf(source):
         cfg = gguf_config(open_gguf(source), source)
         held = family_of(cfg).declare(cfg)
@@ -72,17 +74,23 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
             cfg, tensors = open_hf_target(directory)
             declared = family_of(cfg).declare(cfg)
             held = map_params(lambda param: declare_stored(param, tensors), declared)
+            inside = open_inside(directory) if drafter == "default" else None
         else:
             cfg = _configured(directory)
             held = family_of(cfg).declare(cfg)
     name = Path(source).resolve().name
     if drafter == "none":
         return Models(cfg, None, held, (name, drafter))
+    if inside is not None:
+        draft_cfg, tensors = inside
+        declared = drafter_of(draft_cfg).declare_drafter(draft_cfg)
+        drafts = map_params(lambda param: declare_stored(param, tensors), declared)
+        return Models(cfg, draft_cfg, (held, drafts), (name, name))
     path = default_drafter_path() if drafter == "default" else drafter
     if path is None:
         raise LoadError("this installation has no default drafter: name one, or use none")
     draft_cfg, vocab, *_ = open_drafter(path, num_target_layers=cfg.num_layers)
-    drafts = declare_drafter(draft_cfg)
+    drafts = drafter_of(draft_cfg).declare_drafter(draft_cfg)
     # Decoding holds the matrices of keys and values a second time, as one of all layers.
     context = [(stack.k_DKH, stack.v_DKH) for stack in drafts.layers]
     own = vocab if own_vocab or draft_cfg.draft_vocab_size else None
