@@ -286,6 +286,11 @@ def declared_shardings(declared: Tree, mesh: Mesh, unused: Sequence[str] = ()) -
     )
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def place(tree: Tree, shardings: Any) -> Tree:
     """Arrays that every process holds whole, on the devices of a mesh.
 
