@@ -324,6 +324,11 @@ def device_bytes(
     return sum(map(held, jax.tree.leaves(declared)))
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def place(tree: Tree, shardings: Any) -> Tree:
     """Arrays that every process holds whole, on the devices of a mesh.
 

@@ -81,7 +81,8 @@ class Model:
                 ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``.
 
         Returns:
-            The results, the n of a prompt one behind the other.
+            The results, the n of a prompt one behind the other. On a mesh over several processes,
+            all of which must call this alike, process 0 has them and the others have none.
 
         Raises:
             ValueError: a prompt or an option cannot be used; names it and the remedy.
@@ -194,7 +195,10 @@ class Model:
 
     def _events(self, requests: Sequence[Request], rules: dict[str, Any]) -> Iterator[Event]:
         with self.engine_for(requests, **rules) as engine:
-            yield from engine.submit(requests[0])
+            if engine.follows:
+                engine.follow()
+            else:
+                yield from engine.submit(requests[0])
 
 
 def _several(prompts: Any) -> list[Any]:

@@ -12,9 +12,10 @@ import threading
 import jax
 import pytest
 
-from dspark_jax.engine import loop
+from dspark_jax.engine import launch, loop
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.launch import Launcher
 from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.request import Request
 from tests.test_engine import CONFIG, Letters, decoder, expected, requests, texts
@@ -24,9 +25,11 @@ CONFIG = dataclasses.replace(CONFIG, policy="delayed", slots=4)
 STEPS = [
     *((Loop, name) for name in ("_join", "_seat", "_outlook", "_make_plan", "_launch")),
     *((Loop, name) for name in ("_temperature_BG", "_read_oldest", "_next_round_is_needed")),
-    *((loop, name) for name in ("plan_chunks", "plan_moves", "spread", "room", "slot_values")),
+    *((loop, name) for name in ("plan_chunks", "plan_moves", "spread", "room")),
+    (launch, "slot_values"),
     *((loop, name) for name in ("choose_rows", "advance", "record", "HostPlan", "InFlight")),
     *((Programs, name) for name in ("admit", "round", "round_input", "put", "form")),
+    *((Launcher, name) for name in ("begin", "admit", "run")),
     (jax, "device_get"),
 ]
 
@@ -83,14 +86,14 @@ def test_a_step_that_raises_ends_one_request_at_most(monkeypatch, owner, name, t
 
 def test_a_request_that_cannot_be_admitted_fails_alone_and_says_why(monkeypatch):
     """Every time that it is tried, wherever it stands among the others."""
-    values, bad = loop.slot_values, [1, 2, 3]
+    values, bad = launch.slot_values, [1, 2, 3]
 
     def refuse(request, *args):
         if list(request.prompt_ids) == bad:
             raise Fault("not this one")
         return values(request, *args)
 
-    monkeypatch.setattr(loop, "slot_values", refuse)
+    monkeypatch.setattr(launch, "slot_values", refuse)
     mixed = requests()
     streams = [engine().submit(request) for request in mixed[:3]]
     guilty = engine().submit(Request(bad, 8))
@@ -117,7 +120,7 @@ def test_a_state_that_is_gone_is_built_again():
     streams = [engine().submit(request) for request in requests()]
     for _ in range(4):
         engine().step()
-    jax.tree.map(lambda leaf: leaf.delete(), engine()._loop._state)
+    jax.tree.map(lambda leaf: leaf.delete(), engine()._loop.launcher.state)
     engine().run()
     check(streams, most_errors=0)
 

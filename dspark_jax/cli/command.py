@@ -129,7 +129,7 @@ def generate(args: argparse.Namespace) -> int:
             else:
                 last = len(done) == len(requests)
                 print("" if streams else result.text, end="\n" if last else "\n\n", flush=True)
-    if not args.json:
+    if done and not args.json:
         print(summary(done, time.perf_counter() - began), file=sys.stderr)
     for result in done:
         sound(result)
@@ -340,6 +340,9 @@ def prepare(args: argparse.Namespace) -> int:
     given = ("acceptance", "policy", "kernels")
     options = {name: getattr(args, name) for name in given}
     with data.engine_for(model.decoder, limits, args.batch, **options) as engine:
+        if engine.follows:
+            engine.follow()
+            return 0
         path = data.prepare(
             engine,
             model.decoder,

@@ -1,19 +1,22 @@
 """Several processes of one command: how each finds the others, and how they share its work.
 
 A training is one program over the devices of all processes. Everything else is decoding, which is
-planned by the host: there each process has a share of the work, an engine and devices of its own,
-and nothing to say to the others once it knows which of them it is. One that dies or is late stops
-nobody.
+planned by a host. Where the mesh fits into a process, each has a share of the work, an engine and
+devices of its own, and nothing to say to the others once it knows which of them it is: one that
+dies or is late stops nobody. A larger mesh is one engine over the devices of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 
 import jax
 from jax.extend.backend import clear_backends
 
 SHARED = ("prepare", "cache write")  # commands whose processes each do a share
+TOGETHER = ("prepare", "generate")  # commands that decode over the devices of several processes
+HEARTBEAT_S = 30  # without a word, after which JAX ends the others
 
 
 def join_processes(
@@ -36,7 +39,7 @@ def join_processes(
     if None in places and places != (None, None, None):
         raise ValueError("--coordinator, --processes and --process belong together: give all three")
     try:
-        jax.distributed.initialize(*places)
+        jax.distributed.initialize(*places, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -49,8 +52,9 @@ def join_processes(
 def find_share(args: argparse.Namespace) -> None:
     """Set ``args.process`` and ``args.processes``, the share of this process in the work.
 
-    With ``--distributed`` or ``--coordinator`` the processes meet, and part again: each goes on
-    with the devices that are its own, as if it were alone. Must come before any computation.
+    With ``--distributed`` or ``--coordinator`` the processes meet. Where each has devices enough
+    for the mesh, they part again, and go on as if they were alone; otherwise they stay together,
+    and all of the work is that of one engine. Must come before any computation.
 
     Raises:
         ValueError: there are several and the command is the work of one, or see
@@ -58,6 +62,9 @@ def find_share(args: argparse.Namespace) -> None:
     """
     if args.distributed or args.coordinator is not None:
         join_processes(args.coordinator, args.processes, args.process, args.distributed)
+        if _is_larger_than_a_process(args):
+            args.process, args.processes = 0, 1
+            return
         args.process, args.processes = jax.process_index(), jax.process_count()
         jax.distributed.shutdown()
         clear_backends()  # whose devices are those of all processes
@@ -68,3 +75,10 @@ def find_share(args: argparse.Namespace) -> None:
             "of one: start it once, with --mesh for the devices of a machine (several processes "
             f"share {' and '.join(SHARED)})"
         )
+
+
+def _is_larger_than_a_process(args: argparse.Namespace) -> bool:
+    """Whether the mesh that is asked for takes the devices of several processes."""
+    count = math.prod(getattr(args, "mesh", {}).values())
+    together = args.command in TOGETHER and jax.process_count() > 1
+    return together and jax.local_device_count() < count <= jax.device_count()

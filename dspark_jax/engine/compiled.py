@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dspark_jax.axes import abstract_buffers
+from dspark_jax.axes import abstract_buffers, place
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.executables import Executable, Program, program_of
@@ -75,7 +75,7 @@ class Programs:
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
         *narrower, widest = self.kinds  # which serves everybody
         shapes = [shape for size in sizes for shape in self.shapes(size)]
-        todo += [(self._round, (shape, widest)) for shape in shapes]
+        todo += [(self.round, (shape, widest)) for shape in shapes]
         if self.policy.kind == "causal":
             ahead = [kind for kind in self.kinds if kind != "filtered"]
             chunks = 0, *self.ladder.chunks
@@ -88,7 +88,7 @@ class Programs:
             for old, new in itertools.permutations(sizes, 2)
             if old.slots == new.slots or old.positions == new.positions
         ]
-        todo += [(self._round, (shape, kind)) for kind in narrower for shape in shapes]
+        todo += [(self.round, (shape, kind)) for kind in narrower for shape in shapes]
         for program, args in progress(todo, desc="compile", unit="program"):
             if stop():
                 break
@@ -107,8 +107,8 @@ class Programs:
                 shapes.append(Shape(sizes, self.policy.num_draft, rows, chunks))
         return shapes
 
-    def round(self, shape: Shape, asks: Asks = "greedy") -> Executable:
-        """``decode_round(weights, state, given)``; under the causal policy the drafts are given.
+    def kind(self, shape: Shape, asks: Asks = "greedy") -> Asks:
+        """The kind of program that serves rounds of a shape.
 
         Args:
             shape: of the round.
@@ -116,7 +116,7 @@ class Programs:
                 it is the one that need not be compiled first.
         """
         able = self._able(asks)
-        return self._round(shape, next((kind for kind in able if self._has(shape, kind)), able[0]))
+        return next((kind for kind in able if self._has(shape, kind)), able[0])
 
     def ready(self, shape: Shape, asks: Asks = "greedy") -> bool:
         """Whether a program of such rounds is compiled."""
@@ -129,7 +129,10 @@ class Programs:
     def _has(self, shape: Shape, kind: Asks) -> bool:
         return (shape, kind) in self._known and self._known[shape, kind].ready
 
-    def _round(self, shape: Shape, kind: Asks) -> Executable:
+    def round(self, shape: Shape, kind: Asks) -> Executable:
+        """``decode_round(weights, state, given)`` of a kind; under the causal policy the drafts are
+        given."""
+
         def build() -> tuple[Any, ...]:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
             cfg, weights = self._config(shape.num_draft, kind), self.decoder.weights
@@ -218,7 +221,9 @@ class Programs:
     def put(self, values: Any, spec: PartitionSpec = EVERYWHERE) -> Any:
         """Small values of the host on the devices, explicitly."""
         mesh = self.decoder.mesh
-        return jax.device_put(values, None if mesh is None else NamedSharding(mesh, spec))
+        if mesh is None:
+            return jax.device_put(values)
+        return place(values, NamedSharding(mesh, spec))
 
     def round_input(self, plan: HostPlan, temperature_BG: np.ndarray | None) -> RoundInput:
         """A plan on the devices; ``temperature_BG`` as in :class:`RoundInput`.

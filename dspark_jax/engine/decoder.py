@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from dspark_jax.axes import declared_shardings, partition
+from dspark_jax.axes import declared_shardings, partition, place
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
@@ -105,7 +105,7 @@ def _placed(params: Any, declared: Any, mesh: Mesh | None) -> Any:
     """Parameters on their devices; what lies right already is not copied."""
     if mesh is None:
         return jax.device_put(params)
-    return jax.device_put(params, declared_shardings(declare_like(declared, params), mesh))
+    return place(params, declared_shardings(declare_like(declared, params), mesh))
 
 
 def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) -> Vocab:
@@ -122,8 +122,9 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) 
     def put(array: Any, axes: str) -> Any:
         if array is None or id(array) in placed_of:
             return placed_of.get(id(array))
-        where = None if mesh is None else NamedSharding(mesh, partition(axes, array.shape, mesh))
-        return jax.device_put(array, where)
+        if mesh is None:
+            return jax.device_put(array)
+        return place(array, NamedSharding(mesh, partition(axes, array.shape, mesh)))
 
     return replace(
         vocab,

@@ -9,6 +9,7 @@ raised it, if there is one; everybody else goes on from the tokens that the host
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -16,14 +17,17 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.inputs import Weights, replace_weights
+from dspark_jax.engine.launch import Launcher, follow
 from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.memory import check_sizes, complete
+from dspark_jax.engine.peers import Peers, meet, nobody
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request, within_context
@@ -73,10 +77,15 @@ class Engine:
         Raises:
             ValueError: the sizes do not fit the models, the mesh or the memory, the profile belongs
                 to something else, or the kernels do not run here.
+            RuntimeError: the mesh has devices of other processes, which cannot be reached.
         """
         decoder = model if isinstance(model, Decoder) else model.decoder
         config = config or EngineConfig()
-        self.config = config = complete(decoder, config)
+        config = complete(decoder, config)
+        self._peers = meet(decoder.mesh)
+        if self._peers is not None:  # memory may be free for more pages here than there
+            config = replace(config, pages=self._peers.agree(config.pages))
+        self.config = config
         self.policy = make_policy(config.policy, decoder.drafter)
         if self.policy.kind == "none":
             decoder = without_drafter(decoder)
@@ -91,7 +100,9 @@ class Engine:
         self._tokenizer, self._calibration = decoder.tokenizer, decoder.calibration
         self._block_size = 0 if decoder.drafter is None else decoder.drafter.block_size
         self._programs = Programs(decoder, config, self.policy, ladder)
-        self._loop = Loop(self._programs, decoder.weights, Seconds(before_s))
+        launcher = Launcher(self._programs, decoder.weights)
+        tell = nobody if self._peers is None else self._peers.tell
+        self._loop = Loop(launcher, Seconds(before_s), tell)
         self._arrivals = itertools.count()
         self._lock = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dspark-engine")
@@ -106,13 +117,32 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def follows(self) -> bool:
+        """Whether another process decides for the devices of this one: :meth:`follow` it."""
+        return self._peers is not None and self._peers.follows
+
+    def follow(self) -> None:
+        """Do what process 0 decides until its engine is closed, on a mesh that has devices of
+        several processes. All of them make the same engine; requests are submitted, and texts
+        appear, in process 0 alone.
+
+        Raises:
+            RuntimeError: another process is gone.
+        """
+        assert self._peers is not None
+        follow(self._loop.launcher, self._peers.hear)
+
     def submit(self, request: Request, priority: int = 0) -> Stream:
         """Queue a request: higher priorities first, then by arrival.
 
         Raises:
-            ValueError: the request cannot be served by this engine; the message has the remedy.
+            ValueError: the request cannot be served by this engine, or not from this process; the
+                message has the remedy.
             queue.Full: ``config.queue`` requests wait already.
         """
+        if self.follows:
+            raise ValueError("process 0 decides for these devices: submit there, and follow() here")
         request = request.resolve(self._encode, self._stop_ids)
         request.check(*self._limits)
         self.config.check(request, self._limits[0])
@@ -195,16 +225,25 @@ class Engine:
         Requests under way go on with caches that the old weights wrote.
 
         Raises:
-            ValueError: shapes, dtypes or structure differ.
+            ValueError: shapes, dtypes or structure differ, or the mesh has devices of several
+                processes, whose rounds would change their weights at different times.
         """
+        if self._peers is not None:
+            raise ValueError("a mesh over several processes keeps its weights: make another engine")
         if self.policy.kind == "none":
             weights = Weights(weights.target)
         with self._lock:
-            self._loop.weights = replace_weights(self._loop.weights, weights)
+            launcher = self._loop.launcher
+            launcher.weights = replace_weights(launcher.weights, weights)
 
     def close(self) -> None:
-        """Cancel everything and give the memory back."""
+        """Cancel everything and give the memory back; other processes are told."""
         with self._lock:
+            if self._peers is not None and not self._closed:
+                if not self.follows:
+                    with contextlib.suppress(RuntimeError):  # one is gone before us
+                        self._peers.tell()
+                self._peers.close()
             self._closed = True
             self._loop.close()
         self._thread.shutdown(wait=False)
@@ -236,10 +275,19 @@ class Engine:
             try:
                 work()
             except Exception as error:
-                self._blame(error)
+                if self._peers is not None:
+                    self._give_up(self._peers, error)
+                else:
+                    self._blame(error)
             except BaseException:
                 self._loop.start_over()
                 raise
+
+    def _give_up(self, peers: Peers, error: Exception) -> None:
+        """End all requests and the engine: what other processes have launched, nobody knows."""
+        peers.close()  # they cannot go on either
+        self._closed = True
+        self._loop.close(error)
 
     def _blame(self, error: Exception) -> None:
         """End the request that is at fault, where that is known, and let the others start over.

@@ -101,13 +101,17 @@ def serve(
     requests: Sequence[Request],
     on_text: Callable[[int, str], None] | None = None,
 ) -> Iterator[Generation]:
-    """The results of requests, in their order, each as soon as it is over.
+    """The results of requests, in their order, each as soon as it is over; none in a process that
+    follows another one.
 
     Args:
         engine: whose queue holds them all.
         requests: in ids or texts.
         on_text: called with (request, new text) when its turn comes.
     """
+    if engine.follows:
+        engine.follow()
+        return
     streams = [engine.submit(request) for request in requests]
     for number, stream in enumerate(streams):
         for event in stream:

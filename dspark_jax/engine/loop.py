@@ -12,20 +12,19 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import jax
 import numpy as np
 
-from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import Ladder, fit
-from dspark_jax.engine.inputs import RoundInput, RoundReport, Weights
+from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.engine.launch import IN_FLIGHT, Launcher
 from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
-from dspark_jax.engine.programs import BY_SLOT, num_shards
+from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import drafted_by
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
-from dspark_jax.engine.state import DecodeState, slot_values
 from dspark_jax.engine.stats import Tally
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
 from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
@@ -33,7 +32,6 @@ from dspark_jax.scheduler.history import Drafted, History, Kind, Promise, advanc
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape, Sizes
 
-IN_FLIGHT = 2  # rounds that the host launches before it reads the first of them
 SHORTEST_WAIT_S = 1e-4  # below that the host found a round over
 SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there
 FIRST = -(2**63)  # in the queue: before every priority
@@ -43,26 +41,32 @@ class Loop:
     """The requests of an engine, its state, and what it has learnt. Not thread-safe.
 
     Attributes:
-        weights: arguments of every round.
+        launcher: what plans do on the devices.
         suspects: whose admission may have caused what the present step raises.
         one_by_one: of the requests that wait, how many take their slots in steps of their own.
         seconds: what rounds take.
         tally: of what was read.
     """
 
-    def __init__(self, programs: Programs, weights: Weights, seconds: Seconds) -> None:
-        """Nothing is allocated before there is a request."""
-        self._programs, self._config, self._policy = programs, programs.config, programs.policy
-        self.weights, self.seconds, self.tally = weights, seconds, Tally()
+    def __init__(
+        self,
+        launcher: Launcher,
+        seconds: Seconds,
+        tell: Callable[..., None],
+    ) -> None:
+        """Nothing is allocated before there is a request. What is launched goes to ``tell`` first,
+        for :func:`~dspark_jax.engine.launch.follow`."""
+        self.launcher, self._tell, self._programs = launcher, tell, launcher.programs
+        self._config, self._policy = self._programs.config, self._programs.policy
+        self.seconds, self.tally = seconds, Tally()
         self.suspects: list[Tenant] = []
         self.one_by_one = 0
-        self._shards = num_shards(programs.decoder.mesh)
-        drafter = programs.decoder.drafter
+        self._shards = num_shards(self._programs.decoder.mesh)
+        drafter = self._programs.decoder.drafter
         self._block_size = 0 if drafter is None else drafter.block_size
-        self._ladder: Ladder = programs.ladder
+        self._ladder: Ladder = self._programs.ladder
         self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
-        self._state: DecodeState | None = None
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
@@ -115,11 +119,13 @@ class Loop:
         while self._in_flight:
             self._read_oldest()
 
-    def close(self) -> None:
-        """Cancel everything and let go of the state."""
+    def close(self, error: Exception | None = None) -> None:
+        """Cancel everything, or end it with an error, and let go of the state."""
         for tenant in self._everybody():
+            if error is not None:
+                tenant.mailbox.fail(error)
             tenant.mailbox.cancel()
-        self._queue, self._tenants, self._state, self._plan = [], [], None, None
+        self._queue, self._tenants, self.launcher.state, self._plan = [], [], None, None
         self._in_flight.clear()
 
     def start_over(self) -> None:
@@ -129,7 +135,7 @@ class Loop:
         what they would have been; under rejection they keep their distribution.
         """
         self._in_flight.clear()
-        self._state, self._plan, self._waited = None, None, False
+        self.launcher.state, self._plan, self._waited = None, None, False
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         for tenant in self._tenants:
             tenant.leave()
@@ -217,7 +223,7 @@ class Loop:
         joining = self._join()
         if not self._tenants:
             return None
-        moves = self._seat(joining)
+        start, moves = self._seat(joining)
         drafted = frozenset(tenant for tenant in self._tenants if tenant.decoding)
         chunks = tuple(
             plan_chunks(part, self._sizes.slots, self._config.chunk_rows, self._ladder.chunks)
@@ -239,6 +245,7 @@ class Loop:
             self._shape(num_rows, num_chunks),
             self._pages.table(self._tenants, self._sizes, self._shards),
             asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
+            start,
         )
 
     def _give_pages(self) -> None:
@@ -282,8 +289,9 @@ class Loop:
         num_draft = self._policy.num_draft if num_rows else 0
         return Shape(self._sizes, num_draft, num_rows or self._sizes.slots, num_chunks)
 
-    def _seat(self, joining: Sequence[Tenant]) -> tuple[Move, ...]:
-        """Slots for everybody, in a state that holds them."""
+    def _seat(self, joining: Sequence[Tenant]) -> tuple[Sizes | None, tuple[Move, ...]]:
+        """Slots for everybody, in a state that holds them: a new one, where there is none, or the
+        one that there is, after some moves."""
         seated = [tenant for tenant in self._tenants if tenant.slot >= 0]
         shards = spread(seated, joining, self._sizes.slots, self._shards)
         columns = self._policy.num_draft + 1
@@ -291,9 +299,8 @@ class Loop:
             fit(max(map(len, shards)), self._ladder.slots),
             fit(max(room(tenant, columns) for tenant in self._tenants), self._ladder.positions),
         )
-        if self._state is None:
-            self._sizes = wanted
-            self._state = self._programs.new_state(wanted)
+        start = wanted if self.launcher.state is None else None
+        self._sizes = start or self._sizes
         sizes = Sizes(
             max(wanted.slots, self._sizes.slots), max(wanted.positions, self._sizes.positions)
         )
@@ -302,7 +309,7 @@ class Loop:
             sizes, self._roomy_rounds = wanted, 0
         moves = plan_moves(shards, self._sizes, sizes)
         self._sizes = sizes
-        return moves
+        return start, moves
 
     def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
         """What the choice of the rows of a round is made from."""
@@ -320,7 +327,7 @@ class Loop:
             for tenant in self._tenants
             if tenant.decoding
         ]
-        rows = self._ladder.drafted_rows(self._sizes.slots, num_chunks)
+        rows = self._drafted_rows(self._shape(0, num_chunks))
         costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
         return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
 
@@ -331,24 +338,29 @@ class Loop:
     # Launching.
 
     def _launch(self, plan: HostPlan) -> None:
-        """Run a plan on the device, without waiting for it."""
-        assert self._state is not None
-        programs, state, joined = self._programs, self._state, self.suspects
-        self._state = None  # a state that was moved is not kept beside the next one
-        for move in plan.moves:
-            state = programs.move(move.old, move.new)(state, programs.put(move.origin_B, BY_SLOT))
+        """Run a plan on the devices, without waiting for them."""
+        launcher, joined, sizes = self.launcher, self.suspects, plan.shape.sizes
+        temperature_BG, steps_per_s_T = self._temperature_BG(), None
+        if self._policy.kind == "causal" and plan.shape.num_draft:
+            costs = self._costs(plan.number, self._drafted_rows(plan.shape), num_shards=1)
+            assert costs is not None
+            steps_per_s_T = steps_per_s(costs)
+        self._tell(plan, temperature_BG, steps_per_s_T)
+        launcher.begin(plan)
         for admission, tenant in zip(plan.admissions, joined, strict=True):
             self.suspects = [tenant]
-            form = programs.form(plan.shape.sizes)
-            values = slot_values(admission.request, admission.generation, form)
-            slot = np.int32(admission.slot)
-            state = programs.admit(plan.shape.sizes)(state, *programs.put((slot, values)))
+            launcher.admit(admission, sizes)
         self.suspects = joined
-        given, shape = programs.round_input(plan, self._temperature_BG()), plan.shape
-        if self._policy.kind == "causal" and shape.num_draft:
-            shape, given = self._draft_ahead(plan, state, given)
-        ready = programs.ready(shape, plan.asks)
-        self._state, report = programs.round(shape, plan.asks)(self.weights, state, given)
+        given, shape = self._programs.round_input(plan, temperature_BG), plan.shape
+        if steps_per_s_T is not None:
+            block, wanted_D = launcher.draft(plan, given, steps_per_s_T)
+            shape = self._fitted(shape, wanted_D)
+            if shape.num_draft:
+                given = given.replace(block=block)  # type: ignore[attr-defined]
+        ready = self._programs.ready(shape, plan.asks)
+        kind = self._programs.kind(shape, plan.asks)
+        self._tell(shape, kind)
+        report = launcher.run(shape, kind, given)
         columns, members = shape.num_draft + 1, []
         for tenant in self._tenants:
             if tenant.decoding:
@@ -375,20 +387,13 @@ class Loop:
             temperature_BG[tenant.slot] = temperatures[tenant.kind]
         return temperature_BG
 
-    def _draft_ahead(
-        self, plan: HostPlan, state: DecodeState, given: RoundInput
-    ) -> tuple[Shape, RoundInput]:
-        """The drafts of a round, and its program by what Algorithm 1 makes of them: the one place
-        where the host waits for the device."""
-        size, chunks = plan.shape.sizes, plan.shape.num_chunks
-        buckets = self._ladder.drafted_rows(size.slots, chunks)
-        costs = self._costs(plan.number, buckets, num_shards=1)
-        assert costs is not None
-        steps_per_s_T = self._programs.put(steps_per_s(costs))
-        draft = self._programs.draft(size, chunks, plan.asks)
-        block, wanted_D = draft(self.weights, state, given, steps_per_s_T)
+    def _drafted_rows(self, shape: Shape) -> tuple[int, ...]:
+        """The rows that there are programs for, of such rounds with a draft."""
+        return self._ladder.drafted_rows(shape.sizes.slots, shape.num_chunks)
+
+    def _fitted(self, shape: Shape, wanted_D: jax.Array) -> Shape:
+        """The shape of a round by what Algorithm 1 makes of its drafts: the one place where the
+        host waits for the device."""
         wanted = int(jax.device_get(wanted_D).max())
-        if not wanted:
-            return self._shape(0, chunks), given
-        rows = int(bucket_for(wanted, costs.buckets))
-        return self._shape(rows, chunks), given.replace(block=block)  # type: ignore[attr-defined]
+        rows = int(bucket_for(wanted, self._drafted_rows(shape))) if wanted else 0
+        return self._shape(rows, shape.num_chunks)

@@ -61,7 +61,8 @@ def _pages_in_memory(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> 
     if not limit:
         devices = jax.devices() if decoder.mesh is None else decoder.mesh.devices.reshape(-1)
         count = 1 if decoder.mesh is None else decoder.mesh.size
-        found = devices[0].memory_stats()
+        own = (device for device in devices if device.process_index == jax.process_index())
+        found = next(own).memory_stats()
         if not found or "bytes_limit" not in found:
             return 2**31 - 1  # a CPU does not say
         limit = int(SHARE * count * (found["bytes_limit"] - found["bytes_in_use"]))

@@ -1,4 +1,4 @@
-"""What the host decides about a round: one small value, which could be broadcast."""
+"""What the host decides about a round: one small value, which is told to other processes."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class HostPlan:
         shape: of the round.
         page_BX: int32 pages of every slot, counted within its data shard; None without pages.
         asks: the most that anybody who decodes asks for.
+        start: sizes of a new state, which takes the place of the one there is; None goes on.
     """
 
     number: int
@@ -74,6 +75,7 @@ class HostPlan:
     shape: Shape
     page_BX: np.ndarray | None = None
     asks: Asks = "greedy"
+    start: Sizes | None = None
 
     @property
     def beginning(self) -> frozenset[int]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.axes import declared_shardings, partition
+from dspark_jax.axes import declared_shardings, partition, spans_processes
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
 from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.state import (
@@ -50,7 +50,16 @@ def round_program(
         declared = declare_state(form)
         split = _by_data(declared, mesh)
         step = _by_shard(step, declared, mesh, (EVERYWHERE, split, GIVEN), (split, BY_SLOT))
+        step = functools.partial(_readable, step, mesh)
     return jax.jit(step, donate_argnums=1, compiler_options=program_options())
+
+
+def _readable(step: Any, mesh: Mesh, *args: Any) -> Any:
+    """``step(*args)``, of which a host reads all but the state, on whichever devices it has."""
+    state, report = step(*args)
+    if spans_processes(mesh):
+        report = jax.lax.with_sharding_constraint(report, NamedSharding(mesh, EVERYWHERE))
+    return state, report
 
 
 def draft_program(
@@ -63,7 +72,8 @@ def draft_program(
     declared = declare_state(form)
     takes = EVERYWHERE, _by_data(declared, mesh), GIVEN, EVERYWHERE
     sharded = _by_shard(step, declared, mesh, takes, BY_SLOT)
-    lies = block_shardings(cfg, form, mesh), NamedSharding(mesh, BY_SLOT)
+    read = EVERYWHERE if spans_processes(mesh) else BY_SLOT
+    lies = block_shardings(cfg, form, mesh), NamedSharding(mesh, read)
     return jax.jit(sharded, out_shardings=lies)
 
 

@@ -114,7 +114,7 @@ def _steps(programs: Programs, weights: Weights, sizes: Sizes) -> list[Step]:
 
 
 def _round_step(programs: Programs, weights: Weights, shape: Shape) -> Step:
-    run, given = programs.round(shape), _busy_input(programs, shape)
+    run, given = programs.round(shape, programs.kind(shape)), _busy_input(programs, shape)
     return lambda state: run(weights, state, given)
 
 

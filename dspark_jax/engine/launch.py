@@ -1,0 +1,97 @@
+"""What a plan does on the devices: the half of a round that is the same in every process.
+
+One process plans. Where a mesh has devices of several, the others are told the plans and launch
+what they say (:func:`follow`); what rounds report they never read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.engine.compiled import Programs
+from dspark_jax.engine.inputs import Asks, RoundInput, RoundReport, Weights
+from dspark_jax.engine.plan import Admission, HostPlan
+from dspark_jax.engine.programs import BY_SLOT
+from dspark_jax.engine.state import DecodeState, slot_values
+from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.scheduler.shape import Shape, Sizes
+
+IN_FLIGHT = 2  # rounds that the host launches before it reads the first of them
+
+
+class Launcher:
+    """A state on the devices, and the programs that change it. Nothing here waits for them.
+
+    Attributes:
+        weights: arguments of every round.
+        state: None before the first plan.
+    """
+
+    def __init__(self, programs: Programs, weights: Weights) -> None:
+        """Nothing is allocated before there is a plan."""
+        self.programs, self.weights = programs, weights
+        self.state: DecodeState | None = None
+
+    def begin(self, plan: HostPlan) -> None:
+        """The state in the sizes of a plan."""
+        if plan.start is not None:
+            self.state = self.programs.new_state(plan.start)
+        state, self.state = self.state, None  # which is not kept beside the one that it becomes
+        for move in plan.moves:
+            origin_B = self.programs.put(move.origin_B, BY_SLOT)
+            state = self.programs.move(move.old, move.new)(state, origin_B)
+        self.state = state
+
+    def admit(self, admission: Admission, sizes: Sizes) -> None:
+        """A request into its slot."""
+        form = self.programs.form(sizes)
+        values = slot_values(admission.request, admission.generation, form)
+        put = self.programs.put((np.int32(admission.slot), values))
+        self.state = self.programs.admit(sizes)(self.state, *put)
+
+    def draft(
+        self, plan: HostPlan, given: RoundInput, steps_per_s_T: np.ndarray
+    ) -> tuple[DraftBlock, jax.Array]:
+        """The drafts of a plan ahead of its round; see
+        :func:`~dspark_jax.engine.round.draft_ahead`."""
+        shape, put = plan.shape, self.programs.put(steps_per_s_T)
+        program = self.programs.draft(shape.sizes, shape.num_chunks, plan.asks)
+        found: tuple[DraftBlock, jax.Array] = program(self.weights, self.state, given, put)
+        return found
+
+    def run(self, shape: Shape, kind: Asks, given: RoundInput) -> RoundReport:
+        """The round itself."""
+        program = self.programs.round(shape, kind)
+        report: RoundReport
+        self.state, report = program(self.weights, self.state, given)
+        return report
+
+
+def follow(launcher: Launcher, hear: Callable[[], Any]) -> None:
+    """Launch what another process plans, until it has no more plans.
+
+    Args:
+        launcher: of this process.
+        hear: gives what :class:`~dspark_jax.engine.loop.Loop` tells: a plan, temperatures and
+            speeds; then the shape and the kind of its round; in the end nothing.
+    """
+    in_flight: deque[RoundReport] = deque()
+    while said := hear():
+        plan, temperature_BG, steps_per_s_T = said
+        launcher.begin(plan)
+        for admission in plan.admissions:
+            launcher.admit(admission, plan.shape.sizes)
+        given, block = launcher.programs.round_input(plan, temperature_BG), None
+        if steps_per_s_T is not None:
+            block, _ = launcher.draft(plan, given, steps_per_s_T)
+        shape, kind = hear()
+        if block is not None and shape.num_draft:
+            given = given.replace(block=block)  # type: ignore[attr-defined]
+        in_flight.append(launcher.run(shape, kind, given))
+        if len(in_flight) > IN_FLIGHT:
+            jax.block_until_ready(in_flight.popleft())  # what failed there is raised here
