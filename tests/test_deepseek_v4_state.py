@@ -113,7 +113,7 @@ def test_rejected_rows_leave_no_trace_in_500_patterns_over_200_positions():
         check_patterns(seed, 200)
 
 
-@pytest.mark.parametrize("width", [16, 5])
+@pytest.mark.parametrize("width", [16, pytest.param(5, marks=pytest.mark.full)])
 def test_a_prompt_in_pieces_and_then_greedy_text_are_those_of_the_inference_program(width):
     """Two pieces a pass, longer than the rings of raw inputs, or shorter than a window."""
     _, target = checkpoint()
