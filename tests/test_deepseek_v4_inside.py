@@ -207,7 +207,7 @@ def test_a_wrong_draft_law_is_noticed(known_seconds):
         hotter = drafts._replace(logits_BGU=drafts.logits_BGU / 3)
         return accept_block(logits_TV, floor_T, plan, hotter, requests, rule="rejection")
 
-    rule = Rule("another law", against_another)
+    rule = Rule(against_another, lossless=False)
     with pytest.raises(AssertionError, match="chi_square"):
         assert_texts_follow_the_target(target, drafter, "delayed", rule)
 
