@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,10 @@ from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.export import write_drafter
 from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp
 from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.rules import Rule
 from dspark_jax.training.fit import fit
 from dspark_jax.training.run import drafter_config
+from pallas_kernels.accept_block.api import accept_block
 from tests.test_deepseek_v4_drafter import GOLDEN, chained, golden, models
 from tests.test_families import CONFIGS
 from tests.test_families_commands import dspark
@@ -202,13 +203,13 @@ def test_a_wrong_draft_law_is_noticed(known_seconds):
     """Drafts of a hotter law than the one that they are verified against."""
     target, drafter = tiny("stages")
 
-    def hotter(*arguments, **options):
-        block = deepseek_v4_draft(*arguments, **options)
-        return block.replace(logits_BGU=block.logits_BGU / 3)
+    def against_another(logits_TV, floor_T, plan, drafts, requests):
+        hotter = drafts._replace(logits_BGU=drafts.logits_BGU / 3)
+        return accept_block(logits_TV, floor_T, plan, hotter, requests, rule="rejection")
 
-    deepseek_v4_draft = deepseek_v4.draft
-    with mock.patch.object(deepseek_v4, "draft", hotter), pytest.raises(AssertionError):
-        assert_texts_follow_the_target(target, drafter, "delayed")
+    rule = Rule(against_another, lossless=False)
+    with pytest.raises(AssertionError, match="chi_square"):
+        assert_texts_follow_the_target(target, drafter, "delayed", rule)
 
 
 def recipe_of(directory, folder, **changes):
