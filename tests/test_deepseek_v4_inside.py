@@ -25,6 +25,7 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
+from dspark_jax.evaluation.confidence import path_beside
 from dspark_jax.evaluation.export import write_drafter
 from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp
 from dspark_jax.models.drafters.table import drafter_of
@@ -86,6 +87,7 @@ def test_the_drafter_inside_is_the_default_one(directory, caplog):
     """Its stages are counted in the weights, whatever num_nextn_predict_layers says."""
     assert json.loads((directory / "config.json").read_text())["num_nextn_predict_layers"] == 1
     assert default_drafter(directory) == "default"
+    assert path_beside("default", str(directory)).parent == directory  # its calibration
     with caplog.at_level(logging.INFO):
         found = load_drafter_for(load_target(directory), "default")
     assert "the drafter is the one inside target: 5 drafts a round" in caplog.text

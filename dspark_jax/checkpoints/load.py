@@ -238,10 +238,30 @@ def default_drafter(target: str | Path) -> str:
     Raises:
         LoadError: the target is not there, or its files are broken.
     """
-    if str(target) == "default":
-        return "default"
-    found = None if is_gguf(target) else open_inside(model_directory(target))
-    return "none" if found is None else "default"
+    return "none" if str(target) != "default" and _directory_inside(target) is None else "default"
+
+
+def default_drafter_directory(target: str | Path | None) -> Path | None:
+    """Where the drafter ``"default"`` of a target lies: in its own directory where it is inside its
+    checkpoint, else in this package; None where that has none.
+
+    Args:
+        target: what :func:`load_target` takes, or where a loaded one lies; None for nowhere.
+
+    Raises:
+        LoadError: the target is not there, or its files are broken.
+    """
+    if target is None or str(target) == "default":
+        return default_drafter_path()
+    return _directory_inside(target) or default_drafter_path()
+
+
+def _directory_inside(target: str | Path) -> Path | None:
+    """The directory of a target that has a drafter inside; None for all others."""
+    if is_gguf(target):
+        return None
+    directory = model_directory(target)
+    return None if open_inside(directory) is None else directory
 
 
 def read_drafter(
@@ -264,16 +284,13 @@ def read_drafter(
     Raises:
         LoadError: the source is not there, broken or not supported.
     """
-    directory, inside = None, None
-    if str(source) == "default" and target.source is not None and target.source.is_dir():
-        directory, inside = target.source, open_inside(target.source)
-    if str(source) == "default" and inside is None:
-        directory = default_drafter_path()
-        if directory is None:
+    if str(source) == "default":
+        found = default_drafter_directory(target.source)
+        if found is None:
             raise LoadError("this installation has no default drafter: name one, or use none")
-    if directory is None:
-        directory = model_directory(source)
-        inside = open_inside(directory)
+        source = found
+    directory = model_directory(source)
+    inside = open_inside(directory)
     if inside is not None:
         cfg, tensors = inside
         return cfg, read_inside(cfg, tensors, mesh=mesh), None, directory

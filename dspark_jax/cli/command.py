@@ -263,7 +263,7 @@ def calibrate(args: argparse.Namespace) -> int:
     from dspark_jax.training.curves import write_picture
     from dspark_jax.training.records import sha256
 
-    out = path_beside(drafter_of(args)) if args.out is None else Path(args.out)
+    out = path_beside(drafter_of(args), args.target) if args.out is None else Path(args.out)
     requests = [request for path in args.records for request in rounds.read_record(path)]
     if not args.records:
         sets = read_prompt_sets(args.prompts, args.limit)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.checkpoints.default import default_drafter_path
+from dspark_jax.checkpoints.load import default_drafter_directory
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.rounds import RecordedRequest, record_rounds
@@ -187,16 +187,18 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def path_beside(drafter: str) -> Path:
+def path_beside(drafter: str, target: str) -> Path:
     """The file beside a drafter.
 
     Args:
         drafter: ``"default"``, or a directory.
+        target: of the drafter, as ``load_target`` takes it.
 
     Raises:
         ValueError: it is no directory, or one that cannot be written.
     """
-    directory = default_drafter_path() if drafter == "default" else Path(drafter)
+    default = drafter == "default"
+    directory = default_drafter_directory(target) if default else Path(drafter)
     if directory is None or not directory.is_dir() or not os.access(directory, os.W_OK):
         raise ValueError(
             f"drafter {drafter} is no directory that can be written: say where the tables go, with "

@@ -166,7 +166,8 @@ class _Tiles:
 
     def at(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The expert of a tile, its pairs, and their rows, out of bounds where there are none."""
-        expert = jnp.searchsorted(self.end_E, index, side="right")
+        # A binary search is a loop, of dozens of launches on a GPU.
+        expert = (self.end_E <= index).sum()
         tiles = -(-self.count_E[expert] // self.size)
         place_R = (index - self.end_E[expert] + tiles) * self.size + jnp.arange(self.size)
         pair_R = self.order_A.at[self.first_E[expert] + place_R].get(mode="clip")
