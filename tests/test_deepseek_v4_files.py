@@ -143,6 +143,7 @@ REFUSED = {
     "kinds": ({"layer_types": ["full_attention"] * 6}, "layer_types must list sliding_attention"),
     "experts": ({"mlp_layer_types": ["moe"]}, "mlp_layer_types must list hash_moe, moe"),
     "scores": ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+    "steps": ({"hc_sinkhorn_iters": 10**12}, "hc_sinkhorn_iters is 1000000000000"),
     "heads": ({"o_groups": 3}, "a multiple of o_groups 3"),
     "rotated": ({"qk_rope_head_dim": 40}, "qk_rope_head_dim 40"),
     "RoPE": ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope of compress is 'linear'"),

@@ -16,7 +16,7 @@ from dspark_jax.models.targets import deepseek_v4 as family
 from dspark_jax.models.vocab import unembed
 from tests.test_deepseek_v4 import TOLERANCE, checkpoint, golden
 
-SLOTS, POSITIONS, DRAFTS = 8, 206, 5
+POSITIONS, DRAFTS = 206, 5
 ROWS = DRAFTS + 1
 
 
@@ -32,11 +32,11 @@ def step(target, cache, rows, chunks=None):
     return unembed(target.vocab, hidden_TD), cache
 
 
-def new_state(ahead=ROWS, slots=SLOTS):
-    """One whose every place holds what must never be attended to."""
+def new_state(slots, ahead=ROWS):
+    """One whose every place holds what nothing may be computed from: no numbers."""
     cfg, _ = checkpoint()
     room = Room(slots, POSITIONS, ahead, jnp.float32, drafts=DRAFTS)
-    return jax.tree.map(lambda x: x + 100, empty_buffers(family.declare_cache(cfg, room)))
+    return jax.tree.map(lambda x: x + jnp.nan, empty_buffers(family.declare_cache(cfg, room)))
 
 
 def rows_of(token_BC, start_B, count_B):
@@ -72,11 +72,12 @@ def decode(token_BS, draws=None):
         draws: of how many drafts are right; None decodes without any.
     """
     _, target = checkpoint()
-    cache, length = new_state(), token_BS.shape[1]
-    done_B, logits_BSV = np.zeros(SLOTS, int), np.zeros((*token_BS.shape, 131), np.float32)
+    slots, length = token_BS.shape
+    cache = new_state(slots)
+    done_B, logits_BSV = np.zeros(slots, int), np.zeros((slots, length, 131), np.float32)
     while (done_B < length).any():
         most = 1 if draws is None else ROWS
-        right_B = np.ones(SLOTS, int) if draws is None else draws.integers(1, ROWS + 1, SLOTS)
+        right_B = np.ones(slots, int) if draws is None else draws.integers(1, ROWS + 1, slots)
         right_B = np.minimum(right_B, length - done_B)
         column_C = np.arange(ROWS)
         place_BC = np.minimum(done_B[:, None] + column_C, length - 1)
@@ -84,43 +85,43 @@ def decode(token_BS, draws=None):
         token_BC = np.where(column_C < right_B[:, None], token_BC, (token_BC + 7) % 131)
         rows = rows_of(token_BC, done_B, np.where(done_B < length, most, 0))
         logits_TV, cache = step(target, cache, rows)
-        read_BCV = np.asarray(logits_TV).reshape(SLOTS, ROWS, -1)
+        read_BCV = np.asarray(logits_TV).reshape(slots, ROWS, -1)
         for slot, (start, right) in enumerate(zip(done_B, right_B, strict=True)):
             logits_BSV[slot, start : start + right] = read_BCV[slot, :right]
         done_B = done_B + right_B
     return logits_BSV, jax.device_get(cache)
 
 
-def check_patterns(seed, length):
+def check_patterns(seed, slots, length):
     """As many patterns as there are slots, against texts that were never drafted."""
     draws = np.random.default_rng(seed)
-    token_BS = draws.integers(0, 131, (SLOTS, length))
+    token_BS = draws.integers(0, 131, (slots, length))
     plain_BSV, plain = decode(token_BS)
     logits_BSV, cache = decode(token_BS, draws)
     np.testing.assert_allclose(logits_BSV, plain_BSV, atol=1e-5, rtol=0)
-    length_B = np.full(SLOTS, length)
+    length_B = np.full(slots, length)
     for found, expected in zip(visible(cache, length_B), visible(plain, length_B), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 def test_rejected_rows_leave_no_trace_whatever_is_accepted():
-    check_patterns(0, 60)
+    check_patterns(0, 8, 60)
 
 
 @pytest.mark.full
 def test_rejected_rows_leave_no_trace_in_500_patterns_over_200_positions():
-    for seed in range(1, 1 + -(-500 // SLOTS)):
-        check_patterns(seed, 200)
+    for seed in range(10):
+        check_patterns(1 + seed, 50, 200)
 
 
-@pytest.mark.parametrize("width", [16, 5])
+@pytest.mark.parametrize("width", [16, pytest.param(5, marks=pytest.mark.full)])
 def test_a_prompt_in_pieces_and_then_greedy_text_are_those_of_the_inference_program(width):
     """Two pieces a pass, longer than the rings of raw inputs, or shorter than a window."""
     _, target = checkpoint()
     input_BS, start = golden()["input_ids"], int(golden()["greedy_prompt_len"])
     texts = []
     for row in range(2):
-        cache, slot = new_state(ahead=2 * width, slots=2), 1 - row
+        cache, slot = new_state(2, 2 * width), 1 - row
         nothing = rows_of(np.zeros((2, ROWS), int), np.zeros(2, int), np.zeros(2, int))
         logits = []
         for first in range(0, start, 2 * width):

@@ -8,10 +8,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dspark_jax.checkpoints.chat import find_chat_format
+from dspark_jax.checkpoints.load import open_target
 from dspark_jax.checkpoints.template import apply_template
 from dspark_jax.checkpoints.tensors import LoadError
+from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.models.targets.deepseek_v4_text import CHAT_TEMPLATE
 from dspark_jax.rendering import Rendering
+from tests.test_deepseek_v4 import GOLDEN
 from tests.tiny_model import PRINTABLE
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -32,12 +35,24 @@ TOOLS = [
 @pytest.fixture(scope="module")
 def tokenizer():
     vocabulary = {text: n for n, text in enumerate([BEGIN, END, USER, ANSWER, *PRINTABLE])}
+    made = Tokenizer(BPE(vocabulary, []))
+    made.add_special_tokens([USER, ANSWER])
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(BPE(vocabulary, [])),
+        tokenizer_object=made,
         bos_token=BEGIN,
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def test_a_checkpoint_without_a_template_is_given_it(tokenizer, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(GOLDEN / "checkpoint" / name)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    target, _ = open_target(tmp_path)
+    found = chat_prompt_ids(target.tokenizer, "a")
+    assert found == tokenizer.convert_tokens_to_ids([BEGIN, USER, "a", ANSWER, *"</think>"])
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ LAWS = {
     "window": dataclasses.replace(CONFIGS["windows"], vocab_size=3),
     "experts": dataclasses.replace(CONFIGS["qwen3_moe"], vocab_size=3),
     "soft cap": dataclasses.replace(CONFIGS["gemma2"], vocab_size=3),
+    "entries": dataclasses.replace(CONFIGS["deepseek_v4"], vocab_size=3),
 }
 SAMPLES, TOKENS, PROMPT = 4000, 4, [1, 2, 0, 1, 2]
 

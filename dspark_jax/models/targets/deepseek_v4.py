@@ -23,6 +23,7 @@ from dspark_jax.models.targets.deepseek_v4_config import Config as Config
 from dspark_jax.models.targets.deepseek_v4_config import config as config
 from dspark_jax.models.targets.deepseek_v4_entries import (
     choose,
+    chosen_keys,
     complete,
     compress,
     index_queries,
@@ -146,12 +147,13 @@ def _attend_causally(
         seen = [(inputs.key_XH[:, start:end], visible_CS[None])]
         count = end // kind.ratio if kind.ratio else 0
         if count:
-            visible_BCS = complete(row_C, count, kind)[None]
+            found = entry_BKH[:, :count], complete(row_C, count, kind)[None]
             if kind.sparse and count > cfg.index_top:
                 q_BCNH, head_BCN = (x[:, first:end] for x in index)
                 own_BKH = index_BKH[:, :count]
-                visible_BCS = choose(q_BCNH, head_BCN, own_BKH, visible_BCS, cfg.index_top)
-            seen.append((entry_BKH[:, :count], visible_BCS))
+                best_BCK, visible_BCK = choose(q_BCNH, head_BCN, own_BKH, found[1], cfg.index_top)
+                found = chosen_keys(entry_BKH, best_BCK), visible_BCK
+            seen.append(found)
         parts.append(attend_to(inputs.q_XNH[:, first:end], seen, layer.heads.sink_N))
     return jnp.concatenate(parts, axis=1)
 

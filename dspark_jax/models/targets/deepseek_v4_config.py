@@ -18,6 +18,7 @@ SLIDING, SPARSE, HEAVY = (
 )
 SPARSE_RATIO, HEAVY_RATIO = 4, 128
 HASHED, LEARNED = "hash_moe", "moe"
+MAX_STEPS = 1000  # of a loop that no weight bounds
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Config(TargetConfig):
             raise ValueError(
                 f"qk_rope_head_dim {self.rope_dim} must be even, and at most head_dim "
                 f"{self.head_dim} and index_head_dim {self.index_dim}"
+            )
+        if self.mix_steps > MAX_STEPS:
+            raise ValueError(
+                f"hc_sinkhorn_iters is {self.mix_steps}: it must be at most {MAX_STEPS}"
             )
         if len(self.ratios) != self.num_layers:
             raise ValueError(
@@ -124,7 +129,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         query_rank=field(hf, "q_lora_rank", int, 1024),
         output_groups=field(hf, "o_groups", int, 8),
         output_rank=field(hf, "o_lora_rank", int, 1024),
-        windows=(field(hf, "sliding_window", int, 128),) * layers,
+        windows=(min(field(hf, "sliding_window", int, 128), sizes["max_positions"]),) * layers,
         ratios=ratios,
         sparse=sparse,
         index_heads=field(hf, "index_n_heads", int, 64),

@@ -104,18 +104,30 @@ def index_queries(
 
 def choose(
     q_PCNH: jax.Array, head_PCN: jax.Array, key_PSH: jax.Array, visible_PCS: jax.Array, count: int
-) -> jax.Array:
-    """The entries that rows attend to, bool [P, C, S]: the best of the visible ones.
+) -> tuple[jax.Array, jax.Array]:
+    """The entries that rows attend to: the best of the visible ones.
 
     Args:
         q_PCNH, head_PCN: of :func:`index_queries`, of C rows of P groups.
         key_PSH: the indexer's own entries of every group.
         visible_PCS: those that are complete.
-        count: how many are chosen, where there are more.
+        count: K, how many are chosen; there are more.
+
+    Returns:
+        int32 [P, C, K] in no order, and which of them are visible, bool [P, C, K].
     """
     score_PCNS = jnp.einsum("pcnh,psh->pcns", q_PCNH, key_PSH, preferred_element_type=jnp.float32)
     score_PCS = jnp.einsum("pcn,pcns->pcs", head_PCN, jax.nn.relu(score_PCNS), precision="highest")
     score_PCS = jnp.where(visible_PCS, score_PCS, -jnp.inf)
     _, best_PCK = jax.lax.top_k(score_PCS, count)
-    none_PCS = jnp.zeros(score_PCS.shape, bool)
-    return visible_PCS & jnp.put_along_axis(none_PCS, best_PCK, True, axis=-1, inplace=False)
+    return best_PCK, jnp.take_along_axis(
+        jnp.broadcast_to(visible_PCS, score_PCS.shape), best_PCK, axis=-1
+    )
+
+
+def chosen_keys(key_PSH: jax.Array, best_PCK: jax.Array) -> jax.Array:
+    """The entries that rows have chosen, [P, C, K, H]."""
+    groups, rows, count = best_PCK.shape
+    flat_PI = best_PCK.reshape(groups, rows * count)
+    found_PIH = jnp.take_along_axis(key_PSH, flat_PI[..., None], axis=1, mode="clip")
+    return found_PIH.reshape(groups, rows, count, -1)

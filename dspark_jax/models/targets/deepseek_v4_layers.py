@@ -267,18 +267,19 @@ def attend_to(
 
     Args:
         q_PCNH: queries of P groups of C rows.
-        seen: keys [P, S, H] of every group, and which of them a row sees, bool [P, C, S]; several
-            such sets are one, and one that a row sees none of costs it nothing. What nobody sees
-            may hold anything.
+        seen: keys [P, S, H] of every group, or [P, C, S, H] of every row, and which of them a row
+            sees, bool [P, C, S]; several such sets are one, and a row may see nothing of a set.
+            What nobody sees may hold anything.
         sink_N: float32 scores of what has no value.
 
     Returns:
         [P, C, N, H] in the dtype of the queries; softmax in float32.
     """
     scores = []
-    for key_PSH, visible_PCS in seen:
+    for key_XSH, visible_PCS in seen:
+        axes = "psh" if key_XSH.ndim == 3 else "pcsh"
         score_PCNS = jnp.einsum(
-            "pcnh,psh->pcns", q_PCNH, key_PSH, preferred_element_type=jnp.float32
+            f"pcnh,{axes}->pcns", q_PCNH, key_XSH, preferred_element_type=jnp.float32
         )
         score_PCNS *= q_PCNH.shape[-1] ** -0.5
         scores.append(jnp.where(visible_PCS[:, :, None], score_PCNS, -jnp.inf))
@@ -289,12 +290,13 @@ def attend_to(
     weights = [jnp.exp(score_PCNS - highest) for score_PCNS in scores]
     total = jnp.exp(sink_N1 - highest) + sum(w.sum(-1, keepdims=True) for w in weights)
     out = jnp.zeros(q_PCNH.shape, jnp.float32)
-    for weight_PCNS, (key_PSH, _) in zip(weights, seen, strict=True):
+    for weight_PCNS, (key_XSH, _) in zip(weights, seen, strict=True):
+        axes = "psh" if key_XSH.ndim == 3 else "pcsh"
         # A weight of 0 would not do away with a value that is not a number.
-        value_PSH = jnp.where(jnp.isfinite(key_PSH), key_PSH, 0)
-        weight_PCNS = (weight_PCNS / total).astype(value_PSH.dtype)
+        value_XSH = jnp.where(jnp.isfinite(key_XSH), key_XSH, 0)
+        weight_PCNS = (weight_PCNS / total).astype(value_XSH.dtype)
         out += jnp.einsum(
-            "pcns,psh->pcnh", weight_PCNS, value_PSH, preferred_element_type=jnp.float32
+            f"pcns,{axes}->pcnh", weight_PCNS, value_XSH, preferred_element_type=jnp.float32
         )
     return out.astype(q_PCNH.dtype)
 

@@ -23,6 +23,7 @@ from dspark_jax.models.rope import Table
 from dspark_jax.models.targets.deepseek_v4_config import Config
 from dspark_jax.models.targets.deepseek_v4_entries import (
     choose,
+    chosen_keys,
     complete,
     compress,
     index_queries,
@@ -270,12 +271,13 @@ def attend_rows(
         seen = [(key_PSH, visible_PCS)]
         if state.entries is not None:
             entry_PSH = run.of_slots(state.entries.key[index])
-            visible_PCS = complete(position_PC, entry_PSH.shape[1], kind)
+            found = entry_PSH, complete(position_PC, entry_PSH.shape[1], kind)
             if chooses:
                 q_PCNH, head_PCN = map(run.gather, queries)
                 own_PSH = run.of_slots(state.index.key[index])
-                visible_PCS = choose(q_PCNH, head_PCN, own_PSH, visible_PCS, cfg.index_top)
-            seen.append((entry_PSH, visible_PCS))
+                best_PCK, visible_PCK = choose(q_PCNH, head_PCN, own_PSH, found[1], cfg.index_top)
+                found = chosen_keys(entry_PSH, best_PCK), visible_PCK
+            seen.append(found)
         out_PCNH = attend_to(run.gather(inputs.q_XNH), seen, layer.heads.sink_N)
         parts.append(run.groups.scatter(out_PCNH))
     return jnp.concatenate(parts)
