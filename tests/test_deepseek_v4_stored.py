@@ -12,7 +12,7 @@ import pytest
 
 from dspark_jax.axes import declare, make_mesh
 from dspark_jax.checkpoints.hf import load_hf_target, target_config
-from dspark_jax.checkpoints.tensors import write_params
+from dspark_jax.checkpoints.tensors import file_names, file_shape, write_params
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.evaluation import footprint
 from dspark_jax.models.quantised import InBlocks, declare_in_blocks, dequantise
@@ -161,3 +161,86 @@ def test_groups_that_are_not_of_whole_blocks_are_refused():
     param = declare("KXHO", sizes, "wo_a.weight", out="KO")
     with pytest.raises(ValueError, match="groups of 64 outputs, and scales for 128"):
         declare_in_blocks(param, (128, 128), jnp.float8_e4m3fn)
+
+
+FLASH = {
+    "num_hidden_layers": 43,
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "n_routed_experts": 256,
+    "moe_intermediate_size": 2048,
+    "index_topk": 512,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4],
+}
+PRO = {
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "n_routed_experts": 384,
+    "moe_intermediate_size": 3072,
+    "index_topk": 1024,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4],
+}
+RELEASED = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "num_key_value_heads": 1,
+    "o_lora_rank": 1024,
+    "num_hash_layers": 3,
+    "max_position_embeddings": 1048576,
+    "tie_word_embeddings": False,
+    "quantization_config": FIELDS["quantization_config"],
+}
+
+
+def header_of(declared):
+    """Of a released file: dtype, shape and bytes of every tensor."""
+    found = {}
+    for param in jax.tree.leaves(declared):
+        shape = file_shape(param)
+        for name in file_names(param):
+            scale = name.replace(".weight", ".scale")
+            kind, block = "BF16", ()
+            if "compressor" not in name and E4M3.search(name):
+                kind, block = "F8_E4M3", (128, 128)
+            elif E2M1.search(name):
+                kind, block = "I8", (1, 32)
+            elif param.dtype is not None:
+                kind = "I64" if param.init == "choices" else "F32"
+            width = {"BF16": 2, "F8_E4M3": 1, "I8": 0.5, "F32": 4, "I64": 8}[kind]
+            held = (shape[0], shape[1] // 2) if kind == "I8" else shape
+            found[name] = kind, held, int(width * math.prod(shape))
+            if block:
+                blocks = [-(-size // of) for size, of in zip(shape, block, strict=True)]
+                found[scale] = "F8_E8M0", blocks, math.prod(blocks)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("sizes", "weights_gb", "slots"),
+    [(FLASH, (148, 162), (64, 64)), (PRO, (800, 900), (0, 16))],
+    ids=["Flash", "Pro"],
+)
+def test_what_fits_of_the_released_models(sizes, weights_gb, slots, tmp_path):
+    """On eight devices of 80 and of 141 GB: at least so many slots of 32768 positions each."""
+    config = RELEASED | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = target_config(config)
+    header = header_of(family_of(cfg).declare(cfg))
+    write_safetensors(tmp_path / "model.safetensors", header, empty=True)
+    models = footprint.open_models(str(tmp_path))
+    options = {"slots": 64, "positions": 32768}
+    whole = footprint.plan(models, {}, memory_bytes=80 * 10**9, **options)
+    assert weights_gb[0] < whole["weight_bytes"] / 1e9 < weights_gb[1]
+    assert not whole["fits"]
+    for memory, least in zip((80, 141), slots, strict=True):
+        found = footprint.plan(models, {"tensor": 8}, memory_bytes=memory * 10**9, **options)
+        assert found["most_slots"] >= least
+        assert (found["most_slots"] > 0) == (least > 0)

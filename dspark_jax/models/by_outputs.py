@@ -57,7 +57,9 @@ class ByOutputs:
 def by_outputs(w: jax.Array | PerOutput, num_inputs: int = 1) -> ByOutputs:
     """A matrix whose first ``num_inputs`` axes are inputs, by its outputs; a copy."""
     if isinstance(w, PerOutput):
-        return by_outputs(w.value, num_inputs).replace(scale_O=w.scale.reshape(-1))  # type: ignore[attr-defined]
+        # XLA converts e4m3 value by value on a CPU. bfloat16 holds all of them.
+        value = w.value if w.value.dtype == jnp.int8 else w.value.astype(jnp.bfloat16)
+        return replace(by_outputs(value, num_inputs), scale_O=w.scale.reshape(-1))
     return ByOutputs(_turn(w, math.prod(w.shape[:num_inputs])), w.shape)
 
 
