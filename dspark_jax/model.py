@@ -223,7 +223,8 @@ def load(
 
     Args:
         target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
-        drafter: a directory or hub id, ``"default"`` or ``"none"``; None is the packaged drafter
+        drafter: a directory or hub id, ``"default"``, ``"lookup"`` (prompt lookup of 2 to 4 tokens,
+            ``"lookup:MIN-MAX"`` of others) or ``"none"``; None is the packaged drafter
             for the default target and none for another.
         dtype: of the weights.
         mesh: of ``make_mesh``, onto which the weights are read; None for one device.
@@ -249,7 +250,7 @@ def load(
     if str(drafter) != "none":
         loaded = load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
-        if (loaded.directory / FILE_NAME).exists():
+        if loaded.directory is not None and (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
     target_weights = found.cfg, found.params
     decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
