@@ -42,7 +42,7 @@ NAME = re.compile(r"lookup(?::(\d+)-(\d+))?", re.ASCII)
 LONGEST = 16  # n-gram that may be asked for
 
 WINDOW = 8  # places that an n-gram may take: a quarter of all are taken at most
-ATTEMPTS = 3  # n-grams of a round that want the same place try another one
+ATTEMPTS = 4  # n-grams of a round that want the same place try another one
 EMPTY = jnp.iinfo(jnp.int32).max
 
 MOST = 12  # tokens of a match that are told apart
