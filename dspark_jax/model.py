@@ -228,9 +228,10 @@ def load(
 
     Args:
         target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
-        drafter: a directory or hub id, ``"default"`` or ``"none"``; None is the packaged drafter
-            for the default target, the one inside the checkpoint of a target that has one, and none
-            for all others.
+        drafter: a directory or hub id, ``"default"``, ``"lookup"`` (prompt lookup of 2 to 4 tokens,
+            ``"lookup:MIN-MAX"`` of others) or ``"none"``; None is the packaged drafter for the
+            default target, the one inside the checkpoint of a target that has one, and none for all
+            others.
         dtype: of the weights.
         weights: ``"plain"``; or ``"int8"`` or ``"fp8"``, which the matrices of the layers are
             turned into as they are read, with a scale for every output. Texts are then those of
@@ -259,7 +260,7 @@ def load(
         options: dict[str, Any] = {"own_vocab": own_vocab, "mesh": mesh, "weights": weights}
         loaded = load_drafter_for(found, drafter, **options)
         name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
-        if (loaded.directory / FILE_NAME).exists():
+        if loaded.directory is not None and (loaded.directory / FILE_NAME).exists():
             calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
     target_weights = found.cfg, found.params
     decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)

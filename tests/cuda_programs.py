@@ -59,6 +59,7 @@ ACCEPT_CASES = (
     _Accept(1, 0, 151936),
     _Accept(8, 7, 151936, 32768, dtype="float32"),
     _Accept(512, 7, 32001, rule="greedy"),
+    _Accept(32, 7, 151936, one_hot=True),
     _Accept(7, 7, 151936 // 2),  # a shard, in lanes of 64 tokens
     _Accept(7, 7, 151936 // 8),  # in lanes of 16
 )
@@ -71,14 +72,15 @@ def _accept_program(case: accept_cases.Case) -> Program:
     def accept(*leaves: Any) -> tuple[Any, ...]:
         from pallas_kernels.accept_block import mosaic_gpu
 
-        passes = accept_rule.Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
+        kernels = mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample
+        passes = accept_rule.Passes(*kernels, mosaic_gpu.sample_rest)
         return tuple(
             accept_rule.accept_block(*jax.tree.unflatten(structure, leaves), case.rule, passes)
         )
 
     kernels = {"accept_sample"}
     if case.rule == "rejection" and case.slots:
-        kernels = {"accept_statistics", "accept_draw"}
+        kernels = {"accept_statistics", "accept_sample" if case.one_hot else "accept_draw"}
     return Program(f"accept_block {case.name}", accept, tuple(leaves), frozenset(kernels))
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from dspark_jax import sampling
 from pallas_kernels import random
 from pallas_kernels.accept_block import rule as rules
-from pallas_kernels.accept_block.api import Drafts, Requests, VerifyPlan, accept_block
+from pallas_kernels.accept_block.api import ONE_HOT, Drafts, Requests, VerifyPlan, accept_block
 from pallas_kernels.accept_block.bench import composition
 from pallas_kernels.accept_block.cases import CASES, Case, make_inputs
 
@@ -119,7 +119,7 @@ def naive(target, floor, draft, index, d2t, length, temperature, key, anchor, ru
             token, margin = token_at(k)
             chances[k], uniform_k = ids[index[k]] == token, 0.5
         else:
-            chosen = law_of(draft[k], temperature)[index[k]]
+            chosen = 1 if draft is ONE_HOT else law_of(draft[k], temperature)[index[k]]
             chances[k] = min(1, laws[k][ids[index[k]]] / max(chosen, 1e-8))
             uniform_k = float(uniform(fold_in(key, anchor, 4 * k + random.ACCEPT), 1)[0])
             margin = abs(uniform_k - chances[k])
@@ -133,7 +133,10 @@ def naive(target, floor, draft, index, d2t, length, temperature, key, anchor, ru
     law = laws[accepted]
     if accepted < length:
         residual = law.copy()
-        residual[ids] -= law_of(draft[accepted], temperature)
+        if draft is ONE_HOT:
+            residual[ids[index[accepted]]] = 0
+        else:
+            residual[ids] -= law_of(draft[accepted], temperature)
         residual = np.maximum(residual, 0)
         if residual.sum() > 1e-8:
             law = residual / residual.sum()
@@ -146,22 +149,24 @@ def naive(target, floor, draft, index, d2t, length, temperature, key, anchor, ru
 
 @pytest.mark.smoke
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(batches(), st.sampled_from(["rejection", "coupled"]))
-def test_against_one_request_at_a_time(batch, rule):
+@given(batches(), st.sampled_from(["rejection", "coupled"]), st.booleans())
+def test_against_one_request_at_a_time(batch, rule, one_hot):
     target, draft, index, d2t, length, temperature, filters, rng = batch
     logits_TV, plan = flat(target, length, rng)
     slot_T = np.minimum(plan.slot_T, B - 1)
     floor_T = kept_floor(logits_TV, temperature[slot_T], *(f[slot_T] for f in filters))
     keys, anchor = fold_in(random.seed_key(7), np.arange(B)), rng.integers(0, 99, B)
     requests = Requests(temperature, keys, anchor.astype(np.int32))
-    got = accept(logits_TV, floor_T, plan, Drafts(index, draft, d2t), requests, rule=rule)
+    draft_B = [ONE_HOT] * B if one_hot else draft
+    drafts = Drafts(index, ONE_HOT if one_hot else draft, d2t)
+    got = accept(logits_TV, floor_T, plan, drafts, requests, rule=rule)
     assert got.accepted_B.dtype == got.next_B.dtype == jnp.int32
     assert got.finite_B.all() == (not np.isinf(target[np.arange(G + 1) <= length[:, None]]).any())
     floor_BC = np.asarray(floor_T)[plan.row_BC]
     compared = 0
     for b in range(B):
         accepted, token, chance_G, margin = naive(
-            target[b], floor_BC[b], draft[b], index[b], d2t, length[b], temperature[b], keys[b],
+            target[b], floor_BC[b], draft_B[b], index[b], d2t, length[b], temperature[b], keys[b],
             anchor[b], rule,
         )  # fmt: skip
         np.testing.assert_allclose(got.chance_BG[b], chance_G, atol=2e-5, rtol=2e-4)
@@ -239,7 +244,8 @@ def test_what_is_not_finite_is_told_where_it_is_read():
 
 @pytest.mark.parametrize("rule", ["rejection", "coupled"])
 @pytest.mark.parametrize("draft_vocabulary", [None, 3])
-def test_the_distribution_is_the_target_s(rule, draft_vocabulary):
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_the_distribution_is_the_target_s(rule, draft_vocabulary, one_hot):
     """Chi-square of the first two tokens of a round: accepted, resampled, bonus."""
     N, size, temperature = 60_000, 5, 0.8
     rng = np.random.default_rng(3)
@@ -254,13 +260,16 @@ def test_the_distribution_is_the_target_s(rule, draft_vocabulary):
     else:
         noise = gumbel(random.stream_key(keys, random.DRAFT, anchor, 0), ids.size)
     index_B = np.asarray(draft_logprob(draft, jnp.float32(temperature)) + noise).argmax(-1)
+    if one_hot:
+        index_B = np.full(N, draft.argmax())
     context_BC = np.stack([np.zeros(N, int), 1 + ids[index_B]], axis=1)
     slot_BC, column_BC = np.indices((N, 2), dtype=np.int32)
     plan = VerifyPlan(
         slot_BC.reshape(-1), column_BC.reshape(-1), np.arange(2 * N).reshape(N, 2),
         jnp.ones(N, jnp.int32),
     )  # fmt: skip
-    drafts = Drafts(index_B[:, None].astype(np.int32), np.tile(draft, (N, 1, 1)), d2t)
+    law = ONE_HOT if one_hot else np.tile(draft, (N, 1, 1))
+    drafts = Drafts(index_B[:, None].astype(np.int32), law, d2t)
     requests = Requests(jnp.full(N, temperature), keys, anchor)
     rows = context_BC.reshape(-1)
     got = accept(target[rows], floor[rows], plan, drafts, requests, rule=rule)
@@ -270,7 +279,9 @@ def test_the_distribution_is_the_target_s(rule, draft_vocabulary):
     laws = [law_of(row, temperature, least) for row, least in zip(target, floor, strict=True)]
     counts = [(first, laws[0])]
     counts += [
-        (np.asarray(got.next_B)[accepted & (first == v)], laws[1 + v]) for v in ids if laws[0][v]
+        (np.asarray(got.next_B)[accepted & (first == v)], laws[1 + v])
+        for v in set(ids[index_B])
+        if laws[0][v]
     ]
     for tokens, law in counts:
         expected = len(tokens) * law
@@ -292,12 +303,13 @@ def test_the_composition_gives_the_same_tokens():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled"])
+@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled", "one-hot"])
 def test_nothing_as_large_as_the_logits_is_written_out(rule, dtype):
-    case = Case(8, 7, 4099, dtype=dtype, rule=rule)  # 8 rows are drawn from
+    one_hot, rule = rule == "one-hot", rule.replace("one-hot", "rejection")
+    case = Case(8, 7, 4099, dtype=dtype, rule=rule, one_hot=one_hot)  # 8 rows are drawn from
     shapes = jax.eval_shape(functools.partial(make_inputs, case))
     assert not written_out(functools.partial(accept_block, rule=rule), shapes, case)
-    if rule == "rejection":  # the test itself
+    if rule == "rejection" and not one_hot:  # the test itself
         assert written_out(composition, shapes, case)
 
 
@@ -330,12 +342,13 @@ def sharded(mesh, split_draft):
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 64])
-@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled"])
+@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled", "one-hot"])
 def test_a_split_vocabulary_gives_the_same_tokens(emulated_devices, rule, draft_vocabulary):
     mesh = jax.make_mesh(
         (4,), ("tensor",), axis_types=(AxisType.Auto,), devices=emulated_devices[:4]
     )
-    case = Case(10, 3, 400, draft_vocabulary, dtype="float32")
+    one_hot, rule = rule == "one-hot", rule.replace("one-hot", "rejection")
+    case = Case(10, 3, 400, draft_vocabulary, dtype="float32", one_hot=one_hot)
     logits_TV, floor_T, plan, drafts, requests = make_inputs(case, seed=4)
     logits_TV = logits_TV.at[::7, :100].set(-jnp.inf)  # nothing is left of the first shard
     floor_T = jnp.where(jnp.arange(case.rows) % 3 == 0, jnp.sort(logits_TV)[:, -50], floor_T)

@@ -17,13 +17,14 @@ pytestmark = [
     ),
 ]
 
-XLA = rules.Passes(xla.statistics, xla.draw, xla.sample)
+XLA = rules.Passes(xla.statistics, xla.draw, xla.sample, xla.sample_rest)
 
 
 def mosaic():
     from pallas_kernels.accept_block import mosaic_gpu
 
-    return rules.Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
+    names = "statistics", "draw", "sample", "sample_rest"
+    return rules.Passes(*(getattr(mosaic_gpu, name) for name in names))
 
 
 def interpreted(accept, *args, **options):
@@ -53,6 +54,7 @@ def inputs(case):
     [
         ("rejection", None, "bfloat16"),
         ("rejection", 300, "float32"),
+        ("one-hot", None, "bfloat16"),
         ("coupled", None, "float32"),
         ("greedy", None, "bfloat16"),
     ],
@@ -61,7 +63,8 @@ def test_the_tokens_are_those_of_xla(monkeypatch, rule, draft_vocabulary, dtype,
     from pallas_kernels.accept_block import mosaic_gpu
 
     monkeypatch.setattr(mosaic_gpu, "MIN_BLOCKS", 1)  # so that there are shares to merge
-    args = inputs(Case(4, 2, vocabulary, draft_vocabulary, dtype, rule))
+    one_hot, rule = rule == "one-hot", rule.replace("one-hot", "rejection")
+    args = inputs(Case(4, 2, vocabulary, draft_vocabulary, dtype, rule, one_hot))
     got = interpreted(rules.accept_block, *args, rule, mosaic())
     expected = rules.accept_block(*args, rule, XLA)
     np.testing.assert_array_equal(got.accepted_B, expected.accepted_B)
@@ -103,6 +106,12 @@ def test_a_shard_of_the_vocabulary_is_read_as_by_xla(monkeypatch, share):
     np.testing.assert_array_equal(got.token_T, expected_T.token_T)
     np.testing.assert_allclose(got.score_T, expected_T.score_T, rtol=1e-5)
     assert (got.token_T // 550 == share).all()
+
+    rest = jnp.array([4, 1, 2]), got.token_T[jnp.array([4, 1, 2])]  # any but what was drawn
+    given = part_TV, *rest, ones_T[:3], floor_T[:3], key_T2[rest[0]]
+    got, expected_T = interpreted(mosaic().sample_rest, *given), xla.sample_rest(*given)
+    np.testing.assert_array_equal(got.token_T, expected_T.token_T)
+    assert (got.token_T != rest[1]).all()
 
     row_B, hotter_TV = jnp.array([4, 1, 2]), part_TV / 1.5
     law_T = xla.Law(expected.best_T, jnp.log(expected.mass_T), floor_T, ones_T)

@@ -18,6 +18,7 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
+from dspark_jax.models.drafters import lookup
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.llama import Config as LlamaConfig
@@ -26,7 +27,7 @@ from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.rules import Rule
 from pallas_kernels import random
-from pallas_kernels.accept_block.api import Acceptance
+from pallas_kernels.accept_block.api import Acceptance, accept_block
 
 TARGET = LlamaConfig(
     vocab_size=61,
@@ -183,7 +184,10 @@ def fit_of_the_text(kind, **rules):
     cfg = dataclasses.replace(TARGET, vocab_size=size)
     target = target_of(cfg, seed=4, scale=12.0)
     drafter = None
-    if kind != "plain":
+    if kind == "lookup":
+        lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
+        drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind != "plain":
         changes = {"d2t": [0, 2, 3]} if kind == "reduced" else {"markov_head": "rnn"}
         drafter = drafter_of(
             target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
@@ -236,10 +240,23 @@ def believe(logits_TV, floor_T, plan, drafts, requests):
 BELIEVE = Rule(believe, lossless=False)
 
 
+def forget_the_fallen(logits_TV, floor_T, plan, drafts, requests):
+    """Rejection whose next token may be the draft that has just fallen."""
+    given = logits_TV, floor_T
+    found = accept_block(*given, plan, drafts, requests)
+    return accept_block(*given, plan._replace(length_B=found.accepted_B), drafts, requests)
+
+
+FORGET = Rule(forget_the_fallen, lossless=False)
+
+
 @pytest.mark.parametrize(
     ("kind", "rules"),
     [
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
+        ("lookup", {"acceptance": "rejection"}),
+        pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("lookup", {"policy": "causal"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("reduced", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "coupled"}, marks=pytest.mark.full),
@@ -257,8 +274,9 @@ def test_distribution_of_the_text(kind, rules):
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
 
 
-def test_a_rule_that_loses_the_law_is_seen_to_do_so():
-    pvalue, results = fit_of_the_text("rnn", acceptance=BELIEVE)
+@pytest.mark.parametrize(("kind", "rule"), [("rnn", BELIEVE), ("lookup", FORGET)])
+def test_a_rule_that_loses_the_law_is_seen_to_do_so(kind, rule):
+    pvalue, results = fit_of_the_text(kind, acceptance=rule)
     assert pvalue < 1e-12
     assert not any(result.lossless for result in results)
 

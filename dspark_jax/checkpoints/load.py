@@ -29,7 +29,8 @@ from dspark_jax.checkpoints.inside import open_inside, read_inside
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.drafting import AnyDrafterConfig
+from dspark_jax.models.drafters.table import drafter_of, without_checkpoint
 from dspark_jax.models.quantised import PLAIN, Quantised, check_kind, quantise_params
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import chat_template
@@ -75,14 +76,14 @@ class Drafter:
         params: weights, layers stacked.
         vocab: the target's embedding and head, or the rows that the drafter uses.
         name: short name for messages and reports.
-        directory: where it lies.
+        directory: where it lies; None for a drafter without files.
     """
 
-    cfg: DrafterConfig
+    cfg: AnyDrafterConfig
     params: Any
     vocab: Vocab
     name: str
-    directory: Path
+    directory: Path | None
 
 
 def load_target(
@@ -201,7 +202,8 @@ def load_drafter_for(
     Args:
         target: the target.
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
-            one; a directory or a hub id, in any dialect.
+            one; a directory or a hub id, in any dialect; or the name of a drafter without files,
+            ``"lookup"`` or ``"lookup:MIN-MAX"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
@@ -211,6 +213,9 @@ def load_drafter_for(
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
+    known = without_checkpoint(str(source), target.cfg)
+    if known is not None:
+        return Drafter(*known, target.params.vocab, str(source), None)
     dtype = target.params.norm_D.dtype if dtype is None else dtype
     cfg, params, own, directory = read_drafter(target, source, mesh)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, own_vocab=own_vocab)

@@ -78,8 +78,9 @@ def add_models(command: argparse.ArgumentParser) -> None:
     add_target(command)
     command.add_argument(
         "--drafter",
-        help="directory or hub id, or none (default: the packaged one for the default target, the "
-        "one inside a target's checkpoint, none for another)",
+        help="directory or hub id, lookup (no model: what followed the last tokens earlier in the "
+        "text; lookup:1-3 matches 1 to 3 of them), or none (default: the packaged one for the "
+        "default target, the one inside a target's checkpoint, none for another)",
     )
 
 

@@ -259,7 +259,7 @@ class Programs:
             make, parts, args = self._draft(shape.sizes, shape.num_chunks, self.kinds[0])
             block, _ = make(*parts).eval_shape(*args)
             if self.decoder.mesh is not None:
-                lies = block_shardings(*parts)
+                lies = jax.tree.broadcast(block_shardings(*parts), block)
                 block = jax.tree.map(
                     lambda leaf, sharding: leaf.update(sharding=sharding), block, lies
                 )

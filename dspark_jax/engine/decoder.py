@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.axes import declared_shardings, partition, place
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import TargetConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
 from dspark_jax.engine.request import Prompt
@@ -45,7 +46,7 @@ class Decoder:
 
     weights: Weights
     target: TargetConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     tokenizer: Any
     mesh: Mesh | None
     calibration: Calibration | None = None
@@ -55,7 +56,7 @@ class Decoder:
 
 def make_decoder(
     target: tuple[TargetConfig, TargetParams],
-    drafter: tuple[DrafterConfig, Any, Vocab] | None = None,
+    drafter: tuple[AnyDrafterConfig, Any, Vocab] | None = None,
     tokenizer: Any = None,
     mesh: Mesh | None = None,
     calibration: Calibration | None = None,
@@ -150,16 +151,16 @@ def state_config(
         (_cache_dtype(target, decoder), _cache_dtype(drafter, decoder)),
         (
             not is_unstacked(target.layers),
-            drafter is not None and not is_unstacked(drafter.layers),
+            drafter is not None and not (drafter.layers and is_unstacked(drafter.layers)),
         ),
         config.pages,
     )
 
 
 def _cache_dtype(params: Any, decoder: Decoder) -> Any:
-    """Of keys and values; None without parameters. XLA has no writes into bfloat16 arrays for a CPU
+    """Of keys and values; None without layers. XLA has no writes into bfloat16 arrays for a CPU
     and converts the whole cache there and back, so it is float32 there."""
-    if params is None:
+    if params is None or not params.layers:
         return None
     return jnp.dtype(jnp.float32) if _on_cpu(decoder.mesh) else params.norm_D.dtype
 

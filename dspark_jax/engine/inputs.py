@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 from flax import struct
 
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import TargetConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
@@ -41,7 +42,7 @@ class RoundConfig:
     """
 
     target: TargetConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     num_draft: int
     threshold: float = 0.0
     gate: float = 0.0

@@ -55,15 +55,15 @@ def choose_kernels(
 def _problems(decoder: Decoder, positions: Sequence[int]) -> Iterator[str]:
     """Why the kernels have no form for these models."""
     target, drafter = decoder.weights.target, decoder.weights.drafter
-    models = [("target", target.norm_D, family_of(decoder.target).sections(decoder.target))]
+    models = [("target", target, family_of(decoder.target).sections(decoder.target))]
     if decoder.drafter is not None and drafter is not None:
         sections = drafter_of(decoder.drafter).sections(decoder.drafter)
-        models.append(("drafter", drafter.norm_D, sections))
-    for name, norm_D, sections in models:
+        models.append(("drafter", drafter, sections))
+    for name, params, sections in models:
         for own in map_stacks(lambda stack: stack.kind.attention, sections):
             if own.value_is_key:
                 yield f"the {name} has attention whose values are its keys, with a sink"
-            given = norm_D.dtype, own.head_dim, own.softcap, positions
+            given = params.norm_D.dtype, own.head_dim, own.softcap, positions
             problem = dispatch.attention_problem(*given)
             if problem is not None:
                 yield f"the {name} has {problem}"

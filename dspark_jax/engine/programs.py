@@ -83,7 +83,7 @@ def block_shardings(cfg: RoundConfig, form: StateConfig, mesh: Mesh) -> DraftBlo
     shape = form.num_slots, cfg.drafter.block_size, cfg.drafter.sizes["U"]
     by_slot = NamedSharding(mesh, BY_SLOT)
     split: Any = NamedSharding(mesh, partition("BGU", shape, mesh))
-    return DraftBlock(by_slot, by_slot, split, by_slot)  # type: ignore[arg-type]
+    return DraftBlock(by_slot, by_slot, split, by_slot, by_slot)  # type: ignore[arg-type]
 
 
 def admit_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeState]:

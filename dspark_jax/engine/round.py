@@ -20,6 +20,7 @@ from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.vocab import suppress
 from dspark_jax.scheduler import schedule
 from dspark_jax.scheduler.temperatures import calibrated_confidence
+from pallas_kernels.accept_block.api import OneHot
 
 
 def decode_round(
@@ -59,7 +60,12 @@ def decode_round(
     plan = verify.plan_rows(verified_B, state.active_B, num_rows, cfg.num_draft + 1)
     rows = flat_rows(token_BC, position_B, plan)
 
-    logits_TV, feature_TFD, target_cache = read_rows(weights, state, rows, chunks, verified_B, cfg)
+    often_none = bool(cfg.threshold or cfg.gate) or (
+        block is not None and block.count_B is not None
+    )
+    logits_TV, feature_TFD, target_cache = read_rows(
+        weights, state, rows, chunks, verified_B, cfg, often_none=often_none
+    )
     acceptance = accept(weights, state, block, logits_TV, plan, position_B, cfg)
     draft_BG = token_BC[:, 1:]
     accepted_B, count_B, stopped_B = verify.truncate_at_stop(
@@ -175,7 +181,7 @@ def draft(
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
         return draft_tokens(logits_BU, slot, state, position_B, vocab.d2t_U, cfg)
 
-    return drafter_of(cfg.drafter).draft(
+    block = drafter_of(cfg.drafter).draft(
         weights.drafter,
         vocab,
         state.context_cache,
@@ -186,6 +192,9 @@ def draft(
         cfg.drafter,
         kernels=cfg.kernels,
     )
+    if cfg.draft_law is not None and isinstance(block.logits_BGU, OneHot):
+        raise ValueError("draft_law is a rule, but the drafter draws nothing: leave it out")
+    return block
 
 
 def rank(
@@ -216,6 +225,8 @@ def rank(
         survival_BG = schedule.prefix_survival(confidence_BG)
     if cfg.lengths is not None:
         length_B = cfg.lengths.function(confidence_BG)
+    if block.count_B is not None:
+        length_B = jnp.minimum(length_B, block.count_B)
     wanted_BG = (jnp.arange(cfg.num_draft) < length_B[:, None]) & drafted_B[:, None]
     # Above 0, so that no draft that is wanted is left out while there are rows for it.
     return jnp.where(wanted_BG, jnp.maximum(survival_BG, jnp.finfo(jnp.float32).tiny), 0)

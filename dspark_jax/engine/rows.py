@@ -55,8 +55,14 @@ def read_rows(
     chunks: Rows | None,
     verified_B: jax.Array,
     cfg: RoundConfig,
+    *,
+    often_none: bool,
 ) -> Any:
-    """The target over the rows of a round: logits_TV, features of all rows, and its cache."""
+    """The target over the rows of a round: logits_TV, features of all rows, and its cache.
+
+    Where the one request of a CPU verifies nothing, which may be ``often``, one row will do.
+    Whether it verifies is settled, so that this changes the cost of the round and nothing else.
+    """
     num_rows, num_slots = rows.slot_T.shape[0], state.length_B.shape[0]
 
     def read(num_rows: int, rows_per_slot: int) -> Any:
@@ -72,9 +78,7 @@ def read_rows(
         feature_TFD = jnp.concatenate([feature_TFD[:1], unread_TFD, feature_TFD[1:]])
         return jnp.pad(logits_TV, ((0, num_rows - 1), (0, 0))), feature_TFD, cache
 
-    if cfg.asks == "any" and (cfg.threshold or cfg.gate) and num_slots == 1 and num_rows > 1:
-        # Where the one request verifies nothing, one row will do. Whether it verifies is settled,
-        # so that this changes the cost of the round and nothing else.
+    if cfg.asks == "any" and often_none and num_slots == 1 and num_rows > 1:
         everything = functools.partial(read, num_rows, cfg.num_draft + 1)
         return jax.lax.cond(verified_B[0] > 0, everything, read_anchor)
     return read(num_rows, cfg.num_draft + 1)

@@ -18,7 +18,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from dspark_jax.axes import Buffer, empty_buffers, unstacked
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import TargetConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.engine.request import Request
 from dspark_jax.models.cache import KVCache, Room
 from dspark_jax.models.drafters.table import drafter_of
@@ -74,7 +75,7 @@ class StateConfig:
     """
 
     target: TargetConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     num_slots: int
     num_positions: int
     num_ahead: int

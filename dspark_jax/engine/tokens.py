@@ -22,7 +22,7 @@ from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.rules import Rule
 from pallas_kernels import devices, random
 from pallas_kernels.accept_block import api
-from pallas_kernels.accept_block.api import Acceptance, Drafts, Requests, VerifyPlan
+from pallas_kernels.accept_block.api import Acceptance, Drafts, OneHot, Requests, VerifyPlan
 from pallas_kernels.accept_block.xla import shard_start
 
 _WHOLE = PartitionSpec()
@@ -71,8 +71,9 @@ def accept(
     drafts = Drafts(jnp.zeros((position_B.shape[0], 0), jnp.int32))
     if block is not None:
         assert weights.vocab is not None
-        index_BG, logits_BGU = block.index_BG[:, : cfg.num_draft], block.logits_BGU
-        drafts = Drafts(index_BG, logits_BGU[:, : cfg.num_draft], weights.vocab.d2t_U)
+        index_BG, logits = block.index_BG[:, : cfg.num_draft], block.logits_BGU
+        logits = logits if isinstance(logits, OneHot) else logits[:, : cfg.num_draft]
+        drafts = Drafts(index_BG, logits, weights.vocab.d2t_U)
     limits = state.sampling
     requests = Requests(limits.temperature_B, state.key_B2, position_B)
     own = cfg.acceptance if isinstance(cfg.acceptance, Rule) else None

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dspark_jax.config import DrafterConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.rules import Rule
 
 NUMBER = r"-?\d*\.?\d+(e-?\d+)?"
@@ -46,7 +46,7 @@ class Policy:
         return self.kind in ("causal", "delayed")
 
 
-def make_policy(name: str | Rule, drafter: DrafterConfig | None) -> Policy:
+def make_policy(name: str | Rule, drafter: AnyDrafterConfig | None) -> Policy:
     """The policy of a name, or of a rule for the lengths of verified prefixes.
 
     Args:

@@ -18,11 +18,22 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.accept_block import rule as rules
 from pallas_kernels.accept_block import xla
-from pallas_kernels.accept_block.rule import Acceptance, Drafts, Passes, Requests, Rule, VerifyPlan
+from pallas_kernels.accept_block.rule import (
+    ONE_HOT,
+    Acceptance,
+    Drafts,
+    OneHot,
+    Passes,
+    Requests,
+    Rule,
+    VerifyPlan,
+)
 
 __all__ = [
+    "ONE_HOT",
     "Acceptance",
     "Drafts",
+    "OneHot",
     "Requests",
     "Rule",
     "VerifyPlan",
@@ -49,7 +60,8 @@ def accept_block(
         floor_T: float32, the least logit of each row that top-k, top-p and min-p keep; -inf keeps
             all.
         plan: which row is whose.
-        drafts: the blocks; G = 0 is plain decoding. Rejection needs their logits.
+        drafts: the blocks; G = 0 is plain decoding. Rejection needs their logits, or that their
+            laws are one-hot.
         requests: temperatures, keys and positions.
         rule: "rejection" or "coupled", where requests of temperature 0 take part and are greedy;
             "greedy" takes all temperatures for 0 and draws nothing.
@@ -109,10 +121,11 @@ def sample_tokens(
 def _passes(implementation: str) -> Passes:
     dispatch.require(implementation)
     if implementation == "xla":
-        return Passes(xla.statistics, xla.draw, xla.sample)
+        return Passes(xla.statistics, xla.draw, xla.sample, xla.sample_rest)
     from pallas_kernels.accept_block import mosaic_gpu  # which older releases of jax lack
 
-    return Passes(mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample)
+    kernels = mosaic_gpu.statistics, mosaic_gpu.draw, mosaic_gpu.sample, mosaic_gpu.sample_rest
+    return Passes(*kernels)
 
 
 def _check(
@@ -139,9 +152,10 @@ def _check(
     }
     if rule == "rejection" and num_slots:
         if drafts.logits_BGU is None:
-            raise ValueError("rejection weighs both laws: give the drafts' logits_BGU")
-        num_drafted = num_tokens if drafts.d2t_U is None else drafts.d2t_U.shape[0]
-        shapes["logits_BGU"] = drafts.logits_BGU, (num_requests, num_slots, num_drafted)
+            raise ValueError("rejection weighs both laws: give the drafts' logits_BGU or ONE_HOT")
+        if not isinstance(drafts.logits_BGU, OneHot):
+            num_drafted = num_tokens if drafts.d2t_U is None else drafts.d2t_U.shape[0]
+            shapes["logits_BGU"] = drafts.logits_BGU, (num_requests, num_slots, num_drafted)
     for name, (array, shape) in shapes.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}: give {shape}")

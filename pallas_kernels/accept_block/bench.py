@@ -18,6 +18,7 @@ from pallas_kernels.accept_block.api import accept_block
 from pallas_kernels.accept_block.cases import CASES, make_inputs
 from pallas_kernels.accept_block.rule import (
     Drafts,
+    OneHot,
     Requests,
     VerifyPlan,
     acceptance_chance,
@@ -34,6 +35,7 @@ def composition(
     Takes what ``accept_block`` takes.
     """
     assert drafts.logits_BGU is not None
+    assert not isinstance(drafts.logits_BGU, OneHot)
     num_requests, num_slots = drafts.index_BG.shape
     kept_TV = jnp.where(logits_TV >= floor_T[:, None], logits_TV, -jnp.inf).astype(jnp.float32)
     temperature_B11 = requests.temperature_B[:, None, None]
@@ -72,7 +74,7 @@ def works() -> Iterator[Work]:
             name: Way(functools.partial(accept_block, rule=case.rule, implementation=name), inputs)
             for name in benchmark.implementations()
         }
-        if case.rule == "rejection":
+        if case.rule == "rejection" and not case.one_hot:
             ways["composition"] = Way(composition, inputs)
         yield Work(case.name, case.least_bytes, 0, ways)
 

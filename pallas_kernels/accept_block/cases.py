@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import random
-from pallas_kernels.accept_block.rule import Drafts, Requests, Rule, VerifyPlan
+from pallas_kernels.accept_block.rule import ONE_HOT, Drafts, OneHot, Requests, Rule, VerifyPlan
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Case:
         draft_vocabulary: U; None where it is the target's.
         dtype: of all logits.
         rule: of acceptance.
+        one_hot: whether the drafts are certain for their drafter.
     """
 
     requests: int
@@ -30,6 +31,7 @@ class Case:
     draft_vocabulary: int | None = None
     dtype: str = "bfloat16"
     rule: Rule = "rejection"
+    one_hot: bool = False
 
     @property
     def rows(self) -> int:
@@ -40,17 +42,21 @@ class Case:
     def name(self) -> str:
         """For tables."""
         drafted = "" if self.draft_vocabulary is None else f" U={self.draft_vocabulary}"
-        return f"{self.rule} T={self.rows} V={self.vocabulary}{drafted} {self.dtype}"
+        law = "one-hot " if self.one_hot else ""
+        return f"{law}{self.rule} T={self.rows} V={self.vocabulary}{drafted} {self.dtype}"
 
     @property
     def least_bytes(self) -> int:
         """That have to be read: all logits once, and under rejection the rows that are drawn from,
-        one of each law a request, once more. The other rules read nothing of the drafter's."""
+        one of each law a request, once more. The other rules, and one-hot laws, read nothing of the
+        drafter's."""
         size = jnp.dtype(self.dtype).itemsize
         drafted = self.draft_vocabulary or self.vocabulary
         target, draft = self.rows * self.vocabulary, self.requests * self.slots * drafted
         if self.rule != "rejection":
             return size * target
+        if self.one_hot:
+            return size * (target + self.requests * self.vocabulary)
         return size * (target + draft + self.requests * (self.vocabulary + drafted))
 
 
@@ -59,12 +65,14 @@ CASES = (
     Case(8, 7, 49152, dtype="float32", rule="coupled"),
     Case(8, 7, 49152, dtype="float32", rule="greedy"),
     Case(8, 7, 49152, 8192, dtype="float32"),
+    Case(8, 7, 49152, dtype="float32", one_hot=True),
     Case(1, 7, 151936),
     Case(32, 7, 32000),
     Case(32, 7, 151936),
     Case(32, 7, 151936, 32768),
     Case(32, 7, 151936, rule="coupled"),
     Case(32, 7, 151936, rule="greedy"),
+    Case(32, 7, 151936, one_hot=True),
     Case(7, 7, 262144),
     Case(128, 7, 151936),
 )
@@ -74,7 +82,7 @@ def make_inputs(
     case: Case, seed: int = 0
 ) -> tuple[jax.Array, jax.Array, VerifyPlan, Drafts, Requests]:
     """Positional arguments of ``accept_block``: a drafter that resembles its target, drafts drawn
-    from it, temperature 1, nobody filters."""
+    from it (its best ones, if it is certain), temperature 1, nobody filters."""
     keys = jax.random.split(jax.random.key(seed), 4)
     shape = case.requests, case.slots, case.vocabulary
     target_BCV = 2 * jax.random.normal(keys[0], (shape[0], shape[1] + 1, shape[2]))
@@ -86,7 +94,10 @@ def make_inputs(
         draft_BGU = draft_BGU[..., d2t_U]
     draft_BGU = draft_BGU + jax.random.normal(keys[2], draft_BGU.shape)
     draft_BGU = draft_BGU.astype(case.dtype)
+    logits_BGU: jax.Array | OneHot = draft_BGU
     index_BG = jax.random.categorical(keys[3], draft_BGU.astype(jnp.float32)).astype(jnp.int32)
+    if case.one_hot:
+        logits_BGU, index_BG = ONE_HOT, jnp.argmax(draft_BGU, axis=-1).astype(jnp.int32)
 
     slot_BC, column_BC = jnp.indices((case.requests, case.slots + 1), dtype=jnp.int32)
     row_BC = jnp.arange(case.rows, dtype=jnp.int32).reshape(slot_BC.shape)
@@ -98,4 +109,4 @@ def make_inputs(
     )
     logits_TV = target_BCV.reshape(case.rows, case.vocabulary).astype(case.dtype)
     floor_T = jnp.full(case.rows, -jnp.inf)
-    return logits_TV, floor_T, plan, Drafts(index_BG, draft_BGU, d2t_U), requests
+    return logits_TV, floor_T, plan, Drafts(index_BG, logits_BGU, d2t_U), requests

@@ -96,12 +96,40 @@ def sample(
     axis_name: str | None = None,
 ) -> Sample:
     """As :func:`pallas_kernels.accept_block.xla.sample`, with the same random bits."""
-    num_rows, num_tokens = logits_TV.shape
+    place_2T = jnp.zeros((2, len(logits_TV)), jnp.int32)  # which is not read
+    return _sample(logits_TV, place_2T, temperature_T, floor_T, key_T2, axis_name, rest=False)
+
+
+def sample_rest(
+    logits_TV: jax.Array,
+    row_B: jax.Array,
+    without_B: jax.Array,
+    temperature_B: jax.Array,
+    floor_B: jax.Array,
+    key_B2: jax.Array,
+    axis_name: str | None = None,
+) -> Sample:
+    """As :func:`pallas_kernels.accept_block.xla.sample_rest`, with the same random bits."""
+    place_2B = jnp.stack([row_B, without_B]).astype(jnp.int32)
+    return _sample(logits_TV, place_2B, temperature_B, floor_B, key_B2, axis_name, rest=True)
+
+
+def _sample(
+    logits_TV: jax.Array,
+    place_2T: jax.Array,
+    temperature_T: jax.Array,
+    floor_T: jax.Array,
+    key_T2: jax.Array | None,
+    axis_name: str | None,
+    *,
+    rest: bool,
+) -> Sample:
+    num_rows, num_tokens = place_2T.shape[1], logits_TV.shape[1]
     start = xla.shard_start(num_tokens, axis_name)
-    body = functools.partial(_sample_kernel, noisy=key_T2 is not None)
+    body = functools.partial(_sample_kernel, noisy=key_T2 is not None, rest=rest)
     kernel = _kernel(body, "accept_sample", num_rows, num_tokens, "ffif")
     key_2T = jnp.zeros((2, num_rows), jnp.uint32) if key_T2 is None else key_T2.T
-    given = temperature_T, floor_T, key_2T, jnp.full(1, start, jnp.int32)
+    given = place_2T, temperature_T, floor_T, key_2T, jnp.full(1, start, jnp.int32)
     best_NT, score_NT, token_NT, zero_NT = kernel(_in_lanes(logits_TV), *given)
     token_NT = start + jnp.minimum(token_NT, num_tokens - 1)  # inside, if all scores are NaN
     parts_NT = Sample(best_NT, score_NT, token_NT, jnp.isfinite(zero_NT))
@@ -110,6 +138,7 @@ def sample(
 
 def _sample_kernel(
     logits_ref: Any,
+    place_ref: Any,
     temperature_ref: Any,
     floor_ref: Any,
     key_ref: Any,
@@ -122,8 +151,10 @@ def _sample_kernel(
     num_tokens: int,
     blocks: int,
     noisy: bool,
+    rest: bool,
 ) -> None:
     row, share = lax.axis_index("row"), lax.axis_index("share")
+    source, without = (place_ref[0, row], place_ref[1, row]) if rest else (row, xla.NO_TOKEN)
     floor, temperature = floor_ref[row], temperature_ref[row]
     greedy = temperature == 0
     temperature = jnp.where(greedy, 1.0, temperature)
@@ -136,6 +167,8 @@ def _sample_kernel(
         zero = zero + (x - x)  # NaN once anything is not finite
         here = form.tokens(share * blocks + indices[0])
         x = jnp.where(here < num_tokens, x, -jnp.inf)
+        if rest:
+            x = jnp.where(here + start == without, -jnp.inf, x)
         # Scores are relative to the best logit so far, as tiny temperatures need it.
         highest = jnp.maximum(x, best)
         score = score - (highest - best) / temperature
@@ -147,7 +180,7 @@ def _sample_kernel(
 
     nothing = form.full(-jnp.inf, jnp.float32), form.full(NOWHERE, jnp.int32)
     carry = form.full(LOWEST, jnp.float32), *nothing, form.full(0.0, jnp.float32)
-    pipeline = _pipeline(step, [row], share, blocks, num_tokens, form, carry)
+    pipeline = _pipeline(step, [source], share, blocks, num_tokens, form, carry)
     best, score, token, zero = pipeline(logits_ref)
     highest = jnp.max(best)
     score = score - (highest - best) / temperature

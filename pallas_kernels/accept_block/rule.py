@@ -2,7 +2,9 @@
 
 Rejection (Leviathan et al. 2023, Chen et al. 2023). Slot k with token v stands with probability
 min(1, p^t_k(v) / p^d_k(v)). At the first slot that falls the next token comes from
-normalise(max(0, p^t_k - p^d_k)); where all stand, from the target's row after them.
+normalise(max(0, p^t_k - p^d_k)); where all stand, from the target's row after them. A drafter that
+draws nothing has a one-hot law: token d stands with probability p^t_k(d), and the next token after
+its fall comes from p^t_k without d, for which nothing is normalised and no draft logits are needed.
 
 Coupled (Daliri et al. 2024). The target's token at a position is argmax(log p^t + G) under a
 noise field G that depends on seed and position alone, and a draft stands while it equals that
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,18 +56,27 @@ class VerifyPlan(NamedTuple):
     length_B: jax.Array
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class OneHot:
+    """In the place of draft logits: each draft was certain, for its drafter."""
+
+
+ONE_HOT = OneHot()
+
+
 class Drafts(NamedTuple):
     """The drafted blocks.
 
     Attributes:
         index_BG: int32 drafts as indices of the draft vocabulary.
-        logits_BGU: of the law that each was drawn from, any float dtype; rejection alone reads
-            them.
+        logits_BGU: of the law that each was drawn from, any float dtype, or ``ONE_HOT``; rejection
+            alone reads them.
         d2t_U: int32 distinct target ids of the draft vocabulary; None where it is the target's.
     """
 
     index_BG: jax.Array
-    logits_BGU: jax.Array | None = None
+    logits_BGU: jax.Array | OneHot | None = None
     d2t_U: jax.Array | None = None
 
     @property
@@ -110,6 +122,7 @@ class Passes(NamedTuple):
     statistics: Callable[[jax.Array, jax.Array, jax.Array], Statistics]
     draw: Callable[..., Draws]
     sample: Callable[..., Sample]
+    sample_rest: Callable[..., Sample]
 
 
 class Batch(NamedTuple):
@@ -161,7 +174,9 @@ def accept_block(
         temperature_T = jnp.zeros_like(temperature_T)
     target = Batch(logits_TV, temperature_T, floor_T, axis_name)
     if rule == "rejection" and num_slots:
-        return _accept_by_chance(target, plan, drafts, requests, passes)
+        certain = isinstance(drafts.logits_BGU, OneHot)
+        by_chance = _accept_certain if certain else _accept_by_chance
+        return by_chance(target, plan, drafts, requests, passes)
     key_T2 = None
     if rule != "greedy":
         key_T2, anchor_T = requests.key_B2[slot_T], requests.anchor_position_B[slot_T]
@@ -202,6 +217,7 @@ def _accept_by_chance(
 ) -> Acceptance:
     """Rejection sampling: the output follows the target's law, whatever the drafter's."""
     assert drafts.logits_BGU is not None
+    assert not isinstance(drafts.logits_BGU, OneHot)
     num_requests, num_slots, num_drafted = drafts.logits_BGU.shape
     drafter = Batch(
         drafts.logits_BGU.reshape(-1, num_drafted),
@@ -215,15 +231,10 @@ def _accept_by_chance(
         _read(drafter, row_BG.reshape(-1), drafts.index_BG.reshape(-1), passes),
     )
     chance_BG = acceptance_chance(_logprob(judge), _logprob(author)).reshape(row_BG.shape)
-
-    key_B2, anchor_B = requests.key_B2, requests.anchor_position_B
-    slot_G = jnp.arange(num_slots)
-    key_BG2 = random.stream_key(key_B2[:, None], random.ACCEPT, anchor_B[:, None], slot_G)
-    accepted_B = leading(random.uniform(key_BG2, 1)[..., 0] < chance_BG, plan.length_B)
+    accepted_B, next_key_B2 = _by_luck(chance_BG, plan, requests)
 
     row_B = _at(plan.row_BC, accepted_B)
     fell_B = _at(row_BG, jnp.minimum(accepted_B, num_slots - 1))  # or any row, where none did
-    next_key_B2 = random.stream_key(key_B2, random.RESIDUAL, anchor_B, accepted_B)
     draws_B = passes.draw(
         target.logits_TV,
         row_B,
@@ -242,6 +253,49 @@ def _accept_by_chance(
         jnp.where(_verified(plan), chance_BG, 0),
         _finite(judge.stats_T.finite_T, plan),
     )
+
+
+def _accept_certain(
+    target: Batch, plan: VerifyPlan, drafts: Drafts, requests: Requests, passes: Passes
+) -> Acceptance:
+    """Rejection sampling of drafts with one-hot laws."""
+    token_BG = drafts.token_BG
+    (judge,) = _merged(_read(target, plan.row_BC[:, :-1].reshape(-1), token_BG.reshape(-1), passes))
+    chance_BG = acceptance_chance(_logprob(judge), jnp.float32(0)).reshape(token_BG.shape)
+    accepted_B, next_key_B2 = _by_luck(chance_BG, plan, requests)
+
+    row_B = _at(plan.row_BC, accepted_B)
+    draft_B = _at(token_BG, jnp.minimum(accepted_B, token_BG.shape[1] - 1))
+    rest_B = passes.sample_rest(
+        target.logits_TV,
+        row_B,
+        jnp.where(accepted_B < plan.length_B, draft_B, xla.NO_TOKEN),
+        requests.temperature_B,
+        target.floor_T[row_B],
+        next_key_B2,
+        target.axis_name,
+    )
+    if target.axis_name is not None:
+        rest_B = xla.merge_samples(_gather(rest_B, target.axis_name), requests.temperature_B)
+    # Rounding alone makes a draft fall beside which there is nothing.
+    token_B = jnp.where(rest_B.score_T > -jnp.inf, rest_B.token_T, draft_B)
+    return Acceptance(
+        accepted_B,
+        token_B,
+        jnp.where(_verified(plan), chance_BG, 0),
+        _finite(judge.stats_T.finite_T, plan),
+    )
+
+
+def _by_luck(
+    chance_BG: jax.Array, plan: VerifyPlan, requests: Requests
+) -> tuple[jax.Array, jax.Array]:
+    """int32 [B] leading drafts that stand by their chances, and the key [B, 2] of what follows."""
+    key_B2, anchor_B = requests.key_B2, requests.anchor_position_B
+    slot_G = jnp.arange(chance_BG.shape[1])
+    key_BG2 = random.stream_key(key_B2[:, None], random.ACCEPT, anchor_B[:, None], slot_G)
+    accepted_B = leading(random.uniform(key_BG2, 1)[..., 0] < chance_BG, plan.length_B)
+    return accepted_B, random.stream_key(key_B2, random.RESIDUAL, anchor_B, accepted_B)
 
 
 def _choose(draws_B: Draws, fell_B: jax.Array, axis_name: str | None) -> jax.Array:

@@ -1,7 +1,8 @@
 """The passes of verification over logits, in plain JAX: what they mean.
 
 Rejection reads every row once for numbers of the row (:func:`statistics`), and one row of each
-request for the token after its accepted drafts (:func:`draw`). In between stands the rule
+request for the token after its accepted drafts (:func:`draw`, or :func:`sample_rest` where the
+drafts have one-hot laws). In between stands the rule
 (``rule.py``), which works on single numbers. Where drafts only have to equal the target's own
 tokens, one reading finds these (:func:`sample`). No law is ever written out for all rows.
 
@@ -12,7 +13,8 @@ vocabulary, N shards of a vocabulary, 2 words of a key.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import random
 from pallas_kernels.chunks import by_rows
 
+NO_TOKEN = -1
 LEAST_MASS = 1e-8  # a residual with no more mass is rounding: the target's own law stands for it
 
 
@@ -185,6 +188,42 @@ def _sample(
     noise_TV = random.gumbel_at(key_T2, id_V)
     score_TV = score_TV + jnp.where(temperature_T[:, None] == 0, 0, noise_TV)
     return best_T, *_first_of_best(score_TV), finite_T
+
+
+def sample_rest(
+    logits_TV: jax.Array,
+    row_B: jax.Array,
+    without_B: jax.Array,
+    temperature_B: jax.Array,
+    floor_B: jax.Array,
+    key_B2: jax.Array,
+    axis_name: str | None = None,
+) -> Sample:
+    """A token of some rows, each of the law without one token; otherwise as :func:`sample`.
+
+    Args:
+        logits_TV: as for :func:`sample`.
+        row_B: int32 rows to draw from.
+        without_B: int32 the token of the whole vocabulary that is left out; ``NO_TOKEN`` leaves all
+            in. Where nothing else is kept the score is -inf, and the token means nothing.
+        temperature_B, floor_B, key_B2, axis_name: as for :func:`sample`.
+    """
+    start = shard_start(logits_TV.shape[-1], axis_name)
+    id_V = start + jnp.arange(logits_TV.shape[-1])
+
+    def rest(sample_rows: Callable[..., Any]) -> Callable[..., Any]:
+        def rows(logits_BV: jax.Array, without_B: jax.Array, *others: jax.Array) -> Any:
+            left_out_BV = id_V == without_B[:, None]
+            logits_BV = jnp.where(left_out_BV, -jnp.inf, logits_BV.astype(jnp.float32))
+            return sample_rows(id_V, logits_BV, *others)
+
+        return rows
+
+    given = logits_TV[row_B], without_B, temperature_B, floor_B, key_B2
+    best_B, score_B, token_B, finite_B = by_rows(
+        rest(_sample), *given, on_cpu=rest(_sample_unless_greedy)
+    )
+    return Sample(best_B, score_B, start + token_B, finite_B)
 
 
 def draw(

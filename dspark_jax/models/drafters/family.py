@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-from dspark_jax.config import DrafterConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.stacks import Sections
@@ -72,7 +72,7 @@ class DrafterFamily(Protocol):
     """The functions of a family; ``cfg`` is always of its ``Config``, ``drafter`` its weights."""
 
     @property
-    def Config(self) -> type[DrafterConfig]:
+    def Config(self) -> type[AnyDrafterConfig]:
         """The family's frozen configuration, by whose class its module is found."""
 
     def declare_drafter(self, cfg: Any) -> Any:

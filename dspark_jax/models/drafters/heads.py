@@ -22,6 +22,7 @@ from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.layers import add
 from dspark_jax.models.vocab import Vocab, unembed
+from pallas_kernels.accept_block.rule import OneHot
 
 
 @struct.dataclass
@@ -49,14 +50,19 @@ class DraftBlock:
     Attributes:
         token_BG: int32 target ids.
         index_BG: int32 places of these tokens in the draft vocabulary.
-        logits_BGU: float32 corrected logits, before temperature.
-        confidence_logit_BG: float32; None without a confidence head.
+        logits_BGU: float32 corrected logits, before temperature; ``ONE_HOT`` where the drafts were
+            not drawn.
+        confidence_logit_BG: float32, large and negative for a draft that there is not; None without
+            a confidence head.
+        count_B: int32 how many drafts there are; None where all blocks are full. By the tokens
+            before the block alone, like a confidence.
     """
 
     token_BG: jax.Array
     index_BG: jax.Array
-    logits_BGU: jax.Array
+    logits_BGU: jax.Array | OneHot
     confidence_logit_BG: Any
+    count_B: Any = None
 
 
 def declare_markov_head(cfg: DrafterConfig, prefix: str = "") -> MarkovHead | None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark
+from dspark_jax.drafting import AnyDrafterConfig
+from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, lookup
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
 
-DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp)
+DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, lookup)
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
@@ -29,7 +30,7 @@ _SETTINGS: Mapping[type[DrafterConfig], Callable[[Any], dict[str, Any]]] = {
 _BY_CONFIG = {family.Config: family for family in DRAFTERS}
 
 
-def drafter_of(cfg: DrafterConfig) -> DrafterFamily:
+def drafter_of(cfg: AnyDrafterConfig) -> DrafterFamily:
     """The family of a configuration."""
     return _BY_CONFIG[type(cfg)]
 
@@ -53,3 +54,14 @@ def inside_settings(cfg: DrafterConfig) -> dict[str, Any] | None:
     target; None for all others."""
     settings = _SETTINGS.get(type(cfg))
     return None if settings is None else settings(cfg)
+
+
+def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterConfig, Any] | None:
+    """Configuration and parameters of a drafter that has a name in the place of files; None for
+    other sources.
+
+    Raises:
+        ValueError: the name has numbers that make no sense.
+    """
+    cfg = lookup.named(source, target)
+    return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
