@@ -12,9 +12,11 @@ import pytest
 
 from dspark_jax.axes import declare, make_mesh
 from dspark_jax.checkpoints.hf import load_hf_target, target_config
+from dspark_jax.checkpoints.inside import open_inside, read_inside
 from dspark_jax.checkpoints.tensors import file_names, file_shape, write_params
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.evaluation import footprint
+from dspark_jax.models.drafters.table import INSIDE, drafter_of
 from dspark_jax.models.quantised import InBlocks, declare_in_blocks, dequantise
 from dspark_jax.models.targets.table import family_of
 from tests.test_deepseek_v4 import GOLDEN
@@ -31,10 +33,11 @@ FIELDS = {
     "o_lora_rank": 128,
     "moe_intermediate_size": 64,
     "n_routed_experts": 4,
+    "dspark_target_layer_ids": [0, 1, 2],
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 E4M3 = re.compile(
-    r"(attn\.(indexer\.)?(wq_a|wq_b|wkv|wo_a|wo_b)|shared_experts\.w\d|compressor\.wgate)\.weight$"
+    r"(attn\.(indexer\.)?(wq_a|wq_b|wkv|wo_a|wo_b)|shared_experts\.w\d|compressor\.wgate|main_proj)\.weight$"
 )
 E2M1 = re.compile(r"\.experts\.\d+\.w\d\.weight$")
 CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -77,8 +80,12 @@ def folder(tmp_path_factory):
     folder.mkdir()
     config = json.loads((GOLDEN / "checkpoint" / "config.json").read_text()) | FIELDS
     (folder / "config.json").write_text(json.dumps(config))
-    declared = family_of(target_config(config)).declare(target_config(config))
+    cfg = target_config(config)
+    declared = family_of(cfg).declare(cfg)
+    inside = INSIDE["deepseek_v4"](config, cfg, [f"mtp.{i}.attn_norm.weight" for i in range(3)])
+    stages = drafter_of(inside).declare_drafter(inside)
     plain = write_params(declared, random_params(5, declared))
+    plain |= write_params(stages, random_params(6, stages))
     tensors = {}
     for name, array in plain.items():
         tensors |= stored(name, np.asarray(array))
@@ -117,6 +124,24 @@ def test_matrices_stay_as_they_are_stored(folder, target):
     np.testing.assert_allclose(encode(params), expected_BSD, atol=2e-4)
 
 
+def test_the_stages_of_the_drafter_stay_so_too(folder, target):
+    cfg, tensors = open_inside(folder)
+    params = read_inside(cfg, tensors)
+    held = jax.tree.leaves(params, is_leaf=is_stored)
+    assert sum(map(is_stored, held)) == 1 + 5 + 3 + 3
+    rng = np.random.default_rng(1)
+    feature_BSFD = rng.normal(size=(1, 12, 3, 64)).astype(np.float32)
+    previous_BAG = rng.integers(0, cfg.vocab_size, (1, 2, cfg.block_size)).astype(np.int32)
+    where = np.array([[4, 9]], np.int32), np.ones((1, 2), bool)
+
+    @jax.jit
+    def hidden(params):
+        given = target[1].vocab, feature_BSFD, previous_BAG, *where, cfg
+        return drafter_of(cfg).train_blocks(params, *given, kernels="xla").hidden_BAGD
+
+    np.testing.assert_allclose(hidden(params), hidden(plain(params)), atol=2e-4)
+
+
 @pytest.mark.full
 def test_texts_are_those_of_what_is_stored(target, emulated_devices):
     cfg, params = target
@@ -148,7 +173,7 @@ def test_a_plan_needs_headers_alone(folder, tmp_path):
     }
     write_safetensors(tmp_path / "model.safetensors", shapes, empty=True)
     options = {"slots": 4, "positions": 100, "memory_bytes": 10**9, "dtype": "float32"}
-    report = footprint.plan(footprint.open_models(str(tmp_path)), {}, **options)
+    report = footprint.plan(footprint.open_models(str(tmp_path), "default"), {}, **options)
     held = sum(one["data_offsets"][1] - one["data_offsets"][0] for one in header.values())
     gates = [one for name, one in header.items() if "wgate" in name]
     held -= sum(one["data_offsets"][1] - one["data_offsets"][0] for one in gates)
@@ -235,7 +260,7 @@ def test_what_fits_of_the_released_models(sizes, weights_gb, slots, tmp_path):
     cfg = target_config(config)
     header = header_of(family_of(cfg).declare(cfg))
     write_safetensors(tmp_path / "model.safetensors", header, empty=True)
-    models = footprint.open_models(str(tmp_path))
+    models = footprint.open_models(str(tmp_path), "default")
     options = {"slots": 64, "positions": 32768}
     whole = footprint.plan(models, {}, memory_bytes=80 * 10**9, **options)
     assert weights_gb[0] < whole["weight_bytes"] / 1e9 < weights_gb[1]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import TRAINED_FOR
 from dspark_jax.checkpoints.hf import CONFIG_FILE, target_config, write_checkpoint
+from dspark_jax.checkpoints.quantised import with_scales
 from dspark_jax.checkpoints.tensors import (
     LoadError,
     Tensors,
@@ -46,7 +47,9 @@ def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
         cfg = inside(hf, target_config(hf), names)
     except ValueError as error:
         raise LoadError(f"{path}: {error}") from None
-    return None if cfg is None else (cfg, tensors.without(*(tensors.shapes.keys() - names)))
+    if cfg is None:
+        return None
+    return cfg, with_scales(tensors.without(*(tensors.shapes.keys() - names)))
 
 
 def read_inside(

@@ -204,7 +204,7 @@ def for_decoding(drafter: Any, *, donate: bool) -> Any:
 def context_inputs(drafter: StageParams, feature_XFD: jax.Array, cfg: Config) -> jax.Array:
     """What the keys of the context are made of, [X, D]."""
     lead = feature_XFD.shape[:-2]
-    flat_XI = feature_XFD.reshape(*lead, -1).astype(drafter.fc_FYD.dtype)
+    flat_XI = feature_XFD.reshape(*lead, -1).astype(drafter.norm_D.dtype)
     context_XD = matmul(flat_XI, flat(drafter.fc_FYD, flat_XI.shape[-1]))
     return rms_norm(context_XD, drafter.hidden_norm_D, cfg.rms_norm_eps)
 
@@ -252,7 +252,7 @@ def block_streams(
     slot_G = jnp.arange(cfg.block_size, dtype=jnp.int32)
     token_PG = jnp.where(slot_G == 0, anchor_P[:, None], cfg.mask_token_id)
     table = rope_table(position_P[:, None] + slot_G, cfg.stage.rope, cfg.stage.rope_dim)
-    x_PGD = embed(vocab, token_PG).astype(drafter.fc_FYD.dtype)
+    x_PGD = embed(vocab, token_PG).astype(drafter.norm_D.dtype)
     own_PGG = jnp.ones((len(anchor_P), cfg.block_size, cfg.block_size), bool)
 
     def stage(x_PGJD: jax.Array, layer: Layer, place: Place) -> jax.Array:

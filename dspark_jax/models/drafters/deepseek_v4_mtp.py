@@ -173,7 +173,7 @@ def entry_inputs(
         x_XJD: streams at these positions.
         cfg: sizes.
     """
-    dtype = drafter.token_ID.dtype
+    dtype = drafter.norm_D.dtype
     token_XD = rms_norm(embed(vocab, token_X).astype(dtype), drafter.token_norm_D, cfg.rms_norm_eps)
     stream_XJD = rms_norm(x_XJD.astype(dtype), drafter.stream_norm_D, cfg.rms_norm_eps)
     given_XD = matmul(token_XD, drafter.token_ID)
@@ -289,7 +289,7 @@ def draft(
         return tokens[-1]
 
     key_BSH, x_BJD = context.key_LBSH[0], context.stream_LBJD[0]
-    x_BJD = x_BJD.astype(drafter.token_ID.dtype)
+    x_BJD = x_BJD.astype(drafter.norm_D.dtype)
     place_BS = ring.positions(position_B, key_BSH.shape[1])
     chain(drafter, vocab, x_BJD, anchor_B, position_B, key_BSH, place_BS, step, cfg)
     token_BG, index_BG, logits_BGU = (jnp.stack(x, axis=1) for x in (tokens, indices, laws))
