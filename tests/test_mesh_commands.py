@@ -55,6 +55,14 @@ def start(*words, devices=8):
     )
 
 
+def start_two(*words):
+    """The command in two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2")
+    return [start(*words, *places, "--process", i, devices=4) for i in range(2)]
+
+
 def ended(process, code=0):
     """What a process wrote: (stdout, stderr)."""
     out, err = process.communicate(timeout=500)
@@ -63,7 +71,8 @@ def ended(process, code=0):
 
 
 def texts(out):
-    return [json.loads(line)["text"] for line in out.splitlines()]
+    lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    return [json.loads(line)["text"] for line in lines]
 
 
 # Under coupled acceptance greedy and sampled texts come from the same programs.
@@ -153,12 +162,8 @@ def test_prepare_on_a_mesh_and_in_several_processes(dspark, models, questions, t
     words = ("prepare", questions, *ANSWERS, *models)
     out, _ = ended(start(*words, "--out", mesh, "--batch", 6, "--mesh", "data=4,tensor=2"))
     assert out == f"{mesh}\n"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        places = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2")
     words = (*words, "--out", shared, "--distributed", "--mesh", "data=2,tensor=2")
-    started = [start(*words, *places, "--process", i, devices=4) for i in range(2)]
-    for i, process in enumerate(started):
+    for i, process in enumerate(start_two(*words)):
         assert ended(process)[0] == f"{shared}.part-{i}-of-2\n"
     assert not shared.exists()
     assert dspark("prepare", questions, "--out", shared, *ANSWERS)[0] == 0
@@ -166,17 +171,49 @@ def test_prepare_on_a_mesh_and_in_several_processes(dspark, models, questions, t
 
 
 @pytest.mark.full
-def test_too_many_devices_for_one_of_several_processes(models, questions, tmp_path):
-    """A mesh is of the devices of one process; work that is not shared is refused by all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        places = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2")
-    words = ("prepare", questions, "--out", tmp_path / "out.jsonl", "--mesh", "data=8", *models)
-    started = [start(*words, *places, "--process", i, devices=4) for i in range(2)]
-    for process in started:
-        assert "needs 8 devices, but 4 are here" in ended(process, code=2)[1]
-    started = [start("doctor", *places, "--process", i, devices=4) for i in range(2)]
-    for i, process in enumerate(started):
+@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "tensor=8"])
+@pytest.mark.parametrize("way", [(), SAMPLED])
+def test_one_engine_over_two_processes(dspark, models, prompts, mesh, way):
+    """The texts are those of one device, and process 0 has them all."""
+    command = ("generate", "--prompts", prompts, *WORDS, *way)
+    started = start_two(*command, "--batch", 2, "--mesh", mesh, *models)
+    (many, _), (nothing, _) = map(ended, started)
+    assert texts(many) == texts(dspark(*command)[1])
+    assert texts(nothing) == []
+
+
+@pytest.mark.full
+def test_prepare_with_one_engine_over_two_processes(dspark, models, questions, tmp_path):
+    one, together = tmp_path / "one.jsonl", tmp_path / "together.jsonl"
+    assert dspark("prepare", questions, "--out", one, *ANSWERS)[0] == 0
+    words = ("prepare", questions, *ANSWERS, "--out", together, "--policy", "delayed", *models)
+    for process in start_two(*words, "--batch", 4, "--mesh", "data=2,tensor=4"):
+        ended(process)
+    assert together.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("lost", [0, 1])
+def test_no_process_waits_for_one_that_was_killed(models, prompts, lost):
+    """Nor does it end well: it misses the connection, or JAX the heartbeats."""
+    words = ("generate", "--prompts", prompts, "--max-new-tokens", 300, "--json", *models)
+    started = start_two(*words, "--policy", "block", "--mesh", "tensor=8")
+    while "text" not in started[0].stdout.readline():  # of the first prompt; the other goes on
+        assert started[0].poll() is None
+    started[lost].kill()
+    left = started[1 - lost]
+    _, err = left.communicate(timeout=100)
+    assert left.returncode not in (0, None)
+    assert "another process is gone" in err or "another task died" in err
+
+
+@pytest.mark.full
+def test_too_many_devices_for_several_processes(models, questions, tmp_path):
+    """Work that is neither shared nor done together is refused by all."""
+    words = ("prepare", questions, "--out", tmp_path / "out.jsonl", "--mesh", "data=16", *models)
+    for process in start_two(*words):
+        assert "needs 16 devices, but 4 are here" in ended(process, code=2)[1]
+    for i, process in enumerate(start_two("doctor", "--mesh", "data=8")):
         assert f"this is process {i} of 2, and doctor is the work of one" in ended(process, 2)[1]
 
 

@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             return _fail(130, str(stop) or "interrupted")
         except (FloatingPointError, RuntimeError) as error:  # of numbers, of a device
-            return _fail(1, str(error))
+            from dspark_jax.cli.processes import end_at_once
+
+            return end_at_once(args, _fail(1, str(error)))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _fail(2, f"{where}{error.strerror or error}")

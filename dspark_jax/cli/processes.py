@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 
 import jax
 from jax.extend.backend import clear_backends
@@ -62,7 +64,8 @@ def find_share(args: argparse.Namespace) -> None:
     """
     if args.distributed or args.coordinator is not None:
         join_processes(args.coordinator, args.processes, args.process, args.distributed)
-        if _is_larger_than_a_process(args):
+        args.together = _is_larger_than_a_process(args)
+        if args.together:
             args.process, args.processes = 0, 1
             return
         args.process, args.processes = jax.process_index(), jax.process_count()
@@ -82,3 +85,13 @@ def _is_larger_than_a_process(args: argparse.Namespace) -> bool:
     count = math.prod(getattr(args, "mesh", {}).values())
     together = args.command in TOGETHER and jax.process_count() > 1
     return together and jax.local_device_count() < count <= jax.device_count()
+
+
+def end_at_once(args: argparse.Namespace, code: int) -> int:
+    """End a process that works together with others, one of which is gone or has failed, without
+    the end of JAX, which would wait for it; returns the exit code where there are no others."""
+    if getattr(args, "together", False):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

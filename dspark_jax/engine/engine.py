@@ -20,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
+import jax
+
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.config import EngineConfig, make_ladder
 from dspark_jax.engine.decoder import Decoder, without_drafter
@@ -27,7 +29,7 @@ from dspark_jax.engine.inputs import Weights, replace_weights
 from dspark_jax.engine.launch import Launcher, follow
 from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.memory import check_sizes, complete
-from dspark_jax.engine.peers import Peers, meet, nobody
+from dspark_jax.engine.peers import Gone, Peers, meet, nobody
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request, within_context
@@ -128,10 +130,13 @@ class Engine:
         appear, in process 0 alone.
 
         Raises:
-            RuntimeError: another process is gone.
+            Gone: another process is not there any more.
         """
         assert self._peers is not None
-        follow(self._loop.launcher, self._peers.hear)
+        try:
+            follow(self._loop.launcher, self._peers.hear)
+        except jax.errors.JaxRuntimeError as error:
+            raise Gone(f"a round failed ({error})") from error
 
     def submit(self, request: Request, priority: int = 0) -> Stream:
         """Queue a request: higher priorities first, then by arrival.
@@ -287,6 +292,8 @@ class Engine:
         """End all requests and the engine: what other processes have launched, nobody knows."""
         peers.close()  # they cannot go on either
         self._closed = True
+        if not isinstance(error, Gone):
+            error = Gone(f"a round failed ({type(error).__name__}: {error})")
         self._loop.close(error)
 
     def _blame(self, error: Exception) -> None:

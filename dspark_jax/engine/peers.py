@@ -25,7 +25,15 @@ from jax.sharding import Mesh
 from dspark_jax.axes import spans_processes
 
 _PLACE_BYTES = 1024  # of what says where process 0 is found
-_TOGETHER = "start all of them again: a mesh over several processes needs every one"
+
+
+class Gone(RuntimeError):
+    """A process of several has ended or failed, so that none can go on."""
+
+    def __init__(self, what: str) -> None:
+        """What has happened."""
+        again = "start all of them again, since a mesh over several processes needs every one"
+        super().__init__(f"{' '.join(what.split())}: {again}")
 
 
 class Peers:
@@ -44,24 +52,24 @@ class Peers:
         """Send values to all others; nothing at all says that there is no more.
 
         Raises:
-            RuntimeError: one is gone.
+            Gone: one is not there any more.
         """
         try:
             for connection in self._connections:
                 connection.send(what)
         except OSError as error:
-            raise RuntimeError(f"another process is gone ({error}): {_TOGETHER}") from None
+            raise Gone(f"another process is gone ({error})") from None
 
     def hear(self) -> Any:
         """The values that process 0 tells next; none where there is no more.
 
         Raises:
-            RuntimeError: it is gone.
+            Gone: it is not there any more.
         """
         try:
             return self._connections[0].recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"process 0 is gone: {_TOGETHER}") from None
+            raise Gone("process 0 is gone") from None
 
     def agree(self, value: Any) -> Any:
         """The value that process 0 has."""
