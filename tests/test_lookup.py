@@ -54,7 +54,7 @@ def naive(text, shortest, longest):
 def test_drafts_are_those_of_a_search_through_the_whole_text():
     """Slots are taken over by other texts, and rows of rejected drafts are read, too."""
     rng, context, found = np.random.default_rng(0), empty_context(), 0
-    for vocabulary in (2, 5, 40, 2, 12):
+    for vocabulary in (2, 40, 5):
         token_BS = rng.integers(0, vocabulary, (B, S)).astype(np.int32)
         length_B, read_B = rng.integers(1, 20, B), np.zeros(B, int)
         while length_B.max() <= 64:
@@ -69,7 +69,7 @@ def test_drafts_are_those_of_a_search_through_the_whole_text():
                 assert token_BG[b, : count_B[b]].tolist() == expected
                 found += place is not None
             read_B, length_B = length_B - 1, length_B + rng.integers(1, 5, B)
-    assert found > 100
+    assert found > 60
 
 
 def test_a_round_costs_the_same_however_long_the_text_is():

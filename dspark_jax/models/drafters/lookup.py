@@ -261,7 +261,8 @@ def enter(
     position_T = rows.position_T
     wanted_T = (rows.slot_T < num_slots) & (position_T >= n - 1)
     wanted_T &= position_T < length_B[slot_T] - 1
-    for _ in range(ATTEMPTS):
+
+    def attempt(_: int, table_BX: jax.Array) -> jax.Array:
         cell_TJ, same_TJ, free_TJ = _look(table_BX, slot_T, position_T, token_BS, length_B, n)[1:]
         known_T = jnp.any(same_TJ, axis=1)
         fits_TJ = jnp.where(known_T[:, None], same_TJ, free_TJ)
@@ -270,8 +271,11 @@ def enter(
         row_T = jnp.where(takes_T & ~known_T, slot_T, num_slots)
         table_BX = table_BX.at[row_T, cell_T].set(EMPTY, mode="drop")
         row_T = jnp.where(takes_T, slot_T, num_slots)
-        table_BX = table_BX.at[row_T, cell_T].min(position_T, mode="drop")
-    return table_BX
+        return table_BX.at[row_T, cell_T].min(position_T, mode="drop")
+
+    # A loop of a fixed length, which is compiled once.
+    entered_BX: jax.Array = jax.lax.fori_loop(0, ATTEMPTS, attempt, table_BX)
+    return entered_BX
 
 
 def find(
