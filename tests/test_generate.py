@@ -114,7 +114,9 @@ def texts(results):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.full) if kind in ("gated", "rnn", "reduced") else kind
+        pytest.param(kind, marks=pytest.mark.full)
+        if kind in ("gated", "rnn", "dflash", "reduced")
+        else kind
         for kind in DRAFTERS
     ],
 )
@@ -274,7 +276,10 @@ def test_distribution_of_the_text(kind, rules):
         assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * rounds
 
 
-@pytest.mark.parametrize(("kind", "rule"), [("rnn", BELIEVE), ("lookup", FORGET)])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [("rnn", BELIEVE), pytest.param("lookup", FORGET, marks=pytest.mark.full)],
+)
 def test_a_rule_that_loses_the_law_is_seen_to_do_so(kind, rule):
     pvalue, results = fit_of_the_text(kind, acceptance=rule)
     assert pvalue < 1e-12
