@@ -21,7 +21,7 @@ from dspark_jax.checkpoints.default import default_drafter_path, default_target_
 from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, open_gguf
 from dspark_jax.checkpoints.hf import CONFIG_FILE, model_directory, open_hf_target, target_config
 from dspark_jax.checkpoints.inside import open_inside
-from dspark_jax.checkpoints.tensors import LoadError, declare_stored, read_json
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, declare_stored, read_json
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.engine.config import EngineConfig, round_up
 from dspark_jax.engine.memory import LOGIT_COPIES, SHARE
@@ -72,8 +72,7 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
         directory = model_directory(source)
         if any(directory.glob("*.safetensors")):
             cfg, tensors = open_hf_target(directory)
-            declared = family_of(cfg).declare(cfg)
-            held = map_params(lambda param: declare_stored(param, tensors), declared)
+            held = _as_stored(family_of(cfg).declare(cfg), tensors)
             inside = open_inside(directory) if drafter == "default" else None
         else:
             cfg = _configured(directory)
@@ -83,8 +82,7 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
         return Models(cfg, None, held, (name, drafter))
     if inside is not None:
         draft_cfg, tensors = inside
-        declared = drafter_of(draft_cfg).declare_drafter(draft_cfg)
-        drafts = map_params(lambda param: declare_stored(param, tensors), declared)
+        drafts = _as_stored(drafter_of(draft_cfg).declare_drafter(draft_cfg), tensors)
         return Models(cfg, draft_cfg, (held, drafts), (name, name))
     path = default_drafter_path() if drafter == "default" else drafter
     if path is None:
@@ -96,6 +94,11 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
     own = vocab if own_vocab or draft_cfg.draft_vocab_size else None
     every = held, drafts, context, own
     return Models(cfg, draft_cfg, every, (name, Path(path).resolve().name))
+
+
+def _as_stored(declared: Any, tensors: Tensors) -> Any:
+    """A declaration in which matrices have the form that they have in a checkpoint."""
+    return map_params(lambda param: declare_stored(param, tensors), declared)
 
 
 def _configured(directory: Path) -> TargetConfig:
