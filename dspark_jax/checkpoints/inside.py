@@ -31,7 +31,7 @@ PREFIX = "mtp."
 
 def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
     """The drafter inside a target's checkpoint, whose weights are yet to be read; None where there
-    is none.
+    is none, or the configuration alone.
 
     Raises:
         LoadError: the checkpoint cannot be read, or says something else of its drafter.
@@ -39,7 +39,7 @@ def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
     path = directory / CONFIG_FILE
     hf = read_json(path) if path.is_file() else {}
     inside = INSIDE.get(str(hf.get("model_type")))
-    if inside is None:
+    if inside is None or not any(directory.glob("*.safetensors*")):
         return None
     tensors = read_tensors(directory)
     names = {name for name in tensors.shapes if name.startswith(PREFIX)}
