@@ -109,7 +109,7 @@ def test_runs(models, every, mesh, emulated_devices):
 @pytest.mark.parametrize(
     ("models", "most"),
     [
-        ("gemma4/dspark", 4),
+        pytest.param("gemma4/dspark", 4, marks=pytest.mark.full),
         *(pytest.param(name, 100, marks=pytest.mark.full) for name in DRAFTERS),
     ],
     indirect=["models"],

@@ -18,6 +18,7 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.launch import Launcher
 from dspark_jax.engine.loop import Loop
 from dspark_jax.engine.request import Request
+from tests.marks import rest_full
 from tests.test_engine import CONFIG, Letters, decoder, expected, requests, texts
 
 CONFIG = dataclasses.replace(CONFIG, policy="delayed", slots=4)
@@ -73,7 +74,7 @@ def check(streams, most_errors):
 
 
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
-@pytest.mark.parametrize("turn", [0, 1, pytest.param(7, marks=pytest.mark.full), 12])
+@pytest.mark.parametrize("turn", rest_full([0, 1, 7, 12], (1,)))
 def test_a_step_that_raises_ends_one_request_at_most(monkeypatch, owner, name, turn):
     expected(), engine().submit(requests()[0]).wait()
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), {turn}))

@@ -156,7 +156,7 @@ def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
 @pytest.mark.parametrize(
     ("threshold", "kinds"),
     [
-        (0.0, ("reduced",)),
+        pytest.param(0.0, ("reduced",), marks=pytest.mark.full),
         pytest.param(0.0, tuple(DRAFTERS), marks=pytest.mark.full),
         pytest.param(0.5, tuple(DRAFTERS), marks=pytest.mark.full),
     ],
@@ -256,7 +256,7 @@ FORGET = Rule(forget_the_fallen, lossless=False)
     ("kind", "rules"),
     [
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
-        ("lookup", {"acceptance": "rejection"}),
+        pytest.param("lookup", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"policy": "causal"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
@@ -362,6 +362,7 @@ def test_stop_ids_and_limits_are_the_requests_own(target):
         assert result.finish_reason == ("length" if reached else "stop")
 
 
+@pytest.mark.full
 def test_a_text_may_fill_the_context(target):
     decoder = make_decoder(target, drafter_of(target))
     (result,) = generate(decoder, [Request(list(range(1, 51)) * 3, 1000)])

@@ -15,6 +15,7 @@ from dspark_jax.engine import peers
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.launch import Launcher, follow
 from dspark_jax.engine.peers import Peers
+from tests.marks import rest_full
 from tests.test_engine import CONFIG, costs, decoder, requests
 
 
@@ -32,7 +33,7 @@ def together(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("policy", ["delayed", "causal"])
+@pytest.mark.parametrize("policy", rest_full(["delayed", "causal"], ("causal",)))
 def test_who_follows_has_the_state_of_who_decides(together, policy):
     """Through moves, admissions, prompts in pieces, and drafts that are made ahead."""
     engine, heard = together(policy=policy)

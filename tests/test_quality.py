@@ -48,6 +48,7 @@ def test_laws_are_compared_at_the_tokens_of_the_answer(models, decoders):
     assert agree_X.all()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("own_cache")
 def test_the_command_reports_every_file_and_all_of_them(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "config_for", few_sizes)

@@ -10,6 +10,7 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.models.quantised import PerOutput, dequantise
+from tests.marks import rest_full
 from tests.test_families_decoding import ENGINE, NEW, texts
 from tests.tiny_model import write_drafter, write_target
 
@@ -38,16 +39,21 @@ def plain(params):
     )
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.full)])
-def test_texts_are_those_of_the_weights_that_are_stood_for(folders, kind, emulated_devices):
-    """With drafts and on a mesh, too, whose drafter is quantised as well."""
+@pytest.mark.parametrize("kind", rest_full(["int8", "fp8"], ("int8",)))
+def test_texts_are_those_of_the_weights_that_are_stood_for(folders, kind):
+    """With drafts, whose drafter is quantised as well."""
     decoder = decoder_of(folders, kind)
     assert any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(decoder.weights.drafter.layers))
     found = texts(decoder)
     assert {len(ids) for ids in found} == {NEW}
     assert found == texts(decoder_of(folders, kind, change=plain))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_mesh_gives_the_texts_of_one_device(folders, kind, emulated_devices):
     mesh = make_mesh(tensor=2, devices=emulated_devices)
-    assert found == texts(decoder_of(folders, kind, mesh))
+    assert texts(decoder_of(folders, kind, mesh)) == texts(decoder_of(folders, kind))
 
 
 def test_what_rounds_cost_is_kept_apart(folders):

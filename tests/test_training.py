@@ -465,6 +465,7 @@ def test_an_update_that_is_not_finite_is_found_before_it_spoils_the_others(froze
     assert int(metrics["blocks"]) == 3 * 8
 
 
+@pytest.mark.full
 def test_the_running_mean_is_that_of_the_weights_after_each_update(frozen, params, batch):
     """Four updates; the weights themselves are those of a run without a mean."""
     recipe = dataclasses.replace(RECIPE, average_decay=0.2)

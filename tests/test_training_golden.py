@@ -17,6 +17,7 @@ from dspark_jax.models.vocab import unembed
 from dspark_jax.training import anchors, losses
 from dspark_jax.training.teacher import make_teacher
 from pallas_kernels import chunks
+from tests.marks import rest_full
 
 DATA = Path(__file__).parent / "data"
 CASES = [
@@ -156,8 +157,11 @@ def test_loss_with_other_weights(case):
 @pytest.mark.parametrize(
     ("case", "elements"),
     [
-        *((name, chunks.CHUNK_ELEMENTS) for name in CASES),
         (CASES[0], 3000),
+        *rest_full(
+            ((name, chunks.CHUNK_ELEMENTS) for name in CASES),
+            [(name, chunks.CHUNK_ELEMENTS) for name in CASES[1::2]],
+        ),
         *(pytest.param(name, 3000, marks=pytest.mark.full) for name in CASES[1:]),
     ],
     indirect=["case"],

@@ -160,6 +160,7 @@ def test_golden_covers_its_edge_cases(golden):
     assert arrays["terminated_by_stop_token"].sum() >= 3
 
 
+@pytest.mark.full
 def test_rejection_draws_its_own_streams():
     """The whole is its two parts, on the uniforms and the noise of the documented keys."""
     target, draft, index, length, keys, anchor = drawn_block(0)
@@ -221,6 +222,7 @@ def test_greedy_is_the_greedy_text(acceptance):
     np.testing.assert_array_equal(outcome.next_B, expected)
 
 
+@pytest.mark.full
 def test_acceptance_happens_at_its_rate():
     """A slot stands as often as 1 - TV says, and less often under coupling."""
     N = 40_000
