@@ -19,10 +19,16 @@ import numpy as np
 import platformdirs
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.load import default_drafter, load_drafter_for, load_target
+from dspark_jax.checkpoints.load import (
+    Drafter,
+    Target,
+    default_drafter,
+    load_drafter_for,
+    load_target,
+)
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
-from dspark_jax.engine.decoder import Decoder, make_decoder
+from dspark_jax.engine.decoder import Decoder, make_decoder, with_drafter
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
 from dspark_jax.engine.kernels import choose_kernels
@@ -32,7 +38,7 @@ from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.stream import Event
 from dspark_jax.rendering import Rendering
 from dspark_jax.rules import AcceptanceRule, Rule
-from dspark_jax.scheduler.calibration import FILE_NAME, read_calibration
+from dspark_jax.scheduler.calibration import FILE_NAME, Calibration, read_calibration
 from dspark_jax.scheduler.profile import read_profile, write_profile
 from pallas_kernels import random
 from pallas_kernels.dispatch import Kernels
@@ -248,25 +254,64 @@ def load(
     Raises:
         ValueError: a source is not there, broken or not supported, or the drafter does not fit.
     """
+    options: dict[str, Any] = {"own_vocab": own_vocab, "kernels": kernels}
     rendering = Rendering(system, chat_template, {} if template_args is None else template_args)
+    (model,) = load_each(target, [drafter], rendering, jnp.dtype(dtype), weights, mesh, **options)
+    return model
+
+
+def load_each(
+    target: str | Path,
+    drafters: Sequence[str | Path | None],
+    rendering: Rendering,
+    dtype: Any,
+    weights: str = "plain",
+    mesh: Mesh | None = None,
+    *,
+    own_vocab: bool = False,
+    kernels: Kernels = "auto",
+) -> list[Model]:
+    """One target, whose weights are there once, with each of several drafters. Arguments are those
+    of :func:`load`, and how prompts are rendered."""
     use_compilation_cache()
-    found = load_target(target, jnp.dtype(dtype), mesh, weights)
+    found = load_target(target, dtype, mesh, weights)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its import sets another level
     check_rendering(found.tokenizer, rendering, found.name)
-    if drafter is None:
-        drafter = default_drafter(target)
-    name, bound, calibration = "none", None, None
-    if str(drafter) != "none":
-        options: dict[str, Any] = {"own_vocab": own_vocab, "mesh": mesh, "weights": weights}
-        loaded = load_drafter_for(found, drafter, **options)
-        name, bound = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
-        if loaded.directory is not None and (loaded.directory / FILE_NAME).exists():
-            calibration = read_calibration(loaded.directory / FILE_NAME, loaded.cfg.block_size)
-    target_weights = found.cfg, found.params
-    decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
+    bound = [_read_drafter(found, target, one, own_vocab, mesh, weights) for one in drafters]
+    plain = make_decoder((found.cfg, found.params), None, found.tokenizer, mesh, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
-    decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
-    return Model(decoder, found.name, name, choose_kernels(decoder, kernels))
+    plain = dataclasses.replace(plain, encode=encode, stop_ids=found.stop_ids)
+    models = []
+    for loaded in bound:
+        decoder, name = plain, "none"
+        if loaded is not None:
+            name, parts = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
+            calibration = _calibration_of(loaded)
+            decoder = with_drafter(plain, parts, found.params.vocab, calibration, donate=True)
+        models.append(Model(decoder, found.name, name, choose_kernels(decoder, kernels)))
+    return models
+
+
+def _read_drafter(
+    found: Target,
+    target: str | Path,
+    drafter: str | Path | None,
+    own_vocab: bool,
+    mesh: Mesh | None,
+    weights: str,
+) -> Drafter | None:
+    """The drafter of a target that is asked for; None for none."""
+    drafter = default_drafter(target) if drafter is None else drafter
+    if str(drafter) == "none":
+        return None
+    return load_drafter_for(found, drafter, own_vocab=own_vocab, mesh=mesh, weights=weights)
+
+
+def _calibration_of(drafter: Drafter) -> Calibration | None:
+    """What lies beside a drafter."""
+    if drafter.directory is None or not (drafter.directory / FILE_NAME).exists():
+        return None
+    return read_calibration(drafter.directory / FILE_NAME, drafter.cfg.block_size)
 
 
 def use_compilation_cache() -> None:

@@ -74,27 +74,45 @@ def make_decoder(
         donate: whether the layers that are given may be deleted. Otherwise they are a second copy
             on the device for as long as the caller keeps them.
     """
-    target_cfg, target_params = target
-    drafter_cfg, drafter_params, vocab = drafter if drafter is not None else (None, None, None)
-    on_cpu = _on_cpu(mesh)
-    given = target_params.vocab
-    placed = _placed(target_params, family_of(target_cfg).declare(target_cfg), mesh)
+    target_cfg, params = target
+    placed = _placed(params, family_of(target_cfg).declare(target_cfg), mesh)
     layers = tuple(single_layers(stack, donate=donate) for stack in placed.layers)
-    target_params = replace(placed, layers=layers)
-    if drafter_cfg is not None and drafter_params is not None and vocab is not None:
-        family = drafter_of(drafter_cfg)
-        placed = _placed(drafter_params, family.declare_drafter(drafter_cfg), mesh)
-        drafter_params = family.for_decoding(placed, donate=donate)
-        vocab = _shared_vocab(vocab, given, target_params.vocab, mesh)
-    if on_cpu:
-        rows, own = target_params.vocab, head_by_outputs(target_params.vocab)
-        target_params = replace(matrices_by_outputs(target_params), vocab=own)
-        drafter_params = matrices_by_outputs(drafter_params)
-        if vocab is not None:
-            same_head = lm_head(vocab) is lm_head(rows)
-            vocab = replace(own, embed_VD=vocab.embed_VD) if same_head else head_by_outputs(vocab)
-    weights = Weights(target_params, drafter_params, vocab)
-    return Decoder(weights, target_cfg, drafter_cfg, tokenizer, mesh, calibration)
+    placed = replace(placed, layers=layers)
+    if _on_cpu(mesh):
+        placed = replace(matrices_by_outputs(placed), vocab=head_by_outputs(placed.vocab))
+    decoder = Decoder(Weights(placed), target_cfg, None, tokenizer, mesh)
+    if drafter is None:
+        return decoder
+    return with_drafter(decoder, drafter, params.vocab, calibration, donate=donate)
+
+
+def with_drafter(
+    decoder: Decoder,
+    drafter: tuple[AnyDrafterConfig, Any, Vocab],
+    target_vocab: Vocab,
+    calibration: Calibration | None = None,
+    *,
+    donate: bool = False,
+) -> Decoder:
+    """The same target, whose weights stay where they are, with another drafter.
+
+    Args:
+        decoder: of the target.
+        drafter, calibration, donate: as for :func:`make_decoder`.
+        target_vocab: what the target was given with; rows of it that the drafter has, too, are
+            not placed a second time.
+    """
+    (cfg, params, vocab), mesh = drafter, decoder.mesh
+    family = drafter_of(cfg)
+    placed = _placed(params, family.declare_drafter(cfg), mesh)
+    params = family.for_decoding(placed, donate=donate)
+    own, same_head = decoder.weights.target.vocab, lm_head(vocab) is lm_head(target_vocab)
+    vocab = _shared_vocab(vocab, target_vocab, own, mesh)
+    if _on_cpu(mesh):
+        params = matrices_by_outputs(params)
+        vocab = replace(own, embed_VD=vocab.embed_VD) if same_head else head_by_outputs(vocab)
+    weights = Weights(decoder.weights.target, params, vocab)
+    return replace(decoder, weights=weights, drafter=cfg, calibration=calibration)
 
 
 def without_drafter(decoder: Decoder) -> Decoder:
