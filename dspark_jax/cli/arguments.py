@@ -15,13 +15,16 @@ from dspark_jax.cli.options import (
     add_limits,
     add_models,
     add_output,
+    add_policy,
     add_processes,
     add_prompt_files,
     add_rendering,
     add_rule,
     add_target,
+    add_weights,
     count,
     counts,
+    drafters,
     names,
     plain_text,
 )
@@ -65,6 +68,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
+    _add_compare(measurements, "drafters of one target against each other, and without any")
     _add_quality(measurements, "how far quantised weights are from plain ones")
     _add_load(measurements, "policies against each other, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
@@ -135,6 +139,32 @@ def _add_acceptance(commands: Any, summary: str) -> None:
     add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
     add_decoder(command)
     add_rendering(command)
+    add_rule(command)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_compare(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "compare", summary)
+    command.set_defaults(command="bench compare")
+    add = command.add_argument
+    add("--drafters", type=drafters, required=True, metavar="NAME=DRAFTER,...", help="each as for "
+        "generate --drafter, under a name of its own; lookup alone names itself")  # fmt: skip
+    add("--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be repeated; "
+        'all "turns" of a line are played, and a "category" in it counts by itself')  # fmt: skip
+    add("--limit", type=count, metavar="N", help="use the first N lines of each category")
+    add("--temperature", type=float, action="append", metavar="F", help="may be repeated "
+        "(default: 0)")  # fmt: skip
+    add("--concurrency", type=counts, default=[1], metavar="N,N,...", help="conversations that are "
+        "played at the same time (default: 1)")  # fmt: skip
+    add("--repeats", type=count, default=1, metavar="N", help="default %(default)s")
+    add("--synthetic-acceptance", type=float, metavar="P", help="accept every draft with this "
+        "chance, whatever it is: for throughput alone, the texts are not the target's")  # fmt: skip
+    add("--plot", metavar="FILE.png", help="speedups by category")
+    add("--html", metavar="FILE.html", help="a page with the picture and the table")
+    add_target(command)
+    add_weights(command)
+    add_rendering(command)
+    add_policy(command)
     add_rule(command)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 

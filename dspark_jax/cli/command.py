@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspark_jax
-from dspark_jax.cli import training
+from dspark_jax.cli import measuring, training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
@@ -47,15 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(dspark_jax.__version__).parse_args(argv)
     run = {
         "generate": generate,
-        "bench speed": bench_speed,
-        "bench load": bench_load,
-        "bench quality": bench_quality,
+        "bench speed": measuring.speed,
+        "bench compare": measuring.compare,
+        "bench load": measuring.load,
+        "bench quality": measuring.quality,
         "profile": profile,
         "plan": plan,
         "doctor": doctor,
         "calibrate": calibrate,
         "replay": replay,
-        "bench acceptance": bench_acceptance,
+        "bench acceptance": measuring.acceptance,
         "prepare": prepare,
         "train": training.train,
         "cache estimate": training.cache_estimate,
@@ -140,83 +141,6 @@ def generate(args: argparse.Namespace) -> int:
 
 def _show(_: int, text: str) -> None:
     print(text, end="", flush=True)
-
-
-def bench_speed(args: argparse.Namespace) -> int:
-    """Measure decoding with drafts against plain decoding."""
-    if drafter_of(args) == "none":
-        raise ValueError("bench speed compares decoding with and without drafts: give --drafter")
-    from dspark_jax.evaluation import speed
-    from dspark_jax.evaluation.prompts import read_prompt_sets
-
-    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
-    model = load_model(args)
-    given = ("seed", "repeats", "acceptance", "kernels", "policy")
-    options = {name: getattr(args, name) for name in given}
-    report = speed.bench_speed(model.decoder, sets, limits, **options) | names_of(model)
-    print(json.dumps(report) if args.json else speed.format_report(report))
-    return 0
-
-
-def bench_acceptance(args: argparse.Namespace) -> int:
-    """Measure how many drafts the target keeps."""
-    if drafter_of(args) == "none":
-        raise ValueError("bench acceptance measures a drafter: give --drafter")
-    from dspark_jax.evaluation import acceptance
-    from dspark_jax.evaluation.prompts import read_prompt_sets
-
-    sets = read_prompt_sets(args.prompts, args.limit)
-    temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
-    limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
-    model = load_model(args)
-    report = names_of(model) | acceptance.bench_acceptance(
-        model.decoder,
-        sets,
-        limits[0],
-        temperatures,
-        seed=args.seed,
-        batch=args.batch,
-        acceptance=args.acceptance,
-        kernels=args.kernels,
-    )
-    print(json.dumps(report) if args.json else acceptance.format_report(report))
-    return 0
-
-
-def bench_load(args: argparse.Namespace) -> int:
-    """Measure policies under load."""
-    if drafter_of(args) == "none":
-        raise ValueError("bench load compares policies of drafting: give --drafter")
-    from dspark_jax.evaluation import load, pictures
-    from dspark_jax.evaluation.prompts import read_prompt_sets
-    from dspark_jax.training.curves import write_picture
-
-    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
-    model = load_model(args)
-    given = ("concurrency", "policies", "seed", "repeats", "requests_per_client")
-    options = {name: getattr(args, name) for name in (*given, "acceptance", "kernels")}
-    report = load.bench_load(model.decoder, sets, limits, **options) | names_of(model)
-    if args.plot is not None:
-        write_picture(pictures.draw_load(report), Path(args.plot))
-    print(json.dumps(report) if args.json else load.format_load(report))
-    return 0
-
-
-def bench_quality(args: argparse.Namespace) -> int:
-    """Measure how far quantised weights are from plain ones."""
-    if args.weights == "plain":
-        raise ValueError("bench quality compares weights with plain ones: give --weights int8")
-    from dspark_jax.evaluation import quality
-    from dspark_jax.evaluation.prompts import read_prompt_sets
-
-    sets, limits = read_prompt_sets(args.prompts, args.limit), limits_of(args)
-    model = load_model(args)
-    plain = load_model(argparse.Namespace(**{**vars(args), "weights": "plain"}))
-    options = {name: getattr(args, name) for name in ("seed", "batch", "acceptance", "kernels")}
-    report = quality.bench_quality(plain.decoder, model.decoder, sets, limits, **options)
-    report |= names_of(model) | {"weights": args.weights}
-    print(json.dumps(report) if args.json else quality.format_quality(report))
-    return 0
 
 
 def profile(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
@@ -74,14 +75,21 @@ def drafter_of(args: argparse.Namespace) -> str:
 
 def load_model(args: argparse.Namespace) -> Model:
     """The models that are asked for."""
-    from dspark_jax.model import load
+    return load_models(args, {"": drafter_of(args)})[""]
 
-    given: dict[str, Any] = vars(rendering_of(args))
+
+def load_models(args: argparse.Namespace, drafters: Mapping[str, str]) -> dict[str, Model]:
+    """The target that is asked for with each of several drafters, by their names."""
+    from jax.numpy import dtype
+
+    from dspark_jax.model import load_each
+
+    given: dict[str, Any] = {"own_vocab": args.own_vocab}
     if hasattr(args, "kernels"):
-        given = given | {"kernels": args.kernels}
-    given = given | {"dtype": args.dtype, "mesh": mesh_of(args), "own_vocab": args.own_vocab}
-    given = given | {"weights": args.weights}
-    return load(args.target, drafter_of(args), **given)
+        given["kernels"] = args.kernels
+    how = rendering_of(args), dtype(args.dtype), args.weights, mesh_of(args)
+    models = load_each(args.target, list(drafters.values()), *how, **given)
+    return dict(zip(drafters, models, strict=True))
 
 
 def rendering_of(args: argparse.Namespace) -> Rendering:

@@ -51,6 +51,23 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def drafters(text: str) -> dict[str, str]:
+    """Several drafters by their names."""
+    found: dict[str, str] = {}
+    for part in names(text):
+        name, equals, source = part.partition("=")
+        source = source if equals else name
+        if not name or not source or source == "none":
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no drafter: give NAME=DRAFTER, or a DRAFTER alone; none is there "
+                "in any case"
+            )
+        if name in found or name == "none":
+            raise argparse.ArgumentTypeError(f"{name!r} is there twice: give each its own NAME")
+        found[name] = source
+    return found
+
+
 def plain_text(value: str) -> str:
     """A text for models, unlike a path, which may hold any bytes."""
     try:
@@ -87,6 +104,11 @@ def add_models(command: argparse.ArgumentParser) -> None:
 def add_decoder(command: argparse.ArgumentParser) -> None:
     """A target with its drafter, to decode with."""
     add_models(command)
+    add_weights(command)
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """What the matrices are kept as."""
     command.add_argument(
         "--weights",
         choices=("plain", "int8", "fp8"),
@@ -144,8 +166,13 @@ def add_rendering(command: argparse.ArgumentParser) -> None:
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
     """How prompts are continued, the policy of drafting included."""
-    add = command.add_argument
-    add(
+    add_policy(command)
+    add_limits(command)
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """Which drafts are verified."""
+    command.add_argument(
         "--policy",
         type=policy,
         default="",
@@ -154,7 +181,6 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
         "causal or delayed (as many as pay), or none (default: delayed; block for a drafter "
         "without confidences)",
     )
-    add_limits(command)
 
 
 def add_limits(command: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: read at least 1 line of {path}")
     prompts = [
-        Prompt(_prompt_text(row, origin), origin)
+        Prompt(user_turns(row, origin)[0], origin)
         for origin, row in itertools.islice(json_lines(path), limit)
     ]
     if not prompts:
@@ -94,18 +94,24 @@ def make_request_sets(
     return {name: list(itertools.islice(fitted, len(sets[name]))) for name in sets}
 
 
-def _prompt_text(row: Any, origin: str) -> str:
-    """The message of one line."""
-    text = row.get("prompt") if isinstance(row, dict) else None
-    if text is None and isinstance(row, dict):
+def user_turns(row: Any, origin: str) -> tuple[str, ...]:
+    """The messages of one line: its ``prompt``, or all of its ``turns``.
+
+    Raises:
+        ValueError: it has neither, or a message is no text; names the line.
+    """
+    known = isinstance(row, dict) and row.get("prompt") is not None
+    turns = [row["prompt"]] if known else None
+    if turns is None and isinstance(row, dict):
         turns = row.get("turns")
-        text = turns[0] if isinstance(turns, list) and turns else None
-    if not isinstance(text, str):
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
         raise ValueError(f'{origin}: needs a string "prompt", or a list of strings "turns"')
-    if not text.strip():
-        raise ValueError(f"{origin}: the prompt is empty: write some text")
-    if not is_text(text):
-        raise ValueError(
-            f"{origin}: the prompt holds half of a surrogate pair, which is no character: mend it"
-        )
-    return text
+    for text in turns:
+        if not text.strip():
+            raise ValueError(f"{origin}: the prompt is empty: write some text")
+        if not is_text(text):
+            raise ValueError(
+                f"{origin}: the prompt holds half of a surrogate pair, which is no character: "
+                "mend it"
+            )
+    return tuple(turns)
