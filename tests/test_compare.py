@@ -6,7 +6,7 @@ import pytest
 
 from dspark_jax.cli import command as cli
 from dspark_jax.engine.reader import Generation
-from dspark_jax.evaluation import compare, pictures, talks
+from dspark_jax.evaluation import acceptance_by, compare, pictures, talks
 from tests.tiny_model import BLOCK, few_sizes
 
 ROW = {
@@ -79,6 +79,47 @@ def test_drafters_that_are_none_are_refused(capsys, drafters, message):
         cli.main(words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_contexts_are_in_classes_that_grow():
+    assert [acceptance_by.class_of(n) for n in (1, 128, 129, 256, 257)] == [
+        (1, 128),
+        (1, 128),
+        (129, 256),
+        (129, 256),
+        (257, 512),
+    ]
+
+
+def test_rounds_are_sorted_by_context_and_turn():
+    first = Generation(120, accepted_lengths=[4, 4, 2], verified_lengths=[3, 3, 3])
+    first.accepted_drafts = [3, 3, 1]
+    second = Generation(140, accepted_lengths=[1], verified_lengths=[3], accepted_drafts=[0])
+    found = {}
+    acceptance_by._sort([first, second], "chat", ("context", "turn"), found)
+    assert {key: one.accepted_lengths for key, one in found.items()} == {
+        ("chat", ("context", (1, 128)), ("turn", 1)): [4, 4],
+        ("chat", ("context", (129, 256)), ("turn", 1)): [2],
+        ("chat", ("context", (129, 256)), ("turn", 2)): [1],
+    }
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("own_cache")
+def test_acceptance_by_context_and_turn(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(acceptance_by, "config_for", few_sizes)
+    path = write(tmp_path / "chat.jsonl", {"turns": ["one", "two"]}, {"turns": ["three"]})
+    words = ["bench", "acceptance", *models, "--prompts", path, "--temperature", "0", "--json"]
+    words += ["--max-new-tokens", "8"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--by", "place"])
+    assert "give some of position, context, turn" in capsys.readouterr().err
+    assert cli.main([*words, "--by", "position,turn"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["turn"] for row in report["rows"]] == [1, 2]
+    assert all("context" not in row for row in report["rows"])
+    assert all(len(row["accept_rate_by_position"]) == BLOCK for row in report["rows"])
+    assert "chat" in acceptance_by.format_by(report)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from dspark_jax.cli.options import (
     counts,
     drafters,
     names,
+    places,
     plain_text,
 )
 
@@ -137,6 +138,8 @@ def _add_acceptance(commands: Any, summary: str) -> None:
         help="may be repeated (default: 0 and 1)",
     )
     add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add("--by", type=places, default=[], metavar="position,context,turn", help="tell the rounds of "
+        "whole conversations apart by the tokens before them and by their turn")  # fmt: skip
     add_decoder(command)
     add_rendering(command)
     add_rule(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark_jax.cli.given import (
     drafter_of,
@@ -14,6 +14,9 @@ from dspark_jax.cli.given import (
     load_models,
     names_of,
 )
+
+if TYPE_CHECKING:
+    from dspark_jax.engine.request import Request
 
 
 def speed(args: argparse.Namespace) -> int:
@@ -39,9 +42,11 @@ def acceptance(args: argparse.Namespace) -> int:
     from dspark_jax.evaluation.acceptance import bench_acceptance, format_report
     from dspark_jax.evaluation.prompts import read_prompt_sets
 
-    sets = read_prompt_sets(args.prompts, args.limit)
     temperatures = list(dict.fromkeys(args.temperature or (0.0, 1.0)))
     limits = [limits_of(args, temperature=temperature) for temperature in temperatures]
+    if args.by:
+        return _acceptance_by(args, limits[0], temperatures)
+    sets = read_prompt_sets(args.prompts, args.limit)
     model = load_model(args)
     report = names_of(model) | bench_acceptance(
         model.decoder,
@@ -54,6 +59,21 @@ def acceptance(args: argparse.Namespace) -> int:
         kernels=args.kernels,
     )
     print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def _acceptance_by(args: argparse.Namespace, limits: Request, temperatures: list[float]) -> int:
+    """The same, by where the drafts stand in whole conversations."""
+    from dspark_jax.evaluation.acceptance_by import bench_acceptance_by, format_by
+    from dspark_jax.evaluation.talks import read_talks
+
+    talks = read_talks(args.prompts, args.limit)
+    model = load_model(args)
+    options = {name: getattr(args, name) for name in ("seed", "batch", "acceptance")}
+    report = names_of(model) | bench_acceptance_by(
+        model.decoder, talks, limits, temperatures, args.by, kernels=model.kernels, **options
+    )
+    print(json.dumps(report) if args.json else format_by(report))
     return 0
 
 

@@ -51,6 +51,15 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def places(text: str) -> list[str]:
+    """What acceptance is told apart by."""
+    found = names(text)
+    known = "position", "context", "turn"
+    if not set(found) <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(known)}")
+    return found
+
+
 def drafters(text: str) -> dict[str, str]:
     """Several drafters by their names."""
     found: dict[str, str] = {}
