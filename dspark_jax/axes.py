@@ -211,9 +211,12 @@ def empty_buffers(declared: Tree, mesh: Mesh | None = None) -> Tree:
 
 def unstacked(declared: Tree) -> Tree:
     """The declaration with a tuple of single layers in the place of every stack of buffers."""
-    return jax.tree.map(
-        lambda b: (replace(b, axes=b.axes[1:], shape=b.shape[1:]),) * b.shape[0], declared
-    )
+
+    def single(b: Buffer) -> Buffer | tuple[Buffer, ...]:
+        stack = b.axes.startswith("L")
+        return (replace(b, axes=b.axes[1:], shape=b.shape[1:]),) * b.shape[0] if stack else b
+
+    return jax.tree.map(single, declared)
 
 
 # Logical axis -> mesh axes. Everything that is not named here is replicated. ``D``, ``R`` and ``I``

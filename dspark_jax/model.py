@@ -235,7 +235,8 @@ def load(
     Args:
         target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
         drafter: a directory or hub id, ``"default"``, ``"lookup"`` (prompt lookup of 2 to 4 tokens,
-            ``"lookup:MIN-MAX"`` of others) or ``"none"``; None is the packaged drafter for the
+            ``"lookup:MIN-MAX"`` of others), a drafter with lookup where the text repeats itself
+            (``"default+lookup"``) or ``"none"``; None is the packaged drafter for the
             default target, the one inside the checkpoint of a target that has one, and none for all
             others.
         dtype: of the weights.

@@ -30,7 +30,12 @@ from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
-from dspark_jax.models.drafters.table import drafter_of, without_checkpoint
+from dspark_jax.models.drafters.table import (
+    beside,
+    drafter_of,
+    with_lookup,
+    without_checkpoint,
+)
 from dspark_jax.models.quantised import PLAIN, Quantised, check_kind, quantise_params
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import chat_template
@@ -202,8 +207,8 @@ def load_drafter_for(
     Args:
         target: the target.
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
-            one; a directory or a hub id, in any dialect; or the name of a drafter without files,
-            ``"lookup"`` or ``"lookup:MIN-MAX"``.
+            one; a directory or a hub id, in any dialect; the name of a drafter without files,
+            ``"lookup"`` or ``"lookup:MIN-MAX"``; or both, ``"default+lookup"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
@@ -216,6 +221,13 @@ def load_drafter_for(
     known = without_checkpoint(str(source), target.cfg)
     if known is not None:
         return Drafter(*known, target.params.vocab, str(source), None)
+    pair = beside(str(source), target.cfg)
+    if pair is not None:
+        read = load_drafter_for(
+            target, pair[0], own_vocab=own_vocab, dtype=dtype, mesh=mesh, weights=weights
+        )
+        both = with_lookup(read.cfg, read.params, pair[1])
+        return replace(read, cfg=both[0], params=both[1], name=f"{read.name}+lookup")
     dtype = target.params.norm_D.dtype if dtype is None else dtype
     cfg, params, own, directory = read_drafter(target, source, mesh)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, own_vocab=own_vocab)

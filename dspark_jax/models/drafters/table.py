@@ -7,11 +7,11 @@ from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
-from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, lookup
+from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, hybrid, lookup
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
 
-DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, lookup)
+DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, lookup, hybrid)
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
@@ -65,3 +65,27 @@ def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterCon
     """
     cfg = lookup.named(source, target)
     return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
+
+
+def beside(source: str, target: TargetConfig) -> tuple[str, lookup.Config] | None:
+    """What ``DRAFTER+lookup`` names: the drafter, and lookup beside it; None for other sources.
+
+    Raises:
+        ValueError: the lengths of lookup make no sense.
+    """
+    drafter, _, name = source.rpartition("+")
+    found = lookup.named(name, target) if drafter else None
+    return None if found is None else (drafter, found)
+
+
+def with_lookup(
+    cfg: AnyDrafterConfig, params: Any, other: lookup.Config
+) -> tuple[AnyDrafterConfig, Any]:
+    """Configuration and parameters of a drafter with lookup beside it.
+
+    Raises:
+        ValueError: there is no such pair.
+    """
+    if not isinstance(cfg, DrafterConfig):
+        raise ValueError("lookup goes with a drafter that has weights: name one before the +")
+    return hybrid.with_lookup(cfg, params, other)
