@@ -9,16 +9,19 @@ import pytest
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.plan import HostPlan
 from dspark_jax.engine.prefix import Prefixes
 from dspark_jax.engine.request import Request
 from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters import lookup
-from dspark_jax.models.targets.table import family_of
+from dspark_jax.scheduler.seconds import Seconds
+from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels import random
 from pallas_kernels.ragged_attention.pages import PAGE
-from tests.test_engine import POISON, decoder, models
-from tests.test_families import CONFIGS, MOST
+from tests.test_deepseek_v4_inside import tiny
+from tests.test_engine import decoder
+from tests.test_families import CONFIGS
 from tests.test_families_decoding import drafter_of, target_of
+from tests.test_lookup import lookup_of
 
 CONFIG = EngineConfig(
     policy="block",
@@ -26,7 +29,7 @@ CONFIG = EngineConfig(
     positions=240,
     acceptance="coupled",
     chunk_rows=32,
-    chunk_buckets=(1,),
+    chunk_buckets=(1, 2),
     slot_buckets=(2,),
     row_buckets=(4,),
     position_buckets=(256,),
@@ -100,22 +103,25 @@ def test_the_oldest_goes_first_and_a_beginning_after_what_goes_on_from_it():
     assert prefixes.find((6,) * PAGE).count == len(prefixes) == 0
 
 
-def chat(model, config, turns=4, first=70, **options):
-    """The texts of conversations in which each turn sends all that was said, and what was cached."""
+def chat(model, config, turns=4, first=70, vocab=40, **options):
+    """Two conversations in which each turn sends all that was said.
+
+    Returns:
+        The texts with the accepted lengths of their rounds, and how much was stored of each prompt.
+    """
     rng, said, cached = np.random.default_rng(1), [], []
     with Engine(model, config) as engine:
-        histories = [rng.integers(0, 40, first + 9 * talk).tolist() for talk in range(2)]
+        histories = [rng.integers(0, vocab, first + 9 * talk).tolist() for talk in range(2)]
         for turn in range(turns):
+            key = np.asarray(random.seed_key(turn))
             streams = [
-                engine.submit(
-                    Request(history, 14, key=np.asarray(random.seed_key(turn)), **options)
-                )
-                for history in histories
+                engine.submit(Request(history, 14, key=key, **options)) for history in histories
             ]
             for history, stream in zip(histories, streams, strict=True):
-                said.append(stream.wait().token_ids)
-                cached.append(stream.result.cached_tokens)
-                history += [*said[-1], *rng.integers(0, 40, 5).tolist()]
+                result = stream.wait()
+                said.append((result.token_ids, result.accepted_lengths))
+                cached.append(result.cached_tokens)
+                history += [*result.token_ids, *rng.integers(0, vocab, 5).tolist()]
         stats = engine.stats()
     if config.prefix_bytes:
         assert stats.prefix_queries == len(said)
@@ -128,10 +134,78 @@ def without(config):
     return dataclasses.replace(config, prefix_bytes=0)
 
 
+def assert_next_turns_hit(cached, first=70, short=0):
+    """All was stored of what was read in the turn before, but for the last tokens.
+
+    Args:
+        cached: of :func:`chat`.
+        first: tokens of the first prompt.
+        short: tokens that a text may have gone on beyond its limit.
+    """
+    assert cached[:2] == [0, 0]
+    for at, count in enumerate(cached[2:]):
+        read = first + 9 * (at % 2) + 19 * (at // 2) + 14
+        assert read - 2 - short <= count <= read
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 20}])
 def test_texts_do_not_know_what_was_stored(options):
     said, cached = chat(decoder(), CONFIG, **options)
     assert said == chat(decoder(), without(CONFIG), **options)[0]
-    assert cached[:2] == [0, 0]
-    for at, count in enumerate(cached[2:]):  # all but the last token of what was read before
-        assert count >= 70 + 9 * (at % 2) + 19 * (at // 2) + 14 - 2
+    assert_next_turns_hit(cached)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_goes_on_from_what_was_stored(name, monkeypatch):
+    """Rings go round several times between two turns. A text that went on beyond its limit is of no
+    use to them, so that there are turns without a hit."""
+    monkeypatch.setattr(kv, "RING_STEP", 1)
+    target = target_of(CONFIGS[name])
+    model = make_decoder(target, drafter_of(target))
+    config = dataclasses.replace(CONFIG, position_buckets=(128, 256), prefix_bytes=1 << 24)
+    said, cached = chat(model, config)
+    assert said == chat(model, without(config))[0]
+    assert sum(count > 0 for count in cached) >= 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["lookup", "stages", "chain"])
+def test_every_drafter_goes_on_from_what_was_stored(kind):
+    """An index is made again; what lookup has learnt of its matches is, too, of the prompt."""
+    target, drafter = tiny("chain" if kind == "lookup" else kind)
+    if kind == "lookup":
+        target = target_of(CONFIGS["llama"])
+        drafter = lookup_of(target)
+    model, block = make_decoder(target, drafter), drafter[0].block_size
+    config = dataclasses.replace(CONFIG, row_buckets=(block + 1,), prefix_bytes=1 << 24)
+    said, cached = chat(model, config, vocab=3)
+    assert said == chat(model, without(config), vocab=3)[0]
+    assert sum(count > 0 for count in cached) >= 3
+
+
+@pytest.mark.parametrize(("limit_s", "pieces"), [(0.0, 1), (0.25, 1), (0.35, 2)])
+def test_a_long_prompt_does_not_stall_who_decodes(limit_s, pieces):
+    """A round takes 0.1 s, and as much longer for every piece of a prompt, as the engine thinks."""
+    config, sizes = dataclasses.replace(CONFIG, max_stall_s=limit_s, prefix_bytes=0), Sizes(2, 256)
+    known_s = {
+        Shape(sizes, draft, rows, chunks): 0.1 * (1 + chunks)
+        for chunks in (0, 1, 2)
+        for draft, rows in ((0, 2), (3, 8))
+    }
+    with Engine(decoder(), config) as engine:
+        engine._loop.seconds, plans = Seconds(known_s), []
+        engine._loop.seconds.read = lambda *_: None
+        engine._loop._tell = lambda *said: plans.append(said[0])
+        long = [engine.submit(Request(list(range(40)) * 4, 2)) for _ in range(2)]
+        engine.run()
+        alone = {plan.shape.num_chunks for plan in plans if isinstance(plan, HostPlan)}
+        assert max(alone) == 2  # nobody waits for anything
+        running = engine.submit(Request([1, 2], 60))
+        while not running.result.token_ids:
+            engine.step()
+        plans.clear()
+        long = engine.submit(Request(list(range(40)) * 4, 2))
+        long.wait()
+        during = [plan.shape.num_chunks for plan in plans if isinstance(plan, HostPlan)]
+        assert max(during) == pieces

@@ -238,12 +238,15 @@ class Loop:
             return None
         start, moves = self._seat(joining)
         drafted = frozenset(tenant for tenant in self._tenants if tenant.decoding)
+        number, num_rows, buckets = next(self._numbers), 0, self._ladder.chunks
+        if 0 < len(drafted) < len(self._tenants):
+            limit_s = self._config.max_stall_s
+            buckets = self.seconds.chunks_within(number, self._sizes, buckets, limit_s)
         chunks = tuple(
-            plan_chunks(part, self._sizes.slots, self._config.chunk_rows, self._ladder.chunks)
+            plan_chunks(part, self._sizes.slots, self._config.chunk_rows, buckets)
             for part in spread(self._tenants, (), self._sizes.slots, self._shards)
         )
-        num_chunks = fit(max(map(len, chunks)), (0, *self._ladder.chunks))
-        number, num_rows = next(self._numbers), 0
+        num_chunks = fit(max(map(len, chunks)), (0, *buckets))
         if self._policy.num_draft:
             if len(joining) == len(self._tenants):  # what is known is about texts that are over
                 self._switch = DraftSwitch()
