@@ -156,6 +156,17 @@ def test_texts_do_not_know_what_was_stored(options):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("pages", [0, 8, 5])
+def test_pages_of_slots_are_shared_and_given_back(pages):
+    """8 pages hold the texts of both and little else, so that what is stored goes first."""
+    config = dataclasses.replace(CONFIG, paged=True, pages=pages)
+    said, cached = chat(decoder(), config)
+    assert said == chat(decoder(), without(CONFIG))[0]
+    if not pages:
+        assert_next_turns_hit(cached)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_goes_on_from_what_was_stored(name, monkeypatch):
     """Rings go round several times between two turns. A text that went on beyond its limit is of no
@@ -167,6 +178,8 @@ def test_every_family_goes_on_from_what_was_stored(name, monkeypatch):
     said, cached = chat(model, config)
     assert said == chat(model, without(config))[0]
     assert sum(count > 0 for count in cached) >= 3
+    in_pages = dataclasses.replace(config, position_buckets=(256,), paged=True)
+    assert chat(model, in_pages) == (said, cached)
 
 
 @pytest.mark.full

@@ -269,7 +269,7 @@ class Loop:
         """Pages for what everybody's next round may write; where there are too few, those who came
         last wait until there are some again."""
         for shard in range(self._shards):
-            while not self._pages.grow(part := self._part(shard)):
+            while not self._pages.grow(part := self._part(shard), self._store.shards[shard]):
                 if self._in_flight:
                     self.settle()  # whoever is over gives his back, and the others need fewer
                     continue
@@ -291,15 +291,18 @@ class Loop:
             if self.one_by_one and joining:
                 break
             part, tenant = min(shards, key=len), self._queue[0][-1]
-            if not self._pages.enter(tenant, part):
+            stored = self._store.shards[shards.index(part)]
+            found = stored.find(tuple(tenant.request.prompt_ids))
+            prefix = self._pages.enter(tenant, part, found, stored)
+            if prefix is None:
                 break
             part.append(tenant)
             self.one_by_one = max(0, self.one_by_one - 1)
             heapq.heappop(self._queue)
             self._tenants.append(tenant)
-            tenant.enter(next(self._generations), self._store.find(tenant, shards.index(part)))
-            if self._programs.pool is not None:
-                self.tally.looked_up(tenant.prefix.count)
+            if self._programs.pool is not None and not tenant.since_s:
+                self.tally.looked_up(prefix.count)
+            tenant.enter(next(self._generations), prefix)
             joining.append(tenant)
         self.suspects = joining
         return joining
