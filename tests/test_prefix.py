@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from dspark_jax.axes import make_mesh
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
@@ -18,7 +19,7 @@ from dspark_jax.scheduler.shape import Shape, Sizes
 from pallas_kernels import random
 from pallas_kernels.ragged_attention.pages import PAGE
 from tests.test_deepseek_v4_inside import tiny
-from tests.test_engine import decoder
+from tests.test_engine import Letters, decoder, models
 from tests.test_families import CONFIGS
 from tests.test_families_decoding import drafter_of, target_of
 from tests.test_lookup import lookup_of
@@ -155,6 +156,62 @@ def test_texts_do_not_know_what_was_stored(options):
     assert_next_turns_hit(cached)
 
 
+def test_other_weights_and_faults_empty_the_store(monkeypatch):
+    prompt = list(range(40)) * 2
+    with Engine(decoder(), CONFIG) as engine:
+
+        def cached(count=4, ids=prompt):
+            return engine.submit(Request(ids, count)).wait().cached_tokens
+
+        assert (cached(), cached(), cached(4, prompt[:50])) == (0, len(prompt) - 1, 49)
+        slow = engine.submit(Request([7, *prompt], 40))
+        while not slow.result.token_ids:
+            engine.step()
+        engine.update_params(decoder().weights)
+        slow.wait()
+        assert cached(4, [7, *prompt]) == 0  # the old weights have read some of it
+        assert (cached(), cached()) == (0, len(prompt) - 1)
+        launcher, run = engine._loop.launcher, engine._loop.launcher.run
+        monkeypatch.setattr(launcher, "run", lambda *_: 1 / 0)
+        broken = engine.submit(Request([9], 4))
+        engine.step()
+        monkeypatch.setattr(launcher, "run", run)
+        assert broken.wait().finish_reason == "error"
+        assert (cached(), cached()) == (0, len(prompt) - 1)
+
+
+def test_a_text_that_nobody_wants_any_more_has_still_been_read():
+    prompt = list(range(40)) * 4
+    with Engine(decoder(), CONFIG) as engine:
+        for steps, least in ((1, 31), (4, 128)):
+            stream = engine.submit(Request([steps, *prompt], 40))
+            for _ in range(steps):
+                engine.step()
+            stream.cancel()
+            again = engine.submit(Request([steps, *prompt], 2)).wait()
+            assert again.cached_tokens >= least
+            assert again.token_ids == engine.submit(Request([steps, *prompt], 2)).wait().token_ids
+
+
+def test_a_store_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"prefix_bytes is -1: give a positive integer, or 0 for"):
+        EngineConfig(prefix_bytes=-1)
+    with pytest.raises(ValueError, match=r"prefix_bytes is 5: a page of 64 positions takes \d+ by"):
+        Engine(decoder(), dataclasses.replace(CONFIG, prefix_bytes=5))
+    with pytest.raises(ValueError, match=r"pages have 64 positions, give multiples"):
+        Engine(decoder(), dataclasses.replace(CONFIG, position_buckets=(250,)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("paged", [False, True])
+def test_every_data_shard_has_prefixes_of_its_own(emulated_devices, paged):
+    sharded = make_decoder(*models(), tokenizer=Letters(), mesh=make_mesh(2, 2))
+    config = dataclasses.replace(CONFIG, slots=4, prefix_bytes=1 << 23, paged=paged)
+    said, cached = chat(sharded, config)
+    assert said == chat(decoder(), without(CONFIG))[0]
+    assert_next_turns_hit(cached)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("pages", [0, 8, 5])
 def test_pages_of_slots_are_shared_and_given_back(pages):
@@ -210,15 +267,12 @@ def test_a_long_prompt_does_not_stall_who_decodes(limit_s, pieces):
         engine._loop.seconds, plans = Seconds(known_s), []
         engine._loop.seconds.read = lambda *_: None
         engine._loop._tell = lambda *said: plans.append(said[0])
-        long = [engine.submit(Request(list(range(40)) * 4, 2)) for _ in range(2)]
-        engine.run()
-        alone = {plan.shape.num_chunks for plan in plans if isinstance(plan, HostPlan)}
-        assert max(alone) == 2  # nobody waits for anything
+        engine.submit(Request(list(range(40)) * 4, 2)).wait()
+        assert max(plan.shape.num_chunks for plan in plans if isinstance(plan, HostPlan)) == 2
         running = engine.submit(Request([1, 2], 60))
         while not running.result.token_ids:
             engine.step()
         plans.clear()
-        long = engine.submit(Request(list(range(40)) * 4, 2))
-        long.wait()
+        engine.submit(Request(list(range(40)) * 4, 2)).wait()
         during = [plan.shape.num_chunks for plan in plans if isinstance(plan, HostPlan)]
         assert max(during) == pieces
