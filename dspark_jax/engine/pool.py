@@ -111,7 +111,7 @@ def plan_pool(largest: StateConfig, limit: int, num_shards: int) -> PoolConfig |
     """
     if not limit:
         return None
-    one = (_page_bytes(largest), _bytes(PoolConfig(largest, 0, 1)))
+    one = (_page_bytes(largest), pool_bytes(PoolConfig(largest, 0, 1)))
     share = limit // 2 if all(one) else limit
     pages, snapshots = (share // size // num_shards * num_shards if size else 0 for size in one)
     if any(size and not count for size, count in zip(one, (pages, snapshots), strict=True)):
@@ -129,10 +129,11 @@ def plan_pool(largest: StateConfig, limit: int, num_shards: int) -> PoolConfig |
 def _page_bytes(largest: StateConfig) -> int:
     """Of a page in the pool, or of one of the slots'."""
     shared = [buffer.nbytes for buffer, form in pool_forms(largest) if form == "shared"]
-    return sum(shared) // largest.num_pages if shared else _bytes(PoolConfig(largest, 1, 0))
+    return sum(shared) // largest.num_pages if shared else pool_bytes(PoolConfig(largest, 1, 0))
 
 
-def _bytes(cfg: PoolConfig) -> int:
+def pool_bytes(cfg: PoolConfig) -> int:
+    """Bytes over all devices, without pages of slots."""
     return sum(buffer.nbytes for buffer in jax.tree.leaves(declare_pool(cfg)))
 
 
