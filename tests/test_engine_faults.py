@@ -17,20 +17,25 @@ from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.launch import Launcher
 from dspark_jax.engine.loop import Loop
+from dspark_jax.engine.prefix import Prefixes
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.store import Store
 from tests.marks import rest_full
 from tests.test_engine import CONFIG, Letters, decoder, expected, requests, texts
 
-CONFIG = dataclasses.replace(CONFIG, policy="delayed", slots=4)
+CONFIG = dataclasses.replace(CONFIG, policy="delayed", slots=4, prefix_bytes=1 << 20)
 # Whatever is called while a round is planned, launched and read.
 STEPS = [
     *((Loop, name) for name in ("_join", "_seat", "_outlook", "_make_plan", "_launch")),
-    *((Loop, name) for name in ("_temperature_BG", "_read_oldest", "_next_round_is_needed")),
-    *((loop, name) for name in ("plan_chunks", "plan_moves", "spread", "room")),
+    *((Loop, name) for name in ("_read_oldest", "_next_round_is_needed")),
+    *((loop, name) for name in ("plan_chunks", "plan_moves", "spread", "room", "temperatures_of")),
     (launch, "slot_values"),
     *((loop, name) for name in ("choose_rows", "advance", "record", "HostPlan", "InFlight")),
     *((Programs, name) for name in ("admit", "round", "round_input", "put", "form")),
     *((Launcher, name) for name in ("begin", "admit", "run")),
+    *((Prefixes, name) for name in ("find", "keep")),
+    *((Programs, name) for name in ("keep", "restore", "copies")),
+    (Store, "take"),
     (jax, "device_get"),
 ]
 

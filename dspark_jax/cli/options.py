@@ -26,6 +26,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def memory_size(text: str) -> int:
+    """Bytes, of which K, M and G make many; 0 or more."""
+    digits = text[:-1] if text[-1:] in tuple("KMG") else text
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give bytes, or such as 500M, 2G")
+    return int(digits) << 10 * " KMG".find(text[len(digits) :] or " ")
+
+
 def counts(text: str) -> list[int]:
     """Several of them, with commas between."""
     return [count(part) for part in text.split(",")]
@@ -97,6 +105,14 @@ def add_prompt_files(command: argparse.ArgumentParser) -> None:
     add("--prompts", action="append", required=True, metavar="FILE.jsonl",
         help="as for generate; may be repeated")  # fmt: skip
     add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
+
+
+def add_prefix_store(command: argparse.ArgumentParser) -> None:
+    """Memory for what was read of texts that are over."""
+    add, one = command.add_argument, memory_size("1G")
+    add("--prefix-bytes", type=memory_size, default=one, metavar="SIZE",
+        help="memory for what was read, so that texts that begin alike need not be read again; 0 "
+        "for none, default 1G")  # fmt: skip
 
 
 def add_models(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from dspark_jax.engine.config import EngineConfig, Ladder, make_ladder
 from dspark_jax.engine.decoder import Decoder, state_config, without_drafter
 from dspark_jax.engine.kernels import choose_kernels
 from dspark_jax.engine.pages import pages_for
+from dspark_jax.engine.pool import plan_pool, pool_bytes
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.state import declare_state, without_pages
 from dspark_jax.scheduler.policy import make_policy
@@ -76,7 +77,7 @@ def _pages_in_memory(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> 
 
 def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
     """Bytes beside the weights, over all devices: the largest state, the one that it grew from
-    without its pages, which do not move, and the logits of the largest round."""
+    without its pages, which do not move, the logits of the largest round, and stored prefixes."""
     shards = num_shards(decoder.mesh)
 
     def state_bytes(slots: int, positions: int, pages: bool = True) -> int:
@@ -89,7 +90,10 @@ def engine_bytes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> int:
     smaller += [state_bytes(slots, size, False) for size in ladder.positions[-2:-1]]
     rows = (ladder.drafted_rows(slots, 0) or (slots,))[-1] * shards
     logits = LOGIT_COPIES * rows * decoder.target.vocab_size * 4
-    return state_bytes(slots, positions) + max(smaller, default=0) + logits
+    form = state_config(decoder, slots * shards, positions, config)
+    pool = plan_pool(form, config.prefix_bytes, shards)
+    stored = 0 if pool is None else pool_bytes(pool)
+    return state_bytes(slots, positions) + max(smaller, default=0) + logits + stored
 
 
 def check_sizes(decoder: Decoder, config: EngineConfig, ladder: Ladder) -> None:
