@@ -152,7 +152,7 @@ class Engine:
         request.check(*self._limits)
         self.config.check(request, self._limits[0])
         (request,) = within_context([request], self._limits[0])
-        reader = Reader(request, request.max_new_tokens, self._tokenizer)
+        reader = Reader(request, request.max_new_tokens, self._tokenizer, self._limits[1])
         reader.result.lossless = self.config.lossless
         mailbox = Mailbox(reader)
         sampled = known_acceptance(self.config.acceptance), request.temperature

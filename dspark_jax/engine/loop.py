@@ -18,17 +18,26 @@ import jax
 import numpy as np
 
 from dspark_jax.engine.config import Ladder, fit
-from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.engine.guided import end_with_grammars, masks_by, shaping_by
 from dspark_jax.engine.launch import IN_FLIGHT, Launcher
 from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import drafted_by
-from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
+from dspark_jax.engine.seats import (
+    InFlight,
+    Tenant,
+    known_seats,
+    plan_chunks,
+    plan_moves,
+    room,
+    spread,
+    temperatures_by_kind,
+)
 from dspark_jax.engine.stats import Tally
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
-from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
-from dspark_jax.scheduler.history import Drafted, History, Kind, Promise, advance, record
+from dspark_jax.scheduler.choice import Outlook, choose_rows
+from dspark_jax.scheduler.history import Drafted, History, advance, record
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -74,7 +83,7 @@ class Loop:
         self._switch = DraftSwitch()
         self._history = History(self._config.recalibrate)
         self._numbers, self._generations = itertools.count(), itertools.count()
-        self._roomy_rounds, self._waited, self._read_s = 0, False, 0.0
+        self._roomy_rounds, self._waited, self._read_s, self._in_turn = 0, False, 0.0, False
 
     @property
     def running(self) -> int:
@@ -91,6 +100,11 @@ class Loop:
         """Whether anything is left to do."""
         return bool(self._in_flight or self._queue or self._tenants or self._plan)
 
+    @property
+    def _num_slots(self) -> int:
+        """Of all data shards."""
+        return self._sizes.slots * self._shards
+
     def add(self, tenant: Tenant, priority: int) -> None:
         """Queue a request: higher priorities first, then by arrival."""
         heapq.heappush(self._queue, (-priority, tenant.arrival, tenant))
@@ -102,6 +116,9 @@ class Loop:
             self.suspects = []
             while len(self._in_flight) >= IN_FLIGHT:
                 self._read_oldest()
+            self._in_turn = any(tenant.guide and tenant.pending for tenant in self._tenants)
+            if self._in_turn:
+                self.settle()  # a grammar goes on from the committed text
             if self._in_flight and not self._next_round_is_needed():
                 self.settle()
             plan = self._make_plan()
@@ -184,26 +201,13 @@ class Loop:
                 drafted[tenant.generation] = drafted_by(tenant.kind, report, slot)
             self.tally.read(report, slot, first, now_s)
             try:
-                self._read_one(tenant, report, slot, first, (done.shape.num_rows, round_s))
+                tenant.take(report, slot, first, done.shape.num_rows, round_s)
             except Exception as error:  # of its tokenizer, say: nobody else's business
                 tenant.mailbox.fail(error)
             if tenant.reader.result.finish_reason:
                 tenant.reader.result.seconds = now_s - tenant.since_s
                 self._tenants.remove(tenant)
         self._history = record(self._history, done.number, drafted)
-
-    def _read_one(
-        self,
-        tenant: Tenant,
-        report: RoundReport,
-        slot: int,
-        first: bool,
-        about: tuple[int, float],
-    ) -> None:
-        tenant.length = int(report.length_B[slot])
-        if tenant.reader.request.trace:
-            tenant.reader.note(report, slot, first, *about)
-        tenant.mailbox.report(tenant.reader.read(report, slot, first))
 
     def _next_round_is_needed(self) -> bool:
         """Whether there is work for another round, whatever those in flight bring."""
@@ -236,6 +240,7 @@ class Loop:
                 self._switch = DraftSwitch()
             outlook = self._outlook(number, drafted, num_chunks)
             self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)
+        asks = asked_by(tenant.request for tenant in self._tenants if tenant.decoding)
         return HostPlan(
             number,
             moves,
@@ -244,7 +249,8 @@ class Loop:
             chunks,
             self._shape(num_rows, num_chunks),
             self._pages.table(self._tenants, self._sizes, self._shards),
-            asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
+            asks,
+            shaping_by(asks, self._tenants, self._num_slots),
             start,
         )
 
@@ -314,19 +320,8 @@ class Loop:
     def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
         """What the choice of the rows of a round is made from."""
         self._history = advance(self._history, number, [t.generation for t in self._tenants])
-        history, temperatures = self._history, self._temperatures()
-        seats = [
-            Seat(
-                tenant.slot // self._sizes.slots,
-                tenant in drafted,
-                temperatures[tenant.kind],
-                history.logits.get(tenant.generation),
-                tenant.generation in history.fresh,
-                history.promises.get(tenant.kind, Promise()).kept,
-            )
-            for tenant in self._tenants
-            if tenant.decoding
-        ]
+        decoding = [tenant for tenant in self._tenants if tenant.decoding]
+        seats = known_seats(decoding, drafted, self._sizes.slots, self._history)
         rows = self._drafted_rows(self._shape(0, num_chunks))
         costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
         return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
@@ -352,37 +347,37 @@ class Loop:
             launcher.admit(admission, sizes)
         self.suspects = joined
         given, shape = self._programs.round_input(plan, temperature_BG), plan.shape
-        if steps_per_s_T is not None:
-            block, wanted_D = launcher.draft(plan, given, steps_per_s_T)
-            shape = self._fitted(shape, wanted_D)
-            if shape.num_draft:
-                given = given.replace(block=block)  # type: ignore[attr-defined]
+        block, news = launcher.draft(plan, given, steps_per_s_T)
+        num_tokens, masks = self._programs.decoder.target.vocab_size, None
+        for tenant in end_with_grammars(self._tenants, num_tokens):  # while the devices draft
+            self.drop(tenant)
+        if news is not None and news.num_rows_D is not None:
+            shape = self._fitted(shape, news.num_rows_D)
         ready = self._programs.ready(shape, plan.asks)
-        kind = self._programs.kind(shape, plan.asks)
-        self._tell(shape, kind)
-        report = launcher.run(shape, kind, given)
+        if plan.shaping is not None:
+            size = self._num_slots, shape.num_draft + 1, num_tokens
+            masks = masks_by(self._tenants, news, plan.beginning, size)
+        chosen = shape, self._programs.kind(shape, plan.asks), masks
+        self._tell(*chosen)
+        report = launcher.run(plan, given, block, chosen)
         columns, members = shape.num_draft + 1, []
         for tenant in self._tenants:
             if tenant.decoding:
                 tenant.pending += columns
                 members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
-        steady = ready and bool(self._in_flight) and not (plan.moves or plan.admissions)
+        follows = bool(self._in_flight) or self._in_turn  # at once upon the round before it
+        steady = ready and follows and not (plan.moves or plan.admissions)
         launched_s = time.perf_counter()
         self._in_flight.append(
             InFlight(plan.number, report, shape, steady, launched_s, tuple(members))
         )
 
-    def _temperatures(self) -> dict[Kind, np.ndarray]:
-        """float32 [G]: of the confidences of each kind of requests."""
-        kinds = {tenant.kind for tenant in self._tenants}
-        return {kind: self._history.temperature_G(kind) for kind in kinds}
-
     def _temperature_BG(self) -> np.ndarray | None:
         """float32: of everybody's confidences; None without a drafter."""
         if not self._block_size:
             return None
-        temperatures, num_slots = self._temperatures(), self._sizes.slots * self._shards
-        temperature_BG = np.ones((num_slots, self._block_size), np.float32)
+        temperatures = temperatures_by_kind(self._tenants, self._history)
+        temperature_BG = np.ones((self._num_slots, self._block_size), np.float32)
         for tenant in self._tenants:
             temperature_BG[tenant.slot] = temperatures[tenant.kind]
         return temperature_BG

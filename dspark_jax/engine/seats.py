@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dspark_jax.engine.grammar import Guide
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Chunk, Move
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Mailbox
-from dspark_jax.scheduler.history import Kind
+from dspark_jax.scheduler.choice import Seat
+from dspark_jax.scheduler.history import History, Kind, Promise
 from dspark_jax.scheduler.shape import Shape, Sizes
 
 
@@ -54,6 +56,20 @@ class Tenant:
         """Wait for a slot no longer."""
         self.generation, self.since_s = generation, self.since_s or time.perf_counter()
 
+    @property
+    def guide(self) -> Guide | None:
+        """By which it decodes, if it has a grammar."""
+        return self.reader.guide
+
+    def take(
+        self, report: RoundReport, slot: int, first: bool, num_rows: int, seconds: float
+    ) -> None:
+        """What a round has brought; arguments as for ``Reader.note``."""
+        self.length = int(report.length_B[slot])
+        if self.reader.request.trace:
+            self.reader.note(report, slot, first, num_rows, seconds)
+        self.mailbox.report(self.reader.read(report, slot, first))
+
     def leave(self) -> None:
         """Give up slot and pages, with all tokens so far behind the prompt of what is left."""
         self.slot, self.pending, self.read, self.decoding, self.pages = -1, 0, 0, False, []
@@ -62,6 +78,8 @@ class Tenant:
             left = self.reader.limit - len(new_ids)
             ids = (*asked.prompt_ids, *new_ids)
             self.request = replace(asked, prompt_ids=ids, max_new_tokens=left)
+        if self.guide is not None:  # which may have failed on its way along some drafts
+            self.guide.restart(new_ids)
         self.length = len(self.request.prompt_ids)
 
 
@@ -94,6 +112,36 @@ def room(tenant: Tenant, columns: int) -> int:
     """Positions that a request needs in the next round, whatever those in flight bring."""
     limit = len(tenant.reader.request.prompt_ids) + tenant.reader.limit
     return min(tenant.length + tenant.pending, limit) + columns
+
+
+def known_seats(
+    tenants: Sequence[Tenant], drafted: Set[Tenant], num_slots: int, history: History
+) -> list[Seat]:
+    """What the choice of rows knows of those who decode.
+
+    Args:
+        tenants: who decode.
+        drafted: those of them who draft.
+        num_slots: of a data shard.
+        history: of their drafts.
+    """
+    temperatures = temperatures_by_kind(tenants, history)
+    return [
+        Seat(
+            tenant.slot // num_slots,
+            tenant in drafted,
+            temperatures[tenant.kind],
+            history.logits.get(tenant.generation),
+            tenant.generation in history.fresh,
+            history.promises.get(tenant.kind, Promise()).kept,
+        )
+        for tenant in tenants
+    ]
+
+
+def temperatures_by_kind(tenants: Iterable[Tenant], history: History) -> dict[Kind, np.ndarray]:
+    """float32 [G]: of the confidences of each kind of requests."""
+    return {kind: history.temperature_G(kind) for kind in {tenant.kind for tenant in tenants}}
 
 
 def plan_moves(shards: Sequence[Sequence[Tenant]], old: Sizes, new: Sizes) -> tuple[Move, ...]:
