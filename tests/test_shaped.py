@@ -3,20 +3,33 @@ drafted; what is reported is the target's own."""
 
 import dataclasses
 import itertools
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from dspark_jax.axes import make_mesh
 from dspark_jax.engine import executables, tokens
 from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.generate import config_for
+from dspark_jax.engine.grammar import Grammar
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.shaping import shape_logits
 from dspark_jax.models.targets.llama import encode
 from dspark_jax.models.vocab import unembed
 from pallas_kernels import random
-from tests.test_generate import TARGET, drafter_of, generate, target_of
+from tests.test_generate import (
+    TARGET,
+    Letters,
+    drafter_of,
+    generate,
+    requests,
+    target_of,
+    texts,
+)
 
 SIZE, LENGTH, PROMPT, TEMPERATURE = 4, 4, (1, 2), 0.9
 SHAPED = {
@@ -98,3 +111,92 @@ def test_a_penalty_that_forgets_the_drafts_of_its_block_is_seen(world, monkeypat
     monkeypatch.setattr(tokens, "shape_logits", forget)
     monkeypatch.setattr(executables, "_PROGRAMS", {})
     assert fit_of_the_text(world)[0] < 1e-12
+
+
+# Penalties, a bias, a grammar, one who asks for nothing, and likeliest tokens; of sixteen letters.
+LETTERS, STOP = 16, 15
+WAYS = (
+    {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"repetition_penalty": 1.8, "logit_bias": {7: 4.0, 3: -100.0}},
+    {"grammar": Grammar("regex", "[A-E]{1,20}(O[A-N]+)*")},
+    {},
+    {"top_logprobs": 3},
+)
+
+
+def mixed(**fields):
+    """One request of each way; all of the same programs."""
+    own = {"max_new_tokens": 16, "stop_ids": (STOP,), **fields}
+    return [
+        dataclasses.replace(
+            request, prompt_ids=[token % STOP for token in request.prompt_ids], **way
+        )
+        for request, way in zip(requests(**own), WAYS, strict=True)
+    ]
+
+
+def decoder_of(with_drafter, mesh=None):
+    cfg = dataclasses.replace(TARGET, vocab_size=LETTERS)
+    target = target_of(cfg)
+    drafter = drafter_of(target, vocab_size=LETTERS, mask_token_id=STOP) if with_drafter else None
+    return make_decoder(target, drafter, tokenizer=Letters(), mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def decoders():
+    """Plainly, and with a drafter."""
+    return decoder_of(False), decoder_of(True)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        pytest.param({"policy": "causal"}, marks=pytest.mark.full),
+        pytest.param({"temperature": 0.8, "acceptance": "coupled"}, marks=pytest.mark.full),
+    ],
+)
+def test_text_is_that_of_plain_decoding(decoders, rules):
+    """Greedy and coupled; nobody is harmed by what others ask for."""
+    rules = dict(rules)
+    batch = mixed(temperature=rules.pop("temperature", 0.0))
+    acceptance = {"acceptance": rules.pop("acceptance", "rejection")}
+    plain = generate(decoders[0], batch, **acceptance)
+    spec = generate(decoders[1], batch, **acceptance, **rules)
+    assert texts(spec) == texts(plain)
+    if rules.get("policy") != "causal":  # which drafts nothing before it knows what rounds cost
+        assert sum(sum(result.accepted_drafts) for result in spec) > 0
+    free = [dataclasses.replace(one, top_logprobs=0) for one in batch[3:]]
+    assert texts(spec)[3:] == texts(generate(decoders[0], free, **acceptance))
+    assert re.fullmatch(WAYS[2]["grammar"].text, spec[2].text)
+    best = spec[4].top_logprobs
+    assert [len(tops) for tops in best] == [3] * len(spec[4].token_ids)
+    if not batch[4].temperature:
+        assert [tops[0][0] for tops in best] == spec[4].token_ids
+        np.testing.assert_allclose([tops[0][1] for tops in best], spec[4].logprobs, rtol=1e-6)
+    assert all(a[1] >= b[1] >= c[1] for a, b, c in best)
+
+
+def test_what_starts_over_counts_what_is_new(decoders):
+    """The prompt that it goes on from has grown, its penalties still see all new tokens."""
+    batch = mixed()
+    expected = generate(decoders[0], batch)
+    with Engine(decoders[1], config_for(decoders[1], batch, policy="block")) as engine:
+        streams = [engine.submit(request) for request in batch]
+        for _ in range(4):
+            engine.step()
+        engine._loop.start_over()
+        engine.run()
+    assert texts(stream.result for stream in streams) == texts(expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_vocabulary_in_shards_gives_the_text_of_one(decoders, temperature, emulated_devices):
+    batch = mixed(temperature=temperature)
+    got = generate(decoder_of(True, make_mesh(2, 4)), batch)
+    expected = generate(decoders[1], batch)
+    assert texts(got) == texts(expected)
+    for one, other in zip(got[4].top_logprobs, expected[4].top_logprobs, strict=True):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        np.testing.assert_allclose(*([value for _, value in tops] for tops in (one, other)), 1e-4)

@@ -85,7 +85,7 @@ def decode_round(
         column_C == accepted_B[:, None], acceptance.next_B[:, None], jnp.roll(token_BC, -1, axis=1)
     )
     finite_B = acceptance.finite_B | ~state.active_B
-    top_id_BCK, top_logprob_BCK = top_logprobs(logits_TV, plan.row_BC, cfg)
+    top_id_BCK, top_logprob_BCK = top_logprobs(given, logits_TV, plan.row_BC, cfg)
     report = RoundReport(
         token_BC=committed_BC,
         count_B=count_B,

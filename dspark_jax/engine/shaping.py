@@ -42,6 +42,7 @@ class Shaping:
         asked_B: int32 length of the prompt as it was asked: what lies behind is new.
         bias_id_BJ: int32 ids, padded with -1.
         bias_BJ: float32.
+        top_B: int32, how many of the likeliest tokens are wanted.
     """
 
     presence_B: jax.Array
@@ -50,6 +51,7 @@ class Shaping:
     asked_B: jax.Array
     bias_id_BJ: jax.Array
     bias_BJ: jax.Array
+    top_B: jax.Array
 
 
 @struct.dataclass
@@ -94,12 +96,14 @@ def shaping_of(asked: Mapping[int, Request], num_slots: int) -> Shaping:
         "asked_B": np.zeros(num_slots, np.int32),
         "bias_id_BJ": np.full((num_slots, MOST_BIASES), -1, np.int32),
         "bias_BJ": np.zeros((num_slots, MOST_BIASES), np.float32),
+        "top_B": np.zeros(num_slots, np.int32),
     }
     for slot, request in asked.items():
         values["presence_B"][slot] = request.presence_penalty
         values["frequency_B"][slot] = request.frequency_penalty
         values["repetition_B"][slot] = request.repetition_penalty
         values["asked_B"][slot] = len(request.prompt_ids)
+        values["top_B"][slot] = request.top_logprobs
         count = len(request.logit_bias)
         values["bias_id_BJ"][slot, :count] = list(request.logit_bias)
         values["bias_BJ"][slot, :count] = list(request.logit_bias.values())

@@ -176,18 +176,26 @@ def raw_logprobs(
 
 
 def top_logprobs(
-    logits_TV: jax.Array, row_BC: jax.Array, cfg: RoundConfig
+    given: RoundInput, logits_TV: jax.Array, row_BC: jax.Array, cfg: RoundConfig
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The likeliest tokens of some rows, int32 and float32 [B, C, K], the best first; None in a
     round that is not shaped."""
-    if cfg.asks != "shaped":
+    if given.shaping is None:
         return None, None
+    num_tokens = logits_TV.shape[-1]
 
-    def takes(axis: str | None) -> Any:
-        return PartitionSpec(None, axis), _WHOLE
+    def compute() -> Any:
+        def takes(axis: str | None) -> Any:
+            return PartitionSpec(None, axis), _WHOLE
+
+        return _by_shards(_tops, takes, num_tokens, logits_TV, row_BC)
+
+    def nothing() -> Any:
+        shape = *row_BC.shape, min(MOST_TOP, num_tokens)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     found: tuple[jax.Array, jax.Array]
-    found = _by_shards(_tops, takes, logits_TV.shape[-1], logits_TV, row_BC)
+    found = _where_asked("shaped", given.shaping.top_B > 0, compute, nothing, cfg)
     return found
 
 
@@ -234,9 +242,13 @@ def _where_asked(
     cfg: RoundConfig,
 ) -> Any:
     """``compute()`` where the host says that this or more is asked; where it does not say what
-    is asked, only if anybody does."""
+    is asked, and on a CPU where it asks for all, only if anybody does."""
     if cfg.asks == "any":
         return jax.lax.cond(jnp.any(asked_B), compute, otherwise)
+    if cfg.asks == "shaped":
+        return jax.lax.platform_dependent(
+            cpu=lambda: jax.lax.cond(jnp.any(asked_B), compute, otherwise), default=compute
+        )
     return compute() if ASKS.index(cfg.asks) >= ASKS.index(what) else otherwise()
 
 
