@@ -1,5 +1,6 @@
 """Grammars: what is refused, and texts that follow them whatever is drafted."""
 
+import argparse
 import dataclasses
 import itertools
 import sys
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
+from dspark_jax.cli.command import main
+from dspark_jax.cli.given import grammar_of
 from dspark_jax.engine import guided
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.grammar import Grammar, Guide, goes_on, read_masks
@@ -113,6 +119,31 @@ def test_a_grammar_that_ends_and_one_that_does_not_go_on():
     dead = Guide(Grammar("regex", "a[0-9]"), Letters("ab"), 4, ())
     dead.take(0)
     assert (goes_on([dead], 4), dead.accepting) == ([False], False)
+
+
+def test_tokens_may_be_parts_of_characters():
+    """A tokenizer of bytes, as most are; special tokens are no text, and rows may be left over."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*alphabet, "<end>"])}
+    made = Tokenizer(BPE(vocabulary, []))
+    made.decoder = decoders.ByteLevel()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    guide = Guide(Grammar("regex", " <end>é"), tokenizer, 300, {256})
+    ids = [vocabulary[text] for text in "Ġ<end>Ã©"]
+    ((word_CX,), _) = read_masks([(guide, ids)], 9, 300)
+    allowed = [[i for i, may in enumerate(bits(word_X, 300)) if may] for word_X in word_CX]
+    assert allowed == [*([index] for index in ids), [256]]
+
+
+def test_a_schema_comes_from_a_file(tmp_path, capsys):
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "null"}')
+    args = argparse.Namespace(json_schema=path)
+    assert grammar_of(args) == Grammar("json_schema", path.read_text())
+    path.write_text("{")
+    assert main(["generate", "hello", "--json-schema", str(path)]) == 2
+    assert f"{path}: the schema is no JSON" in capsys.readouterr().err
 
 
 # A vocabulary of three letters, an end (here a dot) and a row without a token.

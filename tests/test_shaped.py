@@ -46,7 +46,7 @@ def world():
     every place of every text."""
     cfg = dataclasses.replace(TARGET, vocab_size=SIZE)
     target = target_of(cfg, seed=4, scale=12.0)
-    drafter = drafter_of(target, seed=2, vocab_size=SIZE, mask_token_id=3, block_size=3)
+    drafter = drafter_of(target, seed=2, vocab_size=SIZE, mask_token_id=3, block_size=2)
     words = np.array(list(itertools.product(range(SIZE), repeat=LENGTH)))
     prompt = np.tile(PROMPT, (len(words), 1))
     hidden, _ = encode(target[1], jnp.array(np.concatenate([prompt, words], axis=1)), cfg)
@@ -148,46 +148,61 @@ def decoders():
     return decoder_of(False), decoder_of(True)
 
 
+@pytest.fixture(scope="module")
+def plain(decoders):
+    """The greedy texts, decoded plainly."""
+    return texts(generate(decoders[0], mixed()))
+
+
 @pytest.mark.parametrize(
     "rules",
     [
-        {},
-        pytest.param({"policy": "causal"}, marks=pytest.mark.full),
-        pytest.param({"temperature": 0.8, "acceptance": "coupled"}, marks=pytest.mark.full),
+        (0.0, "block", "rejection"),
+        pytest.param((0.0, "causal", "rejection"), marks=pytest.mark.full),
+        pytest.param((0.8, "block", "coupled"), marks=pytest.mark.full),
     ],
 )
-def test_text_is_that_of_plain_decoding(decoders, rules):
+def test_text_is_that_of_plain_decoding(decoders, plain, rules):
     """Greedy and coupled; nobody is harmed by what others ask for."""
-    rules = dict(rules)
-    batch = mixed(temperature=rules.pop("temperature", 0.0))
-    acceptance = {"acceptance": rules.pop("acceptance", "rejection")}
-    plain = generate(decoders[0], batch, **acceptance)
-    spec = generate(decoders[1], batch, **acceptance, **rules)
-    assert texts(spec) == texts(plain)
-    if rules.get("policy") != "causal":  # which drafts nothing before it knows what rounds cost
+    temperature, policy, acceptance = rules
+    batch = mixed(temperature=temperature)
+    if temperature:
+        plain = texts(generate(decoders[0], batch, acceptance=acceptance))
+    spec = generate(decoders[1], batch, acceptance=acceptance, policy=policy)
+    assert texts(spec) == plain
+    if policy != "causal":  # which drafts nothing before it knows what rounds cost
         assert sum(sum(result.accepted_drafts) for result in spec) > 0
     free = [dataclasses.replace(one, top_logprobs=0) for one in batch[3:]]
-    assert texts(spec)[3:] == texts(generate(decoders[0], free, **acceptance))
+    assert plain[3:] == texts(generate(decoders[0], free, acceptance=acceptance))
     assert re.fullmatch(WAYS[2]["grammar"].text, spec[2].text)
     best = spec[4].top_logprobs
     assert [len(tops) for tops in best] == [3] * len(spec[4].token_ids)
-    if not batch[4].temperature:
+    if not temperature:
         assert [tops[0][0] for tops in best] == spec[4].token_ids
         np.testing.assert_allclose([tops[0][1] for tops in best], spec[4].logprobs, rtol=1e-6)
     assert all(a[1] >= b[1] >= c[1] for a, b, c in best)
 
 
-def test_what_starts_over_counts_what_is_new(decoders):
+def test_what_starts_over_counts_what_is_new(decoders, plain):
     """The prompt that it goes on from has grown, its penalties still see all new tokens."""
     batch = mixed()
-    expected = generate(decoders[0], batch)
     with Engine(decoders[1], config_for(decoders[1], batch, policy="block")) as engine:
         streams = [engine.submit(request) for request in batch]
         for _ in range(4):
             engine.step()
         engine._loop.start_over()
         engine.run()
-    assert texts(stream.result for stream in streams) == texts(expected)
+    assert texts(stream.result for stream in streams) == plain
+
+
+def test_a_grammar_that_does_not_go_on_ends_its_request_alone(decoders, plain):
+    """No letter is a digit."""
+    batch = mixed()
+    batch[2] = dataclasses.replace(batch[2], grammar=Grammar("regex", "A[0-9]"))
+    found = generate(decoders[1], batch)
+    assert [*texts(found)[:2], *texts(found)[3:]] == [*plain[:2], *plain[3:]]
+    assert (found[2].text, found[2].finish_reason) == ("A", "error")
+    assert "the grammar does not go on" in str(found[2].error)
 
 
 @pytest.mark.full

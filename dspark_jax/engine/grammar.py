@@ -241,12 +241,11 @@ def _make_vocabulary(tokenizer: Any, num_tokens: int) -> Any:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     known = None if fast is None else _read_by_library(fast.to_str())
     if known is not None:
-        tokens, encode = _bytes_of_known(known, num_tokens), known.tokenize_bytes
+        tokens = _bytes_of_known(known, num_tokens)
     else:
         tokens = _bytes_of_texts(tokenizer, num_tokens)
-        encode = functools.partial(_encode_greedily, tokens)
-    told = library.TokenizerWrapper(_Tokens([*tokens, END], num_tokens, encode))
-    return library.LLTokenizer(told)
+    told = _Tokens([*tokens, END], num_tokens, known)
+    return library.LLTokenizer(library.TokenizerWrapper(told))
 
 
 def _read_by_library(text: str) -> Any:
@@ -265,11 +264,32 @@ class _Tokens:
     bos_token_id = None
     special_token_ids: Sequence[int] = ()
 
-    def __init__(self, tokens: list[bytes], end: int, encode: Any) -> None:
-        self.tokens, self.eos_token_id, self._encode = tokens, end, encode
+    def __init__(self, tokens: list[bytes], end: int, known: Any) -> None:
+        """The bytes of all tokens, which of them is the end, and who cuts texts into them as the
+        target has learnt it; None where nobody does."""
+        self.tokens, self.eos_token_id, self._known = tokens, end, known
+        self._ids = {token: index for index, token in enumerate(tokens) if token}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return list(self._encode(text.encode() if isinstance(text, str) else text))
+        """The tokens of a text that a grammar leaves no choice about."""
+        text = text.encode() if isinstance(text, str) else text
+        if self._known is not None:
+            found = list(self._known.tokenize_bytes(text))
+            within = (self.tokens[token] for token in found if token < self.eos_token_id)
+            if b"".join(within) == text:
+                return found  # and has not taken any of it for the name of a special token
+        return self._longest_first(text)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """The longest tokens from left to right; what no token begins with is left out."""
+        found, start = [], 0
+        while start < len(text):
+            pieces = (text[start : start + size] for size in range(self._longest, 0, -1))
+            piece = next((piece for piece in pieces if piece in self._ids), b"")
+            found += [self._ids[piece]] if piece else []
+            start += len(piece) or 1
+        return found
 
 
 def _bytes_of_known(known: Any, num_tokens: int) -> list[bytes]:
@@ -295,15 +315,3 @@ def _bytes_of_texts(tokenizer: Any, num_tokens: int) -> list[bytes]:
             "not read: load the model with a tokenizer.json for a grammar"
         )
     return [text.encode() for text in texts]
-
-
-def _encode_greedily(tokens: Sequence[bytes], text: bytes) -> list[int]:
-    """The longest tokens from left to right; what no token begins with is left out."""
-    ids = {token: index for index, token in enumerate(tokens) if token}
-    longest, found, start = max(map(len, ids), default=1), [], 0
-    while start < len(text):
-        pieces = (text[start : start + size] for size in range(longest, 0, -1))
-        piece = next((piece for piece in pieces if piece in ids), b"")
-        found += [ids[piece]] if piece else []
-        start += len(piece) or 1
-    return found
