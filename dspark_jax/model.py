@@ -84,7 +84,8 @@ class Model:
                 drawn, as in ``EngineConfig``.
             trace: whether the results have every round, as ``RoundTrace``.
             **limits: of ``Request``: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``,
-                ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``.
+                ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``,
+                ``top_logprobs``, penalties, ``logit_bias``, ``grammar``.
 
         Returns:
             The results, the n of a prompt one behind the other. On a mesh over several processes,

@@ -96,6 +96,7 @@ PURE = {
 }
 CONFINED = {
     "gguf": {"dspark_jax.checkpoints.gguf"},
+    "llguidance": {"dspark_jax.engine.grammar"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},
     "sentencepiece": {"dspark_jax.checkpoints.pieces"},
     "tokenizers": {"dspark_jax.checkpoints.gguf_tokenizer", "dspark_jax.checkpoints.pieces"},
@@ -107,7 +108,7 @@ CONFINED = {
         "dspark_jax.checkpoints.tokenizer",
     },
 }
-OPTIONAL = {"matplotlib"}
+OPTIONAL = {"llguidance", "matplotlib"}
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

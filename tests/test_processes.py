@@ -13,6 +13,7 @@ import pytest
 from dspark_jax.engine import engine as engine_module
 from dspark_jax.engine import peers
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.grammar import Grammar
 from dspark_jax.engine.launch import Launcher, follow
 from dspark_jax.engine.peers import Peers
 from tests.marks import rest_full
@@ -35,12 +36,15 @@ def together(monkeypatch):
 
 @pytest.mark.parametrize("policy", rest_full(["delayed", "causal"], ("causal",)))
 def test_who_follows_has_the_state_of_who_decides(together, policy):
-    """Through moves, admissions, prompts in pieces, and drafts that are made ahead."""
+    """Through moves, admissions, prompts in pieces, drafts that are made ahead, and grammars."""
     engine, heard = together(policy=policy)
     launcher = Launcher(engine._programs, engine._loop.launcher.weights)
     follower = threading.Thread(target=follow, args=(launcher, heard.hear))
     follower.start()
-    streams = [engine.submit(request) for request in requests(5)]
+    asked = requests(5)
+    if policy == "causal":
+        asked.append(dataclasses.replace(asked[0], grammar=Grammar("regex", "[A-Z]{50,}")))
+    streams = [engine.submit(request) for request in asked]
     engine.run()
     expected = engine._loop.launcher.state
     engine.close()

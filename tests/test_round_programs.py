@@ -15,6 +15,7 @@ from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.inputs import ASKS, RoundConfig, RoundInput
 from dspark_jax.engine.plan import asked_by
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.shaping import no_masks, shaping_of
 from dspark_jax.engine.state import StateConfig, declare_state
 from dspark_jax.scheduler.shape import Sizes
 from tests import test_engine
@@ -33,7 +34,12 @@ def lower(asks, acceptance, num_slots, rows_per_slot=BLOCK + 1, mesh=None, **con
     cfg = RoundConfig(target[0], drafter[0], BLOCK, acceptance=acceptance, asks=asks, **config)
     program = programs.round_program(cfg, form, num_slots * rows_per_slot, 0, mesh)
     given = RoundInput(np.ones(num_slots, bool), None, np.ones((num_slots, BLOCK), np.float32))
-    traced = program.trace(weights, abstract_buffers(declare_state(form), mesh), given)
+    state = abstract_buffers(declare_state(form), mesh)
+    if asks == "shaped":
+        block, _ = programs.draft_program(cfg, form, mesh).eval_shape(weights, state, given, None)
+        masks = no_masks(num_slots, BLOCK + 1, 64)
+        given = given.replace(block=block, shaping=shaping_of({}, num_slots), masks=masks)
+    traced = program.trace(weights, state, given)
     return traced.lower(lowering_platforms=None if mesh else ("cuda",))
 
 
@@ -50,7 +56,8 @@ def control_flow(monkeypatch):
     ("asks", "acceptance"),
     [
         ("greedy", "rejection"),
-        ("filtered", "rejection"),
+        ("shaped", "rejection"),
+        pytest.param("filtered", "rejection", marks=pytest.mark.full),
         pytest.param("sampled", "rejection", marks=pytest.mark.full),
         pytest.param("filtered", "coupled", marks=pytest.mark.full),
     ],
@@ -88,6 +95,8 @@ def test_what_requests_ask_for():
     assert asked_by([made["sampled"], made["greedy"]]) == "sampled"
     assert asked_by([made["sampled"], made["filtered"], made["greedy"]]) == "filtered"
     assert asked_by([Request([1], logprobs=True)]) == "sampled"
+    for way in ({"top_logprobs": 1}, {"repetition_penalty": 1.1}, {"logit_bias": {3: 1}}):
+        assert asked_by([made["filtered"], Request([1], **way)]) == "shaped"
     for limit in ({"top_k": 3}, {"min_p": 0.1}):
         assert asked_by([Request([1], temperature=1.0, **limit)]) == "filtered"
 

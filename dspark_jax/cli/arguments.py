@@ -109,6 +109,7 @@ def _add_generate(commands: Any, summary: str) -> None:
     add_filters(command)
     add("--stop", type=plain_text, action="append", default=[], metavar="TEXT", help="end there; "
         "may be repeated")  # fmt: skip
+    add("--json-schema", metavar="FILE.json", help="every text is JSON that follows this schema")
     add("--batch", type=count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
 

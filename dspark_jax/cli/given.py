@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
@@ -12,6 +13,7 @@ from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from dspark_jax.engine.grammar import Grammar
     from dspark_jax.engine.request import Request
     from dspark_jax.evaluation.prompts import Prompt
     from dspark_jax.model import Model
@@ -59,9 +61,23 @@ def limits_of(args: argparse.Namespace, **changes: float) -> Request:
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
-    request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
+    stops, grammar = tuple(getattr(args, "stop", ())), grammar_of(args)
+    request = Request((0,), **given, stop_strings=stops, grammar=grammar)
     random.seed_key(args.seed)
     return request
+
+
+def grammar_of(args: argparse.Namespace) -> Grammar | None:
+    """That of a schema in a file, by the commands that take one."""
+    from dspark_jax.engine.grammar import Grammar
+
+    path = getattr(args, "json_schema", None)
+    if path is None:
+        return None
+    try:
+        return Grammar("json_schema", Path(path).read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def drafter_of(args: argparse.Namespace) -> str:

@@ -35,6 +35,7 @@ from dspark_jax.engine.programs import (
     round_program,
 )
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.shaping import no_masks, shaping_of
 from dspark_jax.engine.state import (
     DecodeState,
     StateConfig,
@@ -58,7 +59,8 @@ class Programs:
             shapes are kept here.
         config, policy, ladder: of the engine.
         kinds: what rounds may be asked for, the least first, each with programs of its own. A CPU
-            has one program for all, with conditions in it.
+            has one program for all, with conditions in it, but those of shaped laws, which are
+            compiled for whoever asks.
     """
 
     decoder: Decoder
@@ -78,11 +80,11 @@ class Programs:
         """Compile everything, with a progress bar, until ``stop()``."""
         sizes = self.sizes()
         todo: list[tuple[Callable[..., Executable], tuple[Any, ...]]] = []
-        *narrower, widest = self.kinds  # which serves everybody
+        *narrower, widest = self._able("greedy")  # which serves everybody
         shapes = [shape for size in sizes for shape in self.shapes(size)]
         todo += [(self.round, (shape, widest)) for shape in shapes]
         if self.policy.kind == "causal":
-            ahead = [kind for kind in self.kinds if kind != "filtered"]
+            ahead = [kind for kind in (*narrower, widest) if kind != "filtered"]
             chunks = 0, *self.ladder.chunks
             todo += [
                 (self.draft, (size, n, kind)) for size in sizes for n in chunks for kind in ahead
@@ -130,29 +132,33 @@ class Programs:
         return any(self._has(shape, kind) for kind in self._able(asks))
 
     def _able(self, asks: Asks) -> tuple[Asks, ...]:
-        """The kinds that do what is asked, the least first."""
-        return self.kinds[self.kinds.index(asks) :] if asks in self.kinds else self.kinds
+        """The kinds that serve what is asked, the least first."""
+        if asks == "shaped":
+            return (asks,)
+        kinds = tuple(kind for kind in self.kinds if kind != "shaped")
+        return kinds[kinds.index(asks) :] if asks in kinds else kinds
 
     def _has(self, shape: Shape, kind: Asks) -> bool:
         return (shape, kind) in self._known and self._known[shape, kind].ready
 
     def round(self, shape: Shape, kind: Asks) -> Executable:
-        """``decode_round(weights, state, given)`` of a kind; under the causal policy the drafts are
-        given."""
+        """``decode_round(weights, state, given)`` of a kind; under the causal policy, and where the
+        law is shaped, the drafts are given."""
 
         def build() -> tuple[Any, ...]:
             rows_per_chunk = self.config.chunk_rows if shape.num_chunks else 0
             cfg, weights = self._config(shape.num_draft, kind), self.decoder.weights
             form = self.form(shape.sizes)
             parts = cfg, form, shape.num_rows, rows_per_chunk, self.decoder.mesh
-            args = weights, self._state(shape.sizes), self._given(shape)
+            args = weights, self._state(shape.sizes), self._given(shape, kind)
             return round_program, parts, args
 
         return self._once((shape, kind), build)
 
     def draft(self, sizes: Sizes, num_chunks: int, asks: Asks = "greedy") -> Executable:
-        """``draft_ahead(weights, state, given, steps_per_s_T)``; filters are the target's alone."""
-        kind = self._able("sampled" if asks == "filtered" else asks)[0]
+        """``draft_ahead(weights, state, given, steps_per_s_T)``, the speeds None but under the
+        causal policy; filters and what shapes a law are the target's alone."""
+        kind = self._able("sampled" if asks in ("filtered", "shaped") else asks)[0]
         return self._once((sizes, num_chunks, kind), lambda: self._draft(sizes, num_chunks, kind))
 
     def admit(self, sizes: Sizes) -> Executable:
@@ -297,14 +303,16 @@ class Programs:
 
         What is as it was in the round before is there already.
         """
-        placed = {}
-        for name, value in vars(round_input(plan, temperature_BG)).items():
-            before, there = self._placed.get(name, (None, None))
-            if not isinstance(value, np.ndarray) or not np.array_equal(before, value):
-                there = self.put(value, getattr(GIVEN, name))
-                self._placed[name] = value, there
-            placed[name] = there
-        return RoundInput(**placed)
+        given = vars(round_input(plan, temperature_BG))
+        return RoundInput(**{name: self.placed(name, value) for name, value in given.items()})
+
+    def placed(self, name: str, value: Any) -> Any:
+        """A field of :class:`RoundInput` on the devices."""
+        before, there = self._placed.get(name, (None, None))
+        if not _same(before, value):
+            there = self.put(value, getattr(GIVEN, name))
+            self._placed[name] = value, there
+        return there
 
     def idle_input(self, shape: Shape) -> RoundInput:
         """What a round is told where no slot is taken; drafts, if they are given, are zeros."""
@@ -314,7 +322,7 @@ class Programs:
 
         return jax.tree.map(fill, self._given(shape))
 
-    def _given(self, shape: Shape) -> RoundInput:
+    def _given(self, shape: Shape, kind: Asks = "greedy") -> RoundInput:
         shards, drafter, temperature_BG = num_shards(self.decoder.mesh), self.decoder.drafter, None
         pages = self.any_pages(shape.sizes)
         plan = HostPlan(0, (), (), frozenset(), ((),) * shards, shape, pages)
@@ -322,7 +330,12 @@ class Programs:
             size = shape.sizes.slots * shards, drafter.block_size
             temperature_BG = np.zeros(size, np.float32)
         given = jax.tree.map(_abstract, self.round_input(plan, temperature_BG))
-        if self.policy.kind == "causal" and shape.num_draft:
+        if kind == "shaped":
+            count, tokens = shape.sizes.slots * shards, self.decoder.target.vocab_size
+            shaping, masks = shaping_of({}, count), no_masks(count, shape.num_draft + 1, tokens)
+            told = {"shaping": self.put(shaping, BY_SLOT), "masks": self.put(masks, BY_SLOT)}
+            given = given.replace(**jax.tree.map(_abstract, told))
+        if (self.policy.kind == "causal" or kind == "shaped") and shape.num_draft:
             make, parts, args = self._draft(shape.sizes, shape.num_chunks, self.kinds[0])
             block, _ = make(*parts).eval_shape(*args)
             if self.decoder.mesh is not None:
@@ -336,9 +349,12 @@ class Programs:
     def _draft(self, sizes: Sizes, num_chunks: int, kind: Asks) -> tuple[Any, ...]:
         """The program of :meth:`draft` and its arguments."""
         given = self._given(Shape(sizes, 0, sizes.slots, num_chunks))
-        steps_per_s_T = np.zeros(self.ladder.drafted_rows(sizes.slots, 0)[-1] + 1, np.float32)
+        steps_per_s_T = None
+        if self.policy.kind == "causal":
+            most = self.ladder.drafted_rows(sizes.slots, 0)[-1]
+            steps_per_s_T = self.put(np.zeros(most + 1, np.float32))
         parts = self._config(self.policy.num_draft, kind), self.form(sizes), self.decoder.mesh
-        args = self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
+        args = self.decoder.weights, self._state(sizes), given, steps_per_s_T
         return draft_program, parts, args
 
     def _pool(self) -> Pool:
@@ -352,7 +368,14 @@ class Programs:
 
 
 def _kinds() -> tuple[Asks, ...]:
-    return ("any",) if jax.default_backend() == "cpu" else ASKS
+    return ("any", "shaped") if jax.default_backend() == "cpu" else ASKS
+
+
+def _same(before: Any, value: Any) -> bool:
+    """Whether two trees of arrays are equal."""
+    forms: tuple[Any, Any] = jax.tree.structure(before), jax.tree.structure(value)
+    leaves = zip(jax.tree.leaves(before), jax.tree.leaves(value), strict=False)
+    return bool(forms[0] == forms[1]) and all(np.array_equal(*pair) for pair in leaves)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

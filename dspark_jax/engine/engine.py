@@ -35,6 +35,7 @@ from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request, within_context
 from dspark_jax.engine.seats import Tenant
 from dspark_jax.engine.setting import setting_of
+from dspark_jax.engine.shaping import is_shaped
 from dspark_jax.engine.stats import Stats
 from dspark_jax.engine.stream import Mailbox, Stream
 from dspark_jax.rules import known_acceptance
@@ -142,8 +143,8 @@ class Engine:
         """Queue a request: higher priorities first, then by arrival.
 
         Raises:
-            ValueError: the request cannot be served by this engine, or not from this process; the
-                message has the remedy.
+            ValueError: the request cannot be served by this engine, or not from this process, or
+                its grammar does not compile; the message has the remedy.
             queue.Full: ``config.queue`` requests wait already.
         """
         if self.follows:
@@ -152,12 +153,12 @@ class Engine:
         request.check(*self._limits)
         self.config.check(request, self._limits[0])
         (request,) = within_context([request], self._limits[0])
-        reader = Reader(request, request.max_new_tokens, self._tokenizer)
+        reader = Reader(request, request.max_new_tokens, self._tokenizer, self._limits[1])
         reader.result.lossless = self.config.lossless
         mailbox = Mailbox(reader)
         sampled = known_acceptance(self.config.acceptance), request.temperature
         temperature_G = confidence_temperatures(self._calibration, *sampled, self._block_size)
-        kind = request.temperature == 0, tuple(temperature_G.tolist())
+        kind = (request.temperature == 0, is_shaped(request)), tuple(temperature_G.tolist())
         stream = Stream(mailbox, self.step, self._step_async, self._lock)
         with self._lock:
             if self._closed:

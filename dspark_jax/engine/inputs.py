@@ -10,15 +10,16 @@ from flax import struct
 
 from dspark_jax.config import TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
+from dspark_jax.engine.shaping import Masks, Shaping
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.rules import AcceptanceRule, Rule
 from pallas_kernels.dispatch import Implementation
 
-Asks = Literal["any", "greedy", "sampled", "filtered"]
+Asks = Literal["any", "greedy", "sampled", "filtered", "shaped"]
 # What the host can say of a round; what one does, all behind it do too.
-ASKS: tuple[Asks, ...] = ("greedy", "sampled", "filtered")
+ASKS: tuple[Asks, ...] = ("greedy", "sampled", "filtered", "shaped")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class RoundConfig:
         lengths, draft_law: rules of ``EngineConfig``; None is the product's own.
         kernels: the implementation of the operations of ``pallas_kernels``.
         asks: the most that anybody in the round asks for: "greedy" tokens; "sampled" ones, or
-            log-probabilities; "filtered" ones. All of it is computed without a condition, for which
-            the host of a GPU would have to wait. "any" finds out in the round, which suits a CPU.
+            log-probabilities; "filtered" ones; or a "shaped" law, or the likeliest tokens, in a
+            round whose drafts are always given. All of it is computed without a condition, for
+            which the host of a GPU would have to wait. "any" finds out in the round what but the
+            last is asked, which suits a CPU.
     """
 
     target: TargetConfig
@@ -112,6 +115,7 @@ class RoundInput:
         block: drafts that were made already; None drafts in the round.
         page_BX: int32 pages of every slot, of a state in pages; see
             :class:`~dspark_jax.models.cache.KVCache`.
+        shaping, masks: of a round whose law is shaped; None in all others.
     """
 
     keep_B: jax.Array
@@ -119,6 +123,22 @@ class RoundInput:
     temperature_BG: jax.Array | None = None
     block: DraftBlock | None = None
     page_BX: jax.Array | None = None
+    shaping: Shaping | None = None
+    masks: Masks | None = None
+
+
+@struct.dataclass
+class DraftNews:
+    """What the host may read of drafts that are made ahead of their round.
+
+    Attributes:
+        token_BG: int32 drafts.
+        num_rows_D: int32, one of each data shard: rows of all anchors and the drafts within the
+            budget of Algorithm 1, 0 where there is no budget; None where it is not asked.
+    """
+
+    token_BG: jax.Array
+    num_rows_D: jax.Array | None
 
 
 @struct.dataclass
@@ -138,6 +158,9 @@ class RoundReport:
             temperature and filters; 0 in a round without.
         draft_BG: int32 tokens of the draft; None without one.
         confidence_logit_BG: float32 of the draft; None without a draft or a confidence head.
+        top_id_BCK: int32 the K = 20 likeliest tokens, or all, of the law that logprob_BC is about,
+            the best first; None unless the round's law is shaped.
+        top_logprob_BCK: float32 of these.
     """
 
     token_BC: jax.Array
@@ -151,3 +174,5 @@ class RoundReport:
     logprob_BC: jax.Array
     draft_BG: Any
     confidence_logit_BG: Any
+    top_id_BCK: Any = None
+    top_logprob_BCK: Any = None

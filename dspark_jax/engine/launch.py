@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from dspark_jax.engine.compiled import Programs
-from dspark_jax.engine.inputs import Asks, RoundInput, RoundReport, Weights
+from dspark_jax.engine.inputs import Asks, DraftNews, RoundInput, RoundReport, Weights
 from dspark_jax.engine.plan import Admission, HostPlan, Keep
 from dspark_jax.engine.pool import Pool
 from dspark_jax.engine.programs import BY_SLOT
+from dspark_jax.engine.shaping import Masks
 from dspark_jax.engine.state import DecodeState, slot_values
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.scheduler.shape import Shape, Sizes
@@ -75,17 +76,41 @@ class Launcher:
         return self.pool
 
     def draft(
-        self, plan: HostPlan, given: RoundInput, steps_per_s_T: np.ndarray
-    ) -> tuple[DraftBlock, jax.Array]:
+        self, plan: HostPlan, given: RoundInput, steps_per_s_T: np.ndarray | None
+    ) -> tuple[DraftBlock | None, DraftNews | None]:
         """The drafts of a plan ahead of its round; see
-        :func:`~dspark_jax.engine.round.draft_ahead`."""
-        shape, put = plan.shape, self.programs.put(steps_per_s_T)
+        :func:`~dspark_jax.engine.round.draft_ahead`. None where the round drafts itself, or
+        nobody."""
+        shape = plan.shape
+        if not shape.num_draft or (steps_per_s_T is None and plan.asks != "shaped"):
+            return None, None
+        put = None if steps_per_s_T is None else self.programs.put(steps_per_s_T)
         program = self.programs.draft(shape.sizes, shape.num_chunks, plan.asks)
-        found: tuple[DraftBlock, jax.Array] = program(self.weights, self.state, given, put)
+        found: tuple[DraftBlock, DraftNews] = program(self.weights, self.state, given, put)
         return found
 
-    def run(self, shape: Shape, kind: Asks, given: RoundInput) -> RoundReport:
-        """The round itself."""
+    def run(
+        self,
+        plan: HostPlan,
+        given: RoundInput,
+        block: DraftBlock | None,
+        chosen: tuple[Shape, Asks, Masks | None],
+    ) -> RoundReport:
+        """The round itself.
+
+        Args:
+            plan, given: of the round.
+            block: of :meth:`draft`.
+            chosen: since then: the shape of the round, the kind of its program, and masks where
+                that is a shaped one.
+        """
+        shape, kind, masks = chosen
+        if block is not None and shape.num_draft:
+            given = given.replace(block=block)  # type: ignore[attr-defined]
+        if masks is not None:
+            told = {"shaping": plan.shaping, "masks": masks}
+            told = {name: self.programs.placed(name, value) for name, value in told.items()}
+            given = given.replace(**told)  # type: ignore[attr-defined]
         program = self.programs.round(shape, kind)
         report: RoundReport
         self.state, report = program(self.weights, self.state, given)
@@ -98,7 +123,7 @@ def follow(launcher: Launcher, hear: Callable[[], Any]) -> None:
     Args:
         launcher: of this process.
         hear: gives what :class:`~dspark_jax.engine.loop.Loop` tells: a plan, temperatures and
-            speeds; then the shape and the kind of its round; in the end nothing.
+            speeds; then what it chose for the round; in the end nothing.
     """
     in_flight: deque[RoundReport] = deque()
     while said := hear():
@@ -106,12 +131,8 @@ def follow(launcher: Launcher, hear: Callable[[], Any]) -> None:
         launcher.begin(plan)
         for admission in plan.admissions:
             launcher.admit(admission, plan.shape.sizes)
-        given, block = launcher.programs.round_input(plan, temperature_BG), None
-        if steps_per_s_T is not None:
-            block, _ = launcher.draft(plan, given, steps_per_s_T)
-        shape, kind = hear()
-        if block is not None and shape.num_draft:
-            given = given.replace(block=block)  # type: ignore[attr-defined]
-        in_flight.append(launcher.run(shape, kind, given))
+        given = launcher.programs.round_input(plan, temperature_BG)
+        block, _ = launcher.draft(plan, given, steps_per_s_T)
+        in_flight.append(launcher.run(plan, given, block, hear()))
         if len(in_flight) > IN_FLIGHT:
             jax.block_until_ready(in_flight.popleft())  # what failed there is raised here

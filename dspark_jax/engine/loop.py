@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence, Set
 import jax
 
 from dspark_jax.engine.config import Ladder, fit
-from dspark_jax.engine.inputs import RoundReport
+from dspark_jax.engine.guided import end_with_grammars, masks_by, shaping_by
 from dspark_jax.engine.launch import IN_FLIGHT, Launcher
 from dspark_jax.engine.outlook import seats_of, temperatures_of
 from dspark_jax.engine.pages import Pages
@@ -76,7 +76,7 @@ class Loop:
         self._switch = DraftSwitch()
         self._history = History(self._config.recalibrate)
         self._numbers, self._generations = itertools.count(), itertools.count()
-        self._roomy_rounds, self._waited, self._read_s = 0, False, 0.0
+        self._roomy_rounds, self._waited, self._read_s, self._in_turn = 0, False, 0.0, False
 
     @property
     def running(self) -> int:
@@ -93,6 +93,11 @@ class Loop:
         """Whether anything is left to do."""
         return bool(self._in_flight or self._queue or self._tenants or self._plan)
 
+    @property
+    def _num_slots(self) -> int:
+        """Of all data shards."""
+        return self._sizes.slots * self._shards
+
     def add(self, tenant: Tenant, priority: int) -> None:
         """Queue a request: higher priorities first, then by arrival."""
         heapq.heappush(self._queue, (-priority, tenant.arrival, tenant))
@@ -104,6 +109,9 @@ class Loop:
             self.suspects = []
             while len(self._in_flight) >= IN_FLIGHT:
                 self._read_oldest()
+            self._in_turn = any(tenant.guide and tenant.pending for tenant in self._tenants)
+            if self._in_turn:
+                self.settle()  # a grammar goes on from the committed text
             if self._in_flight and not self._next_round_is_needed():
                 self.settle()
             plan = self._make_plan()
@@ -194,7 +202,7 @@ class Loop:
                 drafted[tenant.generation] = drafted_by(tenant.kind, report, slot)
             self.tally.read(report, slot, first, now_s)
             try:
-                self._read_one(tenant, report, slot, first, (done.shape.num_rows, round_s))
+                tenant.take(report, slot, first, done.shape.num_rows, round_s)
             except Exception as error:  # of its tokenizer, say: nobody else's business
                 tenant.mailbox.fail(error)
             if tenant.reader.result.finish_reason:
@@ -203,20 +211,6 @@ class Loop:
                 self._store.leave(tenant, self._sizes.slots, still=still)
                 self._tenants.remove(tenant)
         self._history = record(self._history, done.number, drafted)
-
-    def _read_one(
-        self,
-        tenant: Tenant,
-        report: RoundReport,
-        slot: int,
-        first: bool,
-        about: tuple[int, float],
-    ) -> None:
-        tenant.length = int(report.length_B[slot])
-        tenant.committed += report.token_BC[slot, : report.count_B[slot]].tolist()
-        if tenant.reader.request.trace:
-            tenant.reader.note(report, slot, first, *about)
-        tenant.mailbox.report(tenant.reader.read(report, slot, first))
 
     def _next_round_is_needed(self) -> bool:
         """Whether there is work for another round, whatever those in flight bring."""
@@ -252,6 +246,7 @@ class Loop:
                 self._switch = DraftSwitch()
             outlook = self._outlook(number, drafted, num_chunks)
             self._switch, num_rows = choose_rows(self._policy, self._switch, outlook)
+        asks = asked_by(tenant.request for tenant in self._tenants if tenant.decoding)
         return HostPlan(
             number,
             moves,
@@ -260,7 +255,8 @@ class Loop:
             chunks,
             self._shape(num_rows, num_chunks),
             self._pages.table(self._tenants, self._sizes, self._shards),
-            asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
+            asks,
+            shaping_by(asks, self._tenants, self._num_slots),
             start,
             self._store.take(),
         )
@@ -353,8 +349,8 @@ class Loop:
         launcher, joined, sizes = self.launcher, self.suspects, plan.shape.sizes
         temperature_BG = steps_per_s_T = None
         if self._block_size:
-            slots, block_size = sizes.slots * self._shards, self._block_size
-            temperature_BG = temperatures_of(self._history, self._tenants, slots, block_size)
+            drafts = self._num_slots, self._block_size
+            temperature_BG = temperatures_of(self._history, self._tenants, *drafts)
         if self._policy.kind == "causal" and plan.shape.num_draft:
             costs = self._costs(plan.number, self._drafted_rows(plan.shape), num_shards=1)
             assert costs is not None
@@ -366,26 +362,29 @@ class Loop:
             launcher.admit(admission, sizes)
         self.suspects = joined
         given, shape = self._programs.round_input(plan, temperature_BG), plan.shape
-        if steps_per_s_T is not None:
-            block, wanted_D = launcher.draft(plan, given, steps_per_s_T)
-            shape = self._fitted(shape, wanted_D)
-            if shape.num_draft:
-                given = given.replace(block=block)  # type: ignore[attr-defined]
+        block, news = launcher.draft(plan, given, steps_per_s_T)
+        num_tokens, masks = self._programs.decoder.target.vocab_size, None
+        for tenant in end_with_grammars(self._tenants, num_tokens):  # while the devices draft
+            self._store.leave(tenant, sizes.slots)
+            self.drop(tenant)
+        if news is not None and news.num_rows_D is not None:
+            shape = self._fitted(shape, news.num_rows_D)
         ready = self._programs.ready(shape, plan.asks)
-        kind = self._programs.kind(shape, plan.asks)
-        self._tell(shape, kind)
-        report = launcher.run(shape, kind, given)
+        if plan.shaping is not None:
+            size = self._num_slots, shape.num_draft + 1, num_tokens
+            masks = masks_by(self._tenants, news, plan.beginning, size)
+        chosen = shape, self._programs.kind(shape, plan.asks), masks
+        self._tell(*chosen)
+        report = launcher.run(plan, given, block, chosen)
         columns, members = shape.num_draft + 1, []
         for tenant in self._tenants:
             if tenant.decoding:
                 tenant.pending += columns
                 members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
-        alone = not (plan.moves or plan.admissions or plan.keeps)
-        steady = ready and bool(self._in_flight) and alone
-        launched_s = time.perf_counter()
-        self._in_flight.append(
-            InFlight(plan.number, report, shape, steady, launched_s, tuple(members))
-        )
+        follows = bool(self._in_flight) or self._in_turn  # at once upon the round before it
+        steady = ready and follows and not (plan.moves or plan.admissions or plan.keeps)
+        told = steady, time.perf_counter(), tuple(members)
+        self._in_flight.append(InFlight(plan.number, report, shape, *told))
 
     def _drafted_rows(self, shape: Shape) -> tuple[int, ...]:
         """The rows that there are programs for, of such rounds with a draft."""

@@ -11,6 +11,7 @@ import numpy as np
 from dspark_jax.engine.inputs import ASKS, Asks, Chunks, RoundInput
 from dspark_jax.engine.prefix import NOTHING, Kept, Prefix
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.shaping import Shaping, is_shaped
 from dspark_jax.scheduler.shape import Shape, Sizes
 
 
@@ -75,6 +76,7 @@ class HostPlan:
         shape: of the round.
         page_BX: int32 pages of every slot, counted within its data shard; None without pages.
         asks: the most that anybody who decodes asks for.
+        shaping: of every slot, where that is a shaped law.
         start: sizes of a new state, which takes the place of the one there is; None goes on.
         keeps: texts to be stored, before anything else.
     """
@@ -87,6 +89,7 @@ class HostPlan:
     shape: Shape
     page_BX: np.ndarray | None = None
     asks: Asks = "greedy"
+    shaping: Shaping | None = None
     start: Sizes | None = None
     keeps: tuple[Keep, ...] = ()
 
@@ -110,6 +113,8 @@ def asked_by(requests: Iterable[Request]) -> Asks:
     """The most that any of the requests that decode asks for; "greedy" of none."""
 
     def one(request: Request) -> Asks:
+        if is_shaped(request):
+            return "shaped"
         sampled = request.temperature > 0
         if sampled and (request.top_k > 0 or request.top_p < 1 or request.min_p > 0):
             return "filtered"

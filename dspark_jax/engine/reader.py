@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.engine.grammar import Guide
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.request import Request, seed_of
 from dspark_jax.engine.text import TextStream, special_id
@@ -54,8 +55,10 @@ class Generation:
             draft, or has no confidence head.
         undrafted_rounds: how many of these rounds did not draft at all.
         logprobs: log-probability of each new token where the request asks for it.
-        finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
-            ``"error"``; empty while it runs.
+        top_logprobs: ids and log-probabilities of the likeliest tokens at each new one, the best
+            first, as many as the request asks for.
+        finish_reason: ``"stop"`` (a stop id or string, or the end of the grammar), ``"length"``,
+            ``"cancelled"`` or ``"error"``; empty while it runs.
         end_id: the stop id that ended it; None where it ended otherwise.
         error: what went wrong, after ``"error"``.
         seed: with which the same request gives the same text again.
@@ -75,6 +78,7 @@ class Generation:
     confidence_logits: list[np.ndarray | None] = field(default_factory=list)
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: str = ""
     end_id: int | None = None
     error: Exception | None = None
@@ -98,7 +102,18 @@ class Generation:
 class Reader:
     """Turns the reports of one slot into a :class:`Generation`."""
 
-    def __init__(self, request: Request, limit: int, tokenizer: Any) -> None:
+    def __init__(self, request: Request, limit: int, tokenizer: Any, num_tokens: int = 0) -> None:
+        """Nothing is read yet.
+
+        Args:
+            request: in ids.
+            limit: new tokens at most.
+            tokenizer: of the target; None makes no text.
+            num_tokens: of the target's vocabulary, for a grammar.
+
+        Raises:
+            ValueError: the request's grammar cannot be followed.
+        """
         self.request = request
         self.limit = limit
         self.result = Generation(len(request.prompt_ids), seed=seed_of(request.key))
@@ -108,6 +123,9 @@ class Reader:
         if tokenizer is not None:
             named = (special_id(tokenizer, text) for text in request.stop_strings)
             self._ends.update(index for index in named if index is not None)
+        self.guide: Guide | None = None
+        if request.grammar is not None:
+            self.guide = Guide(request.grammar, tokenizer, num_tokens, self._ends)
 
     def read(self, report: RoundReport, slot: int, first: bool) -> str:
         """Take in one round; returns the text that may be shown now."""
@@ -127,18 +145,32 @@ class Reader:
             return self.fail(FloatingPointError("the target's logits are not finite"))
         for column, token in enumerate(report.token_BC[slot, :count].tolist()):
             if token in self._ends:
+                if self.guide is not None and not self.guide.accepting:
+                    raise ValueError(f"the grammar does not end here: {self.guide.error}")
                 result.finish_reason, result.end_id = "stop", token
                 break
             result.token_ids.append(token)
             if self.request.logprobs:
                 result.logprobs.append(float(report.logprob_BC[slot, column]))
+            if self.request.top_logprobs:
+                result.top_logprobs.append(self._tops(report, slot, column))
             if self._find_stop_string(token):
+                result.finish_reason = "stop"
+                break
+            if self.guide is not None and self.guide.take(token):
                 result.finish_reason = "stop"
                 break
             if len(result.token_ids) == self.limit:
                 result.finish_reason = "length"
                 break
         return self._finish() if result.finish_reason else self._show()
+
+    def _tops(self, report: RoundReport, slot: int, column: int) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens at a place, as many as the request asks for."""
+        both = report.top_id_BCK, report.top_logprob_BCK
+        count = self.request.top_logprobs
+        ids, logprobs = (top_BCK[slot, column, :count].tolist() for top_BCK in both)
+        return tuple(zip(ids, logprobs, strict=True))
 
     def note(
         self, report: RoundReport, slot: int, first: bool, num_rows: int, seconds: float
@@ -158,6 +190,15 @@ class Reader:
                 seconds,
             )
         )
+
+    def end_with_grammar(self) -> str:
+        """End the request where its grammar allows no further token, which is an error unless the
+        text may end there; returns the text that was still held back."""
+        assert self.guide is not None
+        if not self.guide.accepting:
+            return self.fail(ValueError(f"the grammar does not go on: {self.guide.error}"))
+        self.result.finish_reason = "stop"
+        return self._finish()
 
     def cancel(self) -> str:
         """End the request here; returns the text that was still held back."""

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from dspark_jax import sampling
 from dspark_jax.engine import verify
-from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport, Weights
+from dspark_jax.engine.inputs import DraftNews, RoundConfig, RoundInput, RoundReport, Weights
 from dspark_jax.engine.rows import begin_decoding, chunk_rows, flat_rows, observe_rows, read_rows
+from dspark_jax.engine.shaping import Masks
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs
+from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs, shape_law, top_logprobs
 from dspark_jax.models.cache import with_pages
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.drafters.table import drafter_of
@@ -54,7 +55,7 @@ def decode_round(
     block, token_BC, verified_B = given.block, anchor_B[:, None], jnp.zeros_like(position_B)
     if cfg.num_draft:
         block = draft(weights, state, anchor_B, position_B, cfg) if block is None else block
-        survival_BG = rank(block, drafted_B, given.temperature_BG, cfg)
+        survival_BG = rank(block, drafted_B, given.temperature_BG, cfg, given.masks)
         verified_B = plan_lengths(block, survival_BG, state, num_rows)
         token_BC = jnp.concatenate([token_BC, block.token_BG[:, : cfg.num_draft]], axis=1)
     plan = verify.plan_rows(verified_B, state.active_B, num_rows, cfg.num_draft + 1)
@@ -66,7 +67,8 @@ def decode_round(
     logits_TV, feature_TFD, target_cache = read_rows(
         weights, state, rows, chunks, verified_B, cfg, often_none=often_none
     )
-    acceptance = accept(weights, state, block, logits_TV, plan, position_B, cfg)
+    law_TV = shape_law(state, given, logits_TV, token_BC, plan, cfg)
+    acceptance = accept(weights, state, block, law_TV, plan, position_B, cfg)
     draft_BG = token_BC[:, 1:]
     accepted_B, count_B, stopped_B = verify.truncate_at_stop(
         draft_BG, acceptance.accepted_B, acceptance.next_B, state.stop_id_BK
@@ -83,6 +85,7 @@ def decode_round(
         column_C == accepted_B[:, None], acceptance.next_B[:, None], jnp.roll(token_BC, -1, axis=1)
     )
     finite_B = acceptance.finite_B | ~state.active_B
+    top_id_BCK, top_logprob_BCK = top_logprobs(given, logits_TV, plan.row_BC, cfg)
     report = RoundReport(
         token_BC=committed_BC,
         count_B=count_B,
@@ -95,6 +98,8 @@ def decode_round(
         logprob_BC=raw_logprobs(state, logits_TV, plan.row_BC, committed_BC, cfg),
         draft_BG=None if block is None else block.token_BG,
         confidence_logit_BG=None if block is None else block.confidence_logit_BG,
+        top_id_BCK=top_id_BCK,
+        top_logprob_BCK=top_logprob_BCK,
     )
     state = state.replace(  # type: ignore[attr-defined]
         active_B=state.active_B & ~stopped_B & finite_B & (length_B < state.stop_at_B),
@@ -109,27 +114,28 @@ def draft_ahead(
     weights: Weights,
     state: DecodeState,
     given: RoundInput,
-    steps_per_s_T: jax.Array,
+    steps_per_s_T: jax.Array | None,
     cfg: RoundConfig,
-) -> tuple[DraftBlock, jax.Array]:
-    """The draft of a round by itself, for the causal policy: the host chooses the program of the
-    rest from the rows that Algorithm 1 asks for.
+) -> tuple[DraftBlock, DraftNews]:
+    """The draft of a round by itself: for the causal policy, where the host chooses the program of
+    the rest from the rows that Algorithm 1 asks for, and for grammars, whose masks it makes.
 
     Args:
         weights, state, given, cfg: as for :func:`decode_round`; the state is not donated.
-        steps_per_s_T: float32, of rounds of 0, 1, ... rows.
+        steps_per_s_T: float32, of rounds of 0, 1, ... rows; None where the rows are chosen already.
 
     Returns:
-        The block, to be handed to the round, and int32 [1] rows of all anchors and the drafts
-        within the budget; 0 where there is no budget.
+        The block, to be handed to the round, and what the host may read of it.
     """
     state, drafted_B = _begin(state, given)
     position_B, anchor_B = _anchors(state)
     block = draft(weights, state, anchor_B, position_B, cfg)
+    if steps_per_s_T is None:
+        return block, DraftNews(block.token_BG, None)
     survival_BG = _before_stop(block, rank(block, drafted_B, given.temperature_BG, cfg), state)
     budget = schedule.causal_budget(survival_BG, steps_per_s_T, state.active_B)
     num_rows = budget + jnp.sum(state.active_B, dtype=jnp.int32)
-    return block, jnp.where(budget > 0, num_rows, 0)[None]
+    return block, DraftNews(block.token_BG, jnp.where(budget > 0, num_rows, 0)[None])
 
 
 def _begin(state: DecodeState, given: RoundInput) -> tuple[DecodeState, jax.Array]:
@@ -198,7 +204,11 @@ def draft(
 
 
 def rank(
-    block: DraftBlock, drafted_B: jax.Array, temperature_BG: jax.Array | None, cfg: RoundConfig
+    block: DraftBlock,
+    drafted_B: jax.Array,
+    temperature_BG: jax.Array | None,
+    cfg: RoundConfig,
+    masks: Masks | None = None,
 ) -> jax.Array:
     """Survival of the drafts that the policy wants, float32 [B, K] for K = ``cfg.num_draft``; 0 for
     all others.
@@ -211,6 +221,7 @@ def rank(
         drafted_B: bool, slots whose drafts mean something.
         temperature_BG: float32 of the calibration, from past rounds alone; None is 1.
         cfg: static part.
+        masks: of grammars; behind a draft that they forbid, none is wanted. None forbids nothing.
     """
     num_slots, block_size = block.token_BG.shape
     length_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
@@ -227,6 +238,8 @@ def rank(
         length_B = cfg.lengths.function(confidence_BG)
     if block.count_B is not None:
         length_B = jnp.minimum(length_B, block.count_B)
+    if masks is not None:
+        length_B = jnp.minimum(length_B, masks.usable_B)
     wanted_BG = (jnp.arange(cfg.num_draft) < length_B[:, None]) & drafted_B[:, None]
     # Above 0, so that no draft that is wanted is left out while there are rows for it.
     return jnp.where(wanted_BG, jnp.maximum(survival_BG, jnp.finfo(jnp.float32).tiny), 0)

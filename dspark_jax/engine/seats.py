@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dspark_jax.engine.grammar import Guide
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Chunk, Move
 from dspark_jax.engine.prefix import NOTHING, Prefix
@@ -65,6 +66,21 @@ class Tenant:
         self.generation, self.since_s = generation, self.since_s or time.perf_counter()
         self.prefix, self.read, self.current = prefix, prefix.count, True
 
+    @property
+    def guide(self) -> Guide | None:
+        """By which it decodes, if it has a grammar."""
+        return self.reader.guide
+
+    def take(
+        self, report: RoundReport, slot: int, first: bool, num_rows: int, seconds: float
+    ) -> None:
+        """What a round has brought; arguments as for ``Reader.note``."""
+        self.length = int(report.length_B[slot])
+        self.committed += report.token_BC[slot, : report.count_B[slot]].tolist()
+        if self.reader.request.trace:
+            self.reader.note(report, slot, first, num_rows, seconds)
+        self.mailbox.report(self.reader.read(report, slot, first))
+
     def leave(self) -> None:
         """Give up slot and pages, with all tokens so far behind the prompt of what is left."""
         self.slot, self.pending, self.read, self.decoding, self.pages = -1, 0, 0, False, []
@@ -74,6 +90,8 @@ class Tenant:
             left = self.reader.limit - len(new_ids)
             ids = (*asked.prompt_ids, *new_ids)
             self.request = replace(asked, prompt_ids=ids, max_new_tokens=left)
+        if self.guide is not None:  # which may have failed on its way along some drafts
+            self.guide.restart(new_ids)
         self.length = len(self.request.prompt_ids)
 
 

@@ -120,8 +120,10 @@ def _round_step(programs: Programs, weights: Weights, shape: Shape) -> Step:
 
 def _draft_step(programs: Programs, weights: Weights, sizes: Sizes) -> Step:
     run, given = programs.draft(sizes, 0), _busy_input(programs, Shape(sizes, 0, sizes.slots, 0))
-    most = programs.ladder.drafted_rows(sizes.slots, 0)[-1]
-    steps_per_s_T = programs.put(np.ones(most + 1, np.float32))
+    steps_per_s_T = None
+    if programs.policy.kind == "causal":
+        most = programs.ladder.drafted_rows(sizes.slots, 0)[-1]
+        steps_per_s_T = programs.put(np.ones(most + 1, np.float32))
     return lambda state: (state, run(weights, state, given, steps_per_s_T))
 
 

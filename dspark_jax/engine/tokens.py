@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dspark_jax import sampling
-from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, Weights
+from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, RoundInput, Weights
+from dspark_jax.engine.shaping import MOST_TOP, shape_logits
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.rules import Rule
@@ -56,6 +57,35 @@ def draft_tokens(
     return _where_asked(
         "sampled", temperature_B > 0, lambda: choose(True), lambda: choose(False), cfg
     )
+
+
+def shape_law(
+    state: DecodeState,
+    given: RoundInput,
+    logits_TV: jax.Array,
+    token_BC: jax.Array,
+    plan: VerifyPlan,
+    cfg: RoundConfig,
+) -> jax.Array:
+    """The logits that tokens are accepted and drawn by: the target's own, unless the round is a
+    shaped one."""
+    if cfg.asks != "shaped":
+        return logits_TV
+    assert given.shaping is not None
+    assert given.masks is not None
+
+    def takes(axis: str | None) -> Any:
+        return PartitionSpec(None, axis), *[_WHOLE] * 6
+
+    told = state.token_BS, state.length_B, token_BC, plan, given.shaping, given.masks.allowed_BCX
+    shaped_TV: jax.Array = _by_shards(
+        shape_logits,
+        takes,
+        logits_TV.shape[-1],
+        *(logits_TV, *told),
+        gives=lambda axis: PartitionSpec(None, axis),
+    )
+    return shaped_TV
 
 
 def accept(
@@ -145,6 +175,46 @@ def raw_logprobs(
     return _where_asked("sampled", asked_B, compute, nothing, cfg)
 
 
+def top_logprobs(
+    given: RoundInput, logits_TV: jax.Array, row_BC: jax.Array, cfg: RoundConfig
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The likeliest tokens of some rows, int32 and float32 [B, C, K], the best first; None in a
+    round that is not shaped."""
+    if given.shaping is None:
+        return None, None
+    num_tokens = logits_TV.shape[-1]
+
+    def compute() -> Any:
+        def takes(axis: str | None) -> Any:
+            return PartitionSpec(None, axis), _WHOLE
+
+        return _by_shards(_tops, takes, num_tokens, logits_TV, row_BC)
+
+    def nothing() -> Any:
+        shape = *row_BC.shape, min(MOST_TOP, num_tokens)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    found: tuple[jax.Array, jax.Array]
+    found = _where_asked("shaped", given.shaping.top_B > 0, compute, nothing, cfg)
+    return found
+
+
+def _tops(
+    logits_TV: jax.Array, row_BC: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Of every shard its own likeliest tokens, and the likeliest of these."""
+    count = min(MOST_TOP, logits_TV.shape[-1])
+    best_TK, id_TK = jax.lax.top_k(logits_TV, count)
+    id_TK += shard_start(logits_TV.shape[-1], axis_name)
+    if axis_name is not None:
+        all_TX, all_id_TX = jax.lax.all_gather((best_TK, id_TK), axis_name, axis=1, tiled=True)
+        place_TK = jax.lax.top_k(all_TX, min(MOST_TOP, all_TX.shape[-1]))[1]
+        id_TK = jnp.take_along_axis(all_id_TX, place_TK, axis=1)
+    id_BCK = id_TK[row_BC]
+    row_BCK = jnp.broadcast_to(row_BC[..., None], id_BCK.shape)
+    return id_BCK, _logprobs(logits_TV, row_BCK, id_BCK, axis_name)
+
+
 def _logprobs(
     logits_TV: jax.Array, row_BC: jax.Array, token_BC: jax.Array, axis_name: str | None
 ) -> jax.Array:
@@ -172,9 +242,13 @@ def _where_asked(
     cfg: RoundConfig,
 ) -> Any:
     """``compute()`` where the host says that this or more is asked; where it does not say what
-    is asked, only if anybody does."""
+    is asked, and on a CPU where it asks for all, only if anybody does."""
     if cfg.asks == "any":
         return jax.lax.cond(jnp.any(asked_B), compute, otherwise)
+    if cfg.asks == "shaped":
+        return jax.lax.platform_dependent(
+            cpu=lambda: jax.lax.cond(jnp.any(asked_B), compute, otherwise), default=compute
+        )
     return compute() if ASKS.index(cfg.asks) >= ASKS.index(what) else otherwise()
 
 
@@ -183,15 +257,17 @@ def _by_shards(
     takes: Callable[[str | None], Any],
     num_tokens: int,
     *arrays: Any,
+    gives: Callable[[str | None], Any] = lambda _: _WHOLE,
 ) -> Any:
     """``function(*arrays, axis_name=...)``, on a mesh by the shards of a vocabulary that divides
     over them; by all devices alike where it does not.
 
     Args:
-        function: its results are the same on all shards.
+        function: of the shards.
         takes: how the arrays are split over an axis of the mesh; or over None.
         num_tokens: of the vocabulary.
         arrays: trees.
+        gives: how the results are split; by default they are the same on all shards.
     """
     split = devices.split_over(["tensor"], num_tokens)
     free = devices.free_axes()
@@ -201,7 +277,7 @@ def _by_shards(
     return jax.shard_map(
         functools.partial(function, axis_name=axis),
         in_specs=takes(axis),
-        out_specs=_WHOLE,
+        out_specs=gives(axis),
         axis_names=set(free),
         check_vma=False,
     )(*arrays)

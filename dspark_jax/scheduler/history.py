@@ -7,7 +7,7 @@ their number, when they are `DELAY` old, and not when their reports arrive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,9 @@ from dspark_jax.scheduler.temperatures import (
 CREDIT = 8.0  # drafts predicted and accepted that every kind of request is credited with at first
 WINDOW = 512.0  # predicted accepted drafts that are remembered
 
-# Whose outcomes say something about each other's confidences: requests that are greedy or not, and
-# that start from the same temperatures.
-Kind = tuple[bool, tuple[float, ...]]
+# Whose outcomes say something about each other's confidences: requests of one sort, greedy or not,
+# of a shaped law or not, that start from the same temperatures.
+Kind = tuple[Hashable, tuple[float, ...]]
 
 
 @dataclass(frozen=True, eq=False)
