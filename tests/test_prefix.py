@@ -76,6 +76,8 @@ def test_what_is_found_is_what_was_kept(pages, snapshots, seed):
         assert together[: found.count] == text[: found.count]
         if snapshots and found.count:
             assert shot[found.snapshot] == text[: found.count + 1]
+        whole = PAGE * (found.branch // PAGE)
+        assert found.branch == whole == 0 or found.count < whole < len(text)
         if pages == 1000:
             assert found.count == longest(text, kept_texts, bool(snapshots))
         read = text[:-1]
@@ -237,6 +239,18 @@ def test_every_family_goes_on_from_what_was_stored(name, monkeypatch):
     assert sum(count > 0 for count in cached) >= 3
     in_pages = dataclasses.replace(config, position_buckets=(256,), paged=True)
     assert chat(model, in_pages) == (said, cached)
+    for which in (config, in_pages):
+        plain, stored = (same_beginnings(model, one) for one in (without(which), which))
+        assert [text for text, _ in plain] == [text for text, _ in stored]
+        assert [count for _, count in stored] == [0, 0, 128, 128]
+
+
+def same_beginnings(model, config):
+    """Texts and what was stored of them, of prompts that share 130 tokens."""
+    with Engine(model, config) as engine:
+        shared = np.random.default_rng(2).integers(0, 40, 130).tolist()
+        ended = [engine.submit(Request([*shared, n, 3], 9)).wait() for n in range(4)]
+        return [(result.token_ids, result.cached_tokens) for result in ended]
 
 
 @pytest.mark.full

@@ -67,7 +67,7 @@ class Loop:
         self._block_size = 0 if drafter is None else drafter.block_size
         self._ladder: Ladder = self._programs.ladder
         self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
-        self._store = Store(self._programs.pool, self._shards)
+        self._store = Store(self._programs.pool, self._config.pages, self._shards)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
@@ -226,6 +226,7 @@ class Loop:
     def _make_plan(self) -> HostPlan | None:
         """The next round; None where there is nothing to do."""
         self.drop_cancelled()
+        self._store.branch(self._tenants, self._sizes.slots)
         self._give_pages()
         joining = self._join()
         if not self._tenants:
@@ -238,7 +239,7 @@ class Loop:
             buckets = self.seconds.chunks_within(number, self._sizes, buckets, limit_s)
         chunks = tuple(
             plan_chunks(part, self._sizes.slots, self._config.chunk_rows, buckets)
-            for part in spread(self._tenants, (), self._sizes.slots, self._shards)
+            for part in self._parts()
         )
         num_chunks = fit(max(map(len, chunks)), (0, *buckets))
         if self._policy.num_draft:
@@ -264,8 +265,8 @@ class Loop:
     def _give_pages(self) -> None:
         """Pages for what everybody's next round may write; where there are too few, those who came
         last wait until there are some again."""
-        for shard in range(self._shards):
-            while not self._pages.grow(part := self._part(shard), self._store.shards[shard]):
+        for shard, stored in enumerate(self._store.shards):
+            while not self._pages.grow(part := self._parts()[shard], stored):
                 if self._in_flight:
                     self.settle()  # whoever is over gives his back, and the others need fewer
                     continue
@@ -275,14 +276,14 @@ class Loop:
                 last.leave()
                 heapq.heappush(self._queue, (FIRST, last.arrival, last))
 
-    def _part(self, shard: int) -> list[Tenant]:
-        """The tenants of a data shard."""
-        return spread(self._tenants, (), self._sizes.slots, self._shards)[shard]
+    def _parts(self) -> list[list[Tenant]]:
+        """The tenants of every data shard."""
+        return spread(self._tenants, (), self._sizes.slots, self._shards)
 
     def _join(self) -> list[Tenant]:
         """Those who get a slot now, in front of the queue; they are tenants from here on."""
         joining: list[Tenant] = []
-        shards = spread(self._tenants, (), self._sizes.slots, self._shards)
+        shards = self._parts()
         while self._queue and len(self._tenants) < self._config.slots:
             if self.one_by_one and joining:
                 break

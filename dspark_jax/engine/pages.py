@@ -99,7 +99,8 @@ class Pages:
         free_Q = np.ones(self.count, bool)
         for tenant in part:
             free_Q[tenant.pages] = False
-        while (free_Q & ~stored.held_Q).sum() < wanted and stored.give_up():
-            pass
+        if free_Q.sum() >= wanted:
+            while (free_Q & ~stored.held_Q).sum() < wanted and stored.give_up():
+                pass
         found: list[int] = np.flatnonzero(free_Q & ~stored.held_Q).tolist()
         return found

@@ -52,6 +52,8 @@ class Prefix:
         count: positions.
         pages: that hold them, in their order.
         snapshot: of the state behind them; -1 where none is needed.
+        branch: positions in whole pages that are stored, too, but of no use, for there is no
+            snapshot behind them; 0 where there are no more than ``count``.
         copy: where slots hold pages, the stored page that the text shares in part alone, and its
             own page in the place of that; -1 for none.
     """
@@ -59,6 +61,7 @@ class Prefix:
     count: int = 0
     pages: tuple[int, ...] = ()
     snapshot: int = -1
+    branch: int = 0
     copy: tuple[int, int] = (-1, -1)
 
 
@@ -117,7 +120,8 @@ class Prefixes:
         A drafter's context of a position may know the token behind it: a position counts where
         that token is the same, too.
         """
-        path = self._whole_pages(ids)
+        path = self._whole_pages(ids[:-1])
+        branch = _count(path) if self.snapshots else 0
         if self.snapshots:
             path = self._to_snapshot(path, ids)
             count = _count(path)
@@ -130,7 +134,8 @@ class Prefixes:
             path = [*path, best] if best is not None and more else path
         self._touch(path)
         pages = tuple(node.page for node in path[: -(-count // PAGE)])
-        return Prefix(count, pages, path[-1].snapshot if path else -1)
+        snapshot = path[-1].snapshot if path else -1
+        return Prefix(count, pages, snapshot, branch if branch > count else 0)
 
     def keep(self, ids: Ids, anchor: int | None = None, own: Sequence[int] = ()) -> Kept:
         """Make room for the beginning of a text, or for as much of it as there can be.

@@ -181,10 +181,13 @@ def plan_chunks(
 
 
 def _pieces(tenant: Tenant, slot: int, rows: int) -> list[Chunk]:
-    """What is left of a prompt, without the anchor, which decoding reads; at least one piece."""
-    end = len(tenant.request.prompt_ids) - 1
+    """What is left of a prompt, without the anchor, which decoding reads, or of what shall be
+    stored before the rest is read; at least one piece."""
+    whole = len(tenant.request.prompt_ids) - 1
+    end = tenant.prefix.branch or whole
     starts = list(range(tenant.read, end, rows)) or [tenant.read]
-    return [Chunk(slot, start, min(rows, end - start), start == starts[-1]) for start in starts]
+    last = starts[-1] if end == whole else -1
+    return [Chunk(slot, start, min(rows, end - start), start == last) for start in starts]
 
 
 def _choose_chunks(wanted: int, buckets: Sequence[int]) -> int:

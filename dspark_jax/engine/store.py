@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dspark_jax.engine.plan import Keep
 from dspark_jax.engine.pool import PoolConfig
@@ -20,12 +21,10 @@ class Store:
         shards: what is stored in each.
     """
 
-    def __init__(self, pool: PoolConfig | None, num_shards: int) -> None:
-        """Empty."""
-        sizes = 0, 0, 0
-        if pool is not None:
-            sizes = pool.pages, pool.snapshots, pool.largest.num_pages
-        pages, snapshots, among = (size // num_shards for size in sizes)
+    def __init__(self, pool: PoolConfig | None, num_pages: int, num_shards: int) -> None:
+        """Empty; ``num_pages`` are those of all slots, 0 where they have none."""
+        sizes = (0, 0) if pool is None else (pool.pages, pool.snapshots)
+        pages, snapshots, among = (size // num_shards for size in (*sizes, num_pages))
         self._there = pool is not None
         self.shards = [Prefixes(pages, snapshots, among) for _ in range(num_shards)]
         self._waiting: list[Keep] = []
@@ -60,6 +59,14 @@ class Store:
         kept = self.shards[tenant.slot // num_slots].keep(ids[:count], anchor, tenant.pages)
         if kept.pages or kept.snapshot >= 0:
             self._waiting.append(Keep(tenant.slot, kept))
+
+    def branch(self, tenants: Sequence[Tenant], num_slots: int) -> None:
+        """Prompts that were read as far as others are stored, and not further: the next one that
+        begins like them shall find a snapshot there."""
+        for tenant in tenants:
+            if tenant.prefix.branch and tenant.read == tenant.prefix.branch:
+                self.leave(tenant, num_slots)
+                tenant.prefix = replace(tenant.prefix, branch=0)
 
     def take(self) -> tuple[Keep, ...]:
         """What the next plan has to copy."""
