@@ -231,7 +231,7 @@ def test_confidences_are_recalibrated_while_texts_stay_the_same(monkeypatch):
         streams = [served.submit(request) for request in requests()]
         served.run()
         assert texts(stream.result for stream in streams) == expected()
-    kinds = [(greedy, (1.0,) * DRAFTER.block_size) for greedy in (True, False)]
+    kinds = [((greedy, False), (1.0,) * DRAFTER.block_size) for greedy in (True, False)]
     for kind in kinds:
         assert served._loop._history.online[kind].weight_G[0] >= 8
         assert (served._loop._history.temperature_G(kind) != 1).any()

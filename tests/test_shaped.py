@@ -102,6 +102,7 @@ def test_distribution_of_the_text(world):
     assert sum(sum(result.accepted_drafts) for result in results) > 0.2 * rounds
 
 
+@pytest.mark.full
 def test_a_penalty_that_forgets_the_drafts_of_its_block_is_seen(world, monkeypatch):
     def forget(logits_TV, token_BS, length_B, token_BC, *others, **options):
         committed_BC = jnp.broadcast_to(token_BC[:, :1], token_BC.shape)
