@@ -154,7 +154,7 @@ class Loop:
         self.launcher.state = self.launcher.pool = self._plan = None
         self._waited = False
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
-        for tenant in self._tenants:
+        for tenant in (one for one in self._tenants if not one.mailbox.finished):
             tenant.leave()
             heapq.heappush(self._queue, (FIRST, tenant.arrival, tenant))
         self._tenants = []
@@ -271,8 +271,8 @@ class Loop:
                     self.settle()  # whoever is over gives his back, and the others need fewer
                     continue
                 last = max(part, key=lambda tenant: tenant.arrival)
-                self._tenants.remove(last)
                 self._store.leave(last, self._sizes.slots)
+                self._tenants.remove(last)
                 last.leave()
                 heapq.heappush(self._queue, (FIRST, last.arrival, last))
 
