@@ -65,9 +65,9 @@ def loss_of(params, frozen, batch, target, anchor_BA, keep_BA):
     outputs = losses.draft_blocks(
         params, frozen.vocab, feature, labels, anchor_BA, keep_BA, DRAFTER
     )
-    totals = losses.loss_totals(labels, keep_BA, frozen.t2d_V, 4.0)
+    totals = losses.loss_totals(labels, frozen.t2d_V, 4.0)
     loss, metrics = losses.dspark_loss(
-        params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, frozen.t2d_V
+        params, frozen.vocab, outputs, teacher, labels, totals, frozen.t2d_V
     )
     return loss, (metrics, outputs)
 
@@ -193,7 +193,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
     random = np.random.default_rng(0)
     shape = labels.label_BAG.shape
     teacher = Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
-    totals = losses.loss_totals(labels, keep_BA, None, 4.0)
+    totals = losses.loss_totals(labels, None, 4.0)
 
     @jax.jit
     @jax.value_and_grad
@@ -201,7 +201,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
         code = jnp.zeros((*shape, DRAFTER.markov_rank))
         outputs = losses.BlockOutputs(hidden_BAGD, code, jnp.zeros(shape))
         return losses.dspark_loss(
-            params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, None,
+            params, frozen.vocab, outputs, teacher, labels, totals, None,
             ce_weight=0, l1_weight=0,
         )[0]  # fmt: skip
 
@@ -237,8 +237,8 @@ def test_reduced_vocabulary_against_the_whole_one(frozen, monkeypatch, elements)
     @jax.jit
     def loss_of_outputs(outputs):
         teacher = make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
-        totals = losses.loss_totals(labels, keep_BA, t2d_V, 4.0)
-        return losses.dspark_loss(headless, vocab, outputs, teacher, labels, keep_BA, totals, t2d_V)
+        totals = losses.loss_totals(labels, t2d_V, 4.0)
+        return losses.dspark_loss(headless, vocab, outputs, teacher, labels, totals, t2d_V)
 
     loss, metrics = loss_of_outputs(outputs)
     logits_BAGU = hidden_BAGD.astype(np.float64) @ embed_VD[REDUCED].T

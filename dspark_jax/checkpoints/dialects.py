@@ -15,7 +15,7 @@ facts:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from dspark_jax.checkpoints.tensors import LoadError
@@ -112,8 +112,8 @@ def flat_config(
     for key, name in ALIASES.items():
         if flat.get(key) is not None:
             _put(flat, name, flat.pop(key), key)
-    _refuse_other_meanings(config, flat)
-    ids = _layer_ids(flat)
+    refuse_other_meanings(config, flat)
+    ids = layer_ids(flat)
     blocks = _architecture(flat, method)
     said = {key: field(flat, key, bool) for key in ANCHOR_PREDICTS if flat.get(key) is not None}
     if len(set(said.values())) > 1:
@@ -209,8 +209,11 @@ def _put(flat: dict[str, Any], key: str, value: Any, origin: str) -> None:
     flat[key] = value
 
 
-def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
-    """Settings that would change the numbers, of the drafter or, flattened, of its layers, too.
+def refuse_other_meanings(
+    config: Mapping[str, Any], flat: Mapping[str, Any], but: Container[str] = ()
+) -> None:
+    """Settings that would change the numbers, of the drafter or, flattened, of its layers, too;
+    ``but`` are understood.
 
     Raises:
         LoadError: names the first one.
@@ -218,7 +221,7 @@ def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -
     for part in (config, flat):
         for key, right in UNDERSTOOD.items():
             value = part.get(key)
-            if value is not None and value not in right:
+            if key not in but and value is not None and value not in right:
                 raise LoadError(f"{key} {value!r} is not supported: only {right[0]!r}")
     known = {*READ, *UNDERSTOOD, *BOOKKEEPING, *METHODS}
     for key, value in flat.items():
@@ -262,7 +265,7 @@ def _architecture(flat: Mapping[str, Any], method: str) -> str:
     return DRAFT_BLOCKS[kind].architecture
 
 
-def _layer_ids(flat: Mapping[str, Any]) -> list[int]:
+def layer_ids(flat: Mapping[str, Any]) -> list[int]:
     """The feature layers, counted by their outputs.
 
     Raises:

@@ -104,7 +104,7 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
         "draft_vocab_size": recipe.draft_vocab_size or None,
         "owns_vocab": False,
     }
-    return trained_form(fields | family_of(cfg).draft_fields(cfg), cfg)
+    return trained_form(recipe.method, fields | family_of(cfg).draft_fields(cfg), cfg)
 
 
 def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:

@@ -25,7 +25,7 @@ from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import ring
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS, DrafterParams
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -308,6 +308,7 @@ def train_blocks(
     drafter: StageParams,
     vocab: Vocab,
     feature_BSFD: jax.Array,
+    token_BS: jax.Array,
     previous_BAG: jax.Array,
     anchor_BA: jax.Array,
     keep_BA: jax.Array,

@@ -19,7 +19,7 @@ from flax import struct
 from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -47,6 +47,7 @@ from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
 
 Config = DrafterConfig
+lessons: Lessons = "blocks"
 
 # What a training step keeps of a layer for the backward pass: results of matrix products. All
 # else, several times as large, is cheap to compute again.
@@ -233,6 +234,7 @@ def train_blocks(
     drafter: DrafterParams,
     vocab: Vocab,
     feature_BSFD: jax.Array,
+    token_BS: jax.Array,
     previous_BAG: jax.Array,
     anchor_BA: jax.Array,
     keep_BA: jax.Array,

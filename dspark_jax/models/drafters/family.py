@@ -7,7 +7,7 @@ class of a configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 from flax import struct
@@ -39,6 +39,11 @@ class BlockOutputs:
     confidence_logit_BAG: Any
 
 
+# What a drafter is taught: blocks behind random anchors, towards the tokens that follow them; or
+# chains behind every position of a text, towards the target's distributions along it.
+Lessons = Literal["blocks", "chains"]
+
+
 class TrainBlocks(Protocol):
     """A drafter over all blocks of a batch of whole sequences."""
 
@@ -47,6 +52,7 @@ class TrainBlocks(Protocol):
         drafter: Any,
         vocab: Vocab,
         feature_BSFD: jax.Array,
+        token_BS: jax.Array,
         previous_BAG: jax.Array,
         anchor_BA: jax.Array,
         keep_BA: jax.Array,
@@ -60,6 +66,7 @@ class TrainBlocks(Protocol):
             drafter: weights, layers stacked; its ``head`` is the sequential head.
             vocab: the drafter's vocabulary.
             feature_BSFD: the target's features.
+            token_BS: int32 the sequences.
             previous_BAG: int32 true tokens before each slot's prediction, the anchor first.
             anchor_BA: int32 positions of the anchors.
             keep_BA: False marks a dummy block.
@@ -140,6 +147,10 @@ class DrafterFamily(Protocol):
             cfg: sizes.
             kernels: the implementation of the operations of ``pallas_kernels``.
         """
+
+    @property
+    def lessons(self) -> Lessons:
+        """What it is taught."""
 
     @property
     def train_blocks(self) -> TrainBlocks | None:
