@@ -48,9 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.characters": set(),
-    "dspark_jax.config": {
-        f"dspark_jax.{name}" for name in ("axes", "recipe_rules", "rendering")
-    },
+    "dspark_jax.config": {f"dspark_jax.{name}" for name in ("axes", "recipe_rules", "rendering")},
     "dspark_jax.drafting": set(),
     "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),

@@ -18,9 +18,9 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
-from dspark_jax.models.drafters import lookup
-from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.drafters import eagle3, lookup
+from dspark_jax.models.drafters.heads import DraftBlock, draw_slot
+from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
@@ -64,11 +64,16 @@ def target_of(cfg, seed=0, scale=8.0):
     return cfg, params.replace(vocab=params.vocab.replace(unembed_VD=head))
 
 
-def drafter_of(target, seed=1, d2t=None, **changes):
+CHAIN = eagle3.Config(
+    **{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0, "confidence": False}
+)
+
+
+def drafter_of(target, seed=1, d2t=None, like=DRAFTER, **changes):
     """A random drafter for it, perhaps with a reduced vocabulary."""
     size = None if d2t is None else len(d2t)
-    cfg = dataclasses.replace(DRAFTER, draft_vocab_size=size, **changes)
-    params = init_params(jax.random.key(seed), declare_drafter(cfg))
+    cfg = dataclasses.replace(like, draft_vocab_size=size, **changes)
+    params = init_params(jax.random.key(seed), family_of_drafter(cfg).declare_drafter(cfg))
     own = None if d2t is None else Vocab(None, None, np.array(d2t, np.int32))
     return cfg, params, bind_vocab(cfg, own, target[0], target[1].vocab)
 
@@ -85,6 +90,7 @@ DRAFTERS = {
     "rnn": {"markov_head": "rnn", "confidence_with_markov": False},
     "dflash": {"markov_rank": 0, "confidence": False},
     "reduced": {"d2t": sorted({1, 4, 5, 7, *range(20, 55)})},
+    "eagle3": {"like": CHAIN},
 }
 
 
@@ -190,7 +196,8 @@ def fit_of_the_text(kind, **rules):
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
     elif kind != "plain":
-        changes = {"d2t": [0, 2, 3]} if kind == "reduced" else {"markov_head": "rnn"}
+        of_kind = {"reduced": {"d2t": [0, 2, 3]}, "eagle3": DRAFTERS["eagle3"]}
+        changes = of_kind.get(kind, {"markov_head": "rnn"})
         drafter = drafter_of(
             target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
         )
@@ -257,6 +264,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
     [
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
         ("lookup", {"acceptance": "rejection"}),
+        ("eagle3", {"acceptance": "rejection"}),
+        pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"policy": "causal"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
@@ -287,6 +296,20 @@ def test_a_rule_that_loses_the_law_is_seen_to_do_so(kind, rule):
 
 
 @pytest.mark.full
+def test_a_law_that_was_not_drawn_from_is_seen(monkeypatch):
+    """A chain that says of every draft that it was drawn from a flatter law than it was."""
+
+    def draw(vocab, logits_BU, slot, choose, law):
+        token_B, index_B, logits_BU = draw_slot(vocab, logits_BU, slot, choose, law)
+        return token_B, index_B, 0.2 * logits_BU
+
+    monkeypatch.setattr(eagle3, "draw_slot", draw)
+    monkeypatch.setattr(executables, "_PROGRAMS", {})
+    pvalue, _ = fit_of_the_text("eagle3", acceptance="rejection")
+    assert pvalue < 1e-12
+
+
+@pytest.mark.full
 def test_a_policy_may_be_a_function(target):
     """All drafts or none, as the first confidence says: a gate, said otherwise."""
     decoder = make_decoder(target, drafter_of(target))
@@ -298,18 +321,13 @@ def test_a_policy_may_be_a_function(target):
         generate(make_decoder(target), requests(), policy=own)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        pytest.param((2, 4), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
-        pytest.param((2, 4), {}, marks=pytest.mark.full),
-        pytest.param((8, 1), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
-        pytest.param((8, 1), {}, marks=pytest.mark.full),
-    ],
-)
-def test_eight_devices_give_the_text_of_one(target, sizes, options, emulated_devices):
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["vanilla", "eagle3"])
+@pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9}, {}])
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
+def test_eight_devices_give_the_text_of_one(target, sizes, options, kind, emulated_devices):
     """Heads that do not divide over the mesh are replicated; slots are filled up."""
-    drafter = drafter_of(target)
+    drafter = drafter_of(target, **DRAFTERS[kind])
     sharded = make_decoder(target, drafter, mesh=make_mesh(*sizes))
     single = make_decoder(target, drafter)
     got = generate(sharded, requests(**options), acceptance="coupled")

@@ -273,8 +273,9 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
     hidden, teacher = random.normal(size=(2, *shape, 16)).astype(np.float32)
     code = random.normal(size=(*shape, 4)).astype(np.float32)
     label = random.integers(0, TARGET.vocab_size, shape)
-    ce_weight, l1_weight = random.random((2, *shape)).astype(np.float32)
-    slots = losses._Slots(None, teacher, None, label, ce_weight, l1_weight)
+    weights = random.random((3, *shape)).astype(np.float32)
+    ce_weight, l1_weight, soft_weight = weights
+    slots = losses._Slots(None, teacher, None, label, *weights)
     w2_RU = jnp.asarray(params.head.w2_RU)
 
     def plain(w2_RU, hidden, code):
@@ -282,7 +283,8 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
         law = jax.nn.softmax(unembed(frozen.vocab, teacher))
         l1 = jnp.abs(jax.nn.softmax(logits) - law).sum(-1)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return (ce_weight * ce + l1_weight * l1).sum()
+        soft = optax.softmax_cross_entropy(logits, law)
+        return (ce_weight * ce + l1_weight * l1 + soft_weight * soft).sum()
 
     def chunked(w2_RU, hidden, code):
         return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, None, slots)[0]

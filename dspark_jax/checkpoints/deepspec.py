@@ -275,8 +275,7 @@ def save_drafter(
     owned = None
     if vocab and (cfg.owns_vocab or cfg.owns_head):
         embed_VD = vocab.embed_VD if cfg.owns_vocab else None
-        scales = {"embed_scale": cfg.embed_scale, "softcap": cfg.softcap}
-        owned = Vocab(embed_VD, vocab.unembed_VD, **scales)
+        owned = Vocab(embed_VD, vocab.unembed_VD, embed_scale=cfg.embed_scale, softcap=cfg.softcap)
     tensors = write_params(_declare(cfg), (params, owned))
     if cfg.draft_vocab_size is not None:
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):

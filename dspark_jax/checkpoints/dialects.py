@@ -141,7 +141,9 @@ def _method(config: Mapping[str, Any]) -> str:
     """``"dspark"`` or ``"dflash"``, by what the configuration names, or else by its settings."""
     if KIND in config:
         if config[KIND] not in ("dspark", "dflash"):
-            raise LoadError(f"{KIND} {config[KIND]!r} is not supported: only 'dspark' and 'dflash'")
+            raise LoadError(
+                f"{KIND} {config[KIND]!r} is not supported: only 'dspark', 'dflash' and 'eagle3'"
+            )
         return str(config[KIND])
     nested = config.get("dflash_config")
     projector = nested.get("projector_type") if isinstance(nested, dict) else None
@@ -151,7 +153,7 @@ def _method(config: Mapping[str, Any]) -> str:
     if config.get("architectures") or not (nested or config.get("block_size")):
         every = ", ".join(
             [*(blocks.architecture for blocks in DRAFT_BLOCKS.values()),
-             "DSparkDraftModel", "DFlashDraftModel"]
+             "DSparkDraftModel", "DFlashDraftModel", "Eagle3DraftModel"]
         )  # fmt: skip
         raise LoadError(
             f"architectures {config.get('architectures')!r:.80} is not supported: only one of "

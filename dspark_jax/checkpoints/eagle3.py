@@ -27,6 +27,7 @@ from dspark_jax.checkpoints.dialects import (
     refuse_other_meanings,
 )
 from dspark_jax.checkpoints.tensors import LoadError, Tensors
+from dspark_jax.config import DrafterConfig
 from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.drafters.eagle3 import Config
 from dspark_jax.models.targets.config_json import BLOCK_TYPE, field
@@ -150,6 +151,26 @@ def eagle3_settings(cfg: Config) -> dict[str, Any]:
         "ttt_length": cfg.block_size,
         **{name: True for name, on in switches.items() if on},
     }
+
+
+def check_reference(cfg: DrafterConfig) -> None:
+    """Check that the reference layout, as others read it, says what a drafter computes.
+
+    Raises:
+        ValueError: names what it cannot say.
+    """
+    if not isinstance(cfg, Config):
+        return
+    for what, there in (
+        ("no norms of q and k", not cfg.blocks and not cfg.qk_norm),
+        ("norm_before_residual", cfg.norm_residual),
+        ("norm_output", cfg.norm_output),
+    ):
+        if there:
+            raise ValueError(
+                f"the drafter has {what}, and the reference layout has no such drafters: choose "
+                "the format speculators"
+            )
 
 
 def eagle3_architecture(blocks: DraftBlocks) -> str:

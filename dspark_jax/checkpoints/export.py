@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import HUB_ID
+from dspark_jax.checkpoints.eagle3 import check_reference
 from dspark_jax.checkpoints.hf import model_directory
 from dspark_jax.checkpoints.inside import save_inside
 from dspark_jax.checkpoints.speculators import save_speculators
@@ -64,6 +65,8 @@ def save_layout(
         cfg = replace(cfg, owns_vocab=own_vocab)
         save_speculators(directory, cfg, params, held, verifier, trained_for)
         return
+    if layout == "deepspec":
+        check_reference(cfg)
     if layout == "deepspec" and cfg.draft_vocab_size is not None:
         raise ValueError(
             f"draft_vocab_size is {cfg.draft_vocab_size}, and the reference layout has no reduced "

@@ -173,7 +173,9 @@ def acceptance(
         ValueError: it is 0 at position 1, which any other drafter's could be, too.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(target.params.norm_D.dtype), params)
-    cfg = replace(cfg, owns_vocab=False)  # says nothing about numbers: one program for both
+    cfg = replace(
+        cfg, owns_vocab=False, owns_head=False
+    )  # says nothing about numbers: one program for both
     rate_G = np.asarray(_acceptance(target.params, params, vocab, batch, target.cfg, cfg))
     if not np.isfinite(rate_G).all():
         raise FloatingPointError("the drafts' probabilities are not finite: broken weights")

@@ -178,9 +178,7 @@ def sample_lessons(
     uniform_BP = (jax.random.uniform(key, candidate_BP.shape) + turn) % 1.0
     entry_BA, keep_BA = choose_anchors(uniform_BP, candidate_BP, num_anchors)
     anchor_BA = entry_BA + keep_BA
-    return anchor_BA, keep_BA, chain_labels(
-        token_BS, loss_mask_BS, anchor_BA, keep_BA, num_slots
-    )
+    return anchor_BA, keep_BA, chain_labels(token_BS, loss_mask_BS, anchor_BA, keep_BA, num_slots)
 
 
 def taught_positions(loss_mask_BS: jax.Array, lessons: Lessons) -> jax.Array:

@@ -61,9 +61,10 @@ def choose_blocks(
     they are yet to be read."""
     sizes = anchors_of(recipe, batch.token_BS.shape[1]), cfg.block_size
     given = batch.token_BS, batch.loss_mask_BS, key, turn, sizes, drafter_of(cfg).lessons
+    anchor_BA, keep_BA, labels = sample_lessons(*given)
     if target is None:
-        return Blocks(batch, None, None, *sample_lessons(*given))
-    return Blocks(None, *target, *sample_lessons(*given))
+        return Blocks(batch, None, None, anchor_BA, keep_BA, labels)
+    return Blocks(None, *target, anchor_BA, keep_BA, labels)
 
 
 def blocks_loss(
@@ -128,9 +129,7 @@ def blocks_gradient(
     return sum_over_parts(gradient, blocks, recipe.micro_batches)
 
 
-def _totals(
-    blocks: Blocks, frozen: Frozen, cfg: DrafterConfig, recipe: TrainConfig
-) -> LossTotals:
+def _totals(blocks: Blocks, frozen: Frozen, cfg: DrafterConfig, recipe: TrainConfig) -> LossTotals:
     """Of a whole batch."""
     lessons = drafter_of(cfg).lessons
     return loss_totals(blocks.labels, frozen.t2d_V, recipe.loss_decay, lessons)

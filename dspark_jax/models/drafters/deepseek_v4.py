@@ -55,6 +55,9 @@ from dspark_jax.models.vocab import Vocab, embed
 Context = Callable[[Layer, Any], tuple[jax.Array, jax.Array]]
 
 
+lessons: Lessons = "blocks"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(DrafterConfig):
     """Sizes of a drafter whose stages are the family's layers.

@@ -138,7 +138,7 @@ def declare_context(cfg: Config, room: kv.Room) -> Context:
 def for_decoding(drafter: Params, *, donate: bool) -> Params:
     """``DrafterFamily.for_decoding``."""
     layers = tuple(single_layers(stack, donate=donate) for stack in drafter.layers)
-    return replace(drafter, layers=layers)  # type: ignore[type-var]
+    return replace(drafter, layers=layers)
 
 
 def project_features(drafter: Params, feature_XFD: jax.Array) -> jax.Array:

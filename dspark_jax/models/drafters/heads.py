@@ -24,7 +24,6 @@ from dspark_jax.models.layers import add
 from dspark_jax.models.vocab import Vocab, unembed
 from pallas_kernels.accept_block.rule import OneHot
 
-
 # Of a slot: token_B, index_B and the logits_BU that it was drawn from.
 Drawn = tuple[jax.Array, jax.Array, jax.Array]
 
