@@ -19,7 +19,7 @@ from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters import eagle3, lookup
-from dspark_jax.models.drafters.heads import DraftBlock, draw_slot
+from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
@@ -65,7 +65,7 @@ def target_of(cfg, seed=0, scale=8.0):
 
 
 CHAIN = eagle3.Config(
-    **{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0, "confidence": False}
+    **{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0}
 )
 
 
@@ -264,7 +264,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
     [
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
         ("lookup", {"acceptance": "rejection"}),
-        ("eagle3", {"acceptance": "rejection"}),
+        ("eagle3", {"policy": "threshold:0.4"}),
+        pytest.param("eagle3", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"policy": "causal"}, marks=pytest.mark.full),
@@ -306,6 +307,19 @@ def test_a_law_that_was_not_drawn_from_is_seen(monkeypatch):
     monkeypatch.setattr(eagle3, "draw_slot", draw)
     monkeypatch.setattr(executables, "_PROGRAMS", {})
     pvalue, _ = fit_of_the_text("eagle3", acceptance="rejection")
+    assert pvalue < 1e-12
+
+
+@pytest.mark.full
+def test_a_confidence_that_sees_its_draft_is_seen(monkeypatch):
+    """Drafts are verified where they are one of two tokens."""
+
+    def block(drawn, confidences):
+        return block_of(drawn, [jnp.where(token_B < 2, 9.0, -9.0) for token_B, _, _ in drawn])
+
+    monkeypatch.setattr(eagle3, "block_of", block)
+    monkeypatch.setattr(executables, "_PROGRAMS", {})
+    pvalue, _ = fit_of_the_text("eagle3", policy="threshold:0.5")
     assert pvalue < 1e-12
 
 

@@ -78,7 +78,7 @@ def speculators_config_dict(
                 "sample_from_anchor": cfg.anchor_predicts,
             },
         )
-    if not cfg.markov_rank and cfg.confidence:
+    if algorithm == "dspark" and not cfg.markov_rank and cfg.confidence:
         config["confidence_head_with_markov"] = False  # they refuse true without a Markov head
     return config | {
         "draft_vocab_size": cfg.draft_vocab_size or cfg.vocab_size,

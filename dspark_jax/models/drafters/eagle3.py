@@ -12,6 +12,7 @@ that every draft is drawn from a law that knows all before it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS
 from dspark_jax.models.drafters.dspark import sections as sections
 from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
-from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
 from dspark_jax.models.layers import flat, matmul, rms_norm
 from dspark_jax.models.merged import single_layers
 from dspark_jax.models.reading import Cache, declare_caches
@@ -46,21 +47,32 @@ class Config(DrafterConfig):
     Attributes:
         norm_residual: whether the residual stream begins with the normalised features.
         norm_output: whether a chain goes on with the normalised state.
+        confidence: in drafts comes of their laws, without a head.
     """
 
     norm_residual: bool = False
     norm_output: bool = False
+    confidence: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value, right in (
             ("num_layers", self.num_layers, 1),
             ("markov_rank", self.markov_rank, 0),
-            ("confidence", self.confidence, False),
+            ("confidence", self.confidence, True),
             ("windows", self.windows, ()),
         ):
             if value != right:
                 raise ValueError(f"{name} is {value!r}: of an Eagle3 drafter it must be {right!r}")
+
+
+def of_recipe(fields: Mapping[str, Any]) -> Config:
+    """The configuration of a drafter that is trained.
+
+    Args:
+        fields: of a ``DrafterConfig``, without a confidence head.
+    """
+    return Config(**{**fields, "confidence": True})
 
 
 @struct.dataclass
@@ -248,7 +260,7 @@ def draft(
         hidden_BD, g_BD = finish_entry(drafter, entry, out_BNH, at_B, cfg)
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_B = drawn[-1][0]
-    return block_of(drawn)
+    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
 
 
 def train_blocks(

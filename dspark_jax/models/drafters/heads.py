@@ -180,6 +180,18 @@ def confidence_logit(
     return logit[..., 0].astype(jnp.float32)
 
 
+def law_confidence(logits_XU: jax.Array) -> jax.Array:
+    """Logit of the largest probability of a draft's law [X], float32: the confidence in drafts of
+    those who have no head for it.
+
+    Like a head's it is settled before ``d_k`` is drawn. How far it can be believed is for past
+    rounds to say, which calibrate it.
+    """
+    logits_XU = logits_XU.astype(jnp.float32)
+    others_X = jnp.sum(jnp.exp(logits_XU - jnp.max(logits_XU, -1, keepdims=True)), -1) - 1
+    return -jnp.log(jnp.maximum(others_X, jnp.finfo(jnp.float32).eps))
+
+
 def teach_heads(
     drafter: Any, previous_XG: jax.Array, hidden_XGD: jax.Array, cfg: DrafterConfig
 ) -> tuple[Any, Any]:

@@ -18,8 +18,11 @@ DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, eag
 INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], DrafterConfig | None]] = {
     "deepseek_v4": deepseek_v4_mtp.inside,
 }
-# Methods of training -> the configurations of their drafters.
-_METHODS: Mapping[str, type[DrafterConfig]] = {"dspark": DrafterConfig, "eagle3": eagle3.Config}
+# Methods of training -> the configurations of their drafters, of fields of a ``DrafterConfig``.
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
+    "dspark": lambda fields: DrafterConfig(**fields),
+    "eagle3": eagle3.of_recipe,
+}
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
     deepseek_v4_target.Config: deepseek_v4.of_recipe,
@@ -50,7 +53,7 @@ def trained_form(method: str, fields: Mapping[str, Any], target: TargetConfig) -
     """
     form = _FORMS.get(type(target))
     if form is None:
-        return _METHODS[method](**fields)
+        return _METHODS[method](fields)
     if method != "dspark":
         raise ValueError(f"method is {method!r}, but for this target only 'dspark' can be trained")
     return form(fields, target)
