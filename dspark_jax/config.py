@@ -214,8 +214,9 @@ class TrainConfig:
     """Recipe of a drafter. Lengths in tokens, times in seconds.
 
     Attributes:
-        method: what is trained: ``"dspark"`` (DFlash where ``markov_rank`` is 0), or ``"eagle3"``,
-            whose chains are as long as ``block_size`` and begin at ``num_anchors`` positions.
+        method: what is trained: ``"dspark"`` (DFlash where ``markov_rank`` is 0); ``"eagle3"``,
+            whose chains are as long as ``block_size`` and begin at ``num_anchors`` positions; or
+            ``"medusa"``, ``block_size`` heads of ``num_layers`` blocks.
         target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
         data: JSON-lines file of conversations answered by the target.
         out: directory of checkpoints, metrics and the final drafter.
@@ -267,7 +268,7 @@ class TrainConfig:
             process has such a place, so that ``cache`` may be a host's own disk.
     """
 
-    method: Literal["dspark", "eagle3"] = "dspark"
+    method: Literal["dspark", "eagle3", "medusa"] = "dspark"
     target: str = "default"
     data: str = "responses.jsonl"
     out: str = "runs/drafter"

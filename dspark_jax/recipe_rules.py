@@ -18,6 +18,13 @@ LACKS: Mapping[str, Mapping[str, Any]] = {
         "bigram_init": False,
         "local_init": False,
     },
+    "medusa": {
+        "markov_rank": 0,
+        "confidence": False,
+        "sliding_window": 0,
+        "bigram_init": False,
+        "local_init": False,
+    },
 }
 
 

@@ -18,7 +18,7 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
-from dspark_jax.models.drafters import eagle3, lookup
+from dspark_jax.models.drafters import eagle3, lookup, medusa
 from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
 from dspark_jax.models.targets.llama import Config as LlamaConfig
@@ -64,8 +64,11 @@ def target_of(cfg, seed=0, scale=8.0):
     return cfg, params.replace(vocab=params.vocab.replace(unembed_VD=head))
 
 
-CHAIN = eagle3.Config(
-    **{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0}
+CHAIN = eagle3.Config(**{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0})
+
+
+HEADS = medusa.Config(
+    **{name: getattr(CHAIN, name) for name in vars(CHAIN) if not name.startswith("norm")},
 )
 
 
@@ -74,6 +77,9 @@ def drafter_of(target, seed=1, d2t=None, like=DRAFTER, **changes):
     size = None if d2t is None else len(d2t)
     cfg = dataclasses.replace(like, draft_vocab_size=size, **changes)
     params = init_params(jax.random.key(seed), family_of_drafter(cfg).declare_drafter(cfg))
+    if like is HEADS:  # which begin as zeros
+        key = jax.random.key(9)
+        params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), params)
     own = None if d2t is None else Vocab(None, None, np.array(d2t, np.int32))
     return cfg, params, bind_vocab(cfg, own, target[0], target[1].vocab)
 
@@ -91,6 +97,7 @@ DRAFTERS = {
     "dflash": {"markov_rank": 0, "confidence": False},
     "reduced": {"d2t": sorted({1, 4, 5, 7, *range(20, 55)})},
     "eagle3": {"like": CHAIN},
+    "medusa": {"like": HEADS},
 }
 
 
@@ -121,7 +128,7 @@ def texts(results):
     "kind",
     [
         pytest.param(kind, marks=pytest.mark.full)
-        if kind in ("gated", "rnn", "dflash", "reduced")
+        if kind in ("gated", "rnn", "dflash", "reduced", "eagle3")
         else kind
         for kind in DRAFTERS
     ],
@@ -197,6 +204,7 @@ def fit_of_the_text(kind, **rules):
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
     elif kind != "plain":
         of_kind = {"reduced": {"d2t": [0, 2, 3]}, "eagle3": DRAFTERS["eagle3"]}
+        of_kind["medusa"] = DRAFTERS["medusa"]
         changes = of_kind.get(kind, {"markov_head": "rnn"})
         drafter = drafter_of(
             target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
@@ -265,6 +273,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
         ("lookup", {"acceptance": "rejection"}),
         ("eagle3", {"policy": "threshold:0.4"}),
+        ("medusa", {"acceptance": "rejection"}),
+        pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
@@ -336,7 +346,7 @@ def test_a_policy_may_be_a_function(target):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["vanilla", "eagle3"])
+@pytest.mark.parametrize("kind", ["vanilla", "eagle3", "medusa"])
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9}, {}])
 @pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
 def test_eight_devices_give_the_text_of_one(target, sizes, options, kind, emulated_devices):

@@ -29,23 +29,15 @@ from dspark_jax.checkpoints.draft_tensors import (
     draft_vocabulary,
     plain_names,
 )
-from dspark_jax.checkpoints.eagle3 import (
-    completed_eagle3,
-    eagle3_architecture,
-    eagle3_config,
-    eagle3_settings,
-    flat_eagle3,
-    is_eagle3,
-)
+from dspark_jax.checkpoints.drafter_methods import method_of, method_of_config
 from dspark_jax.checkpoints.hf import (
     CONFIG_FILE,
     model_directory,
     read_checkpoint,
     write_checkpoint,
 )
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, dtype_of, read_params, write_params
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
 from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.config_json import count_field, field
 from dspark_jax.models.targets.table import DRAFT_BLOCKS, draft_blocks_of
@@ -74,15 +66,17 @@ def _flat(
     token_id: Callable[[str], int | None] | None = None,
 ) -> dict[str, Any]:
     """The configuration in the words of the reference layout, of every method."""
-    if is_eagle3(config):
-        return flat_eagle3(config, num_target_layers)
+    method = method_of(config)
+    if method is not None:
+        return method.flat(config, num_target_layers)
     return flat_config(config, num_target_layers, token_id)
 
 
 def _config_of(flat: Mapping[str, Any]) -> DrafterConfig:
     """The configuration of a drafter, of :func:`_flat`."""
-    if is_eagle3(flat):
-        return eagle3_config(flat)
+    method = method_of(flat)
+    if method is not None:
+        return method.config(flat)
     known = {blocks.architecture: blocks for blocks in DRAFT_BLOCKS.values()}
     reduced = flat.get("draft_vocab_size")
     anchor_predicts = field(flat, "sample_from_anchor", bool)
@@ -128,14 +122,17 @@ def draft_config_dict(cfg: DrafterConfig) -> dict[str, Any]:
 
 def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str, Any]:
     """Inverse of :func:`drafter_config`: the content of ``config.json``."""
-    blocks = draft_blocks_of(cfg)
-    architecture, settings = blocks.architecture, draft_config_dict(cfg)
-    if isinstance(cfg, Eagle3Config):
-        architecture, settings = eagle3_architecture(blocks), eagle3_settings(cfg)
+    blocks, method = draft_blocks_of(cfg), method_of_config(cfg)
+    if method is None:
+        own = {
+            **blocks.write(cfg),
+            **draft_config_dict(cfg),
+            "architectures": [blocks.architecture],
+        }
+    else:
+        own = method.config_dict(cfg)
     config = {
-        **blocks.write(cfg),
-        **settings,
-        "architectures": [architecture],
+        **own,
         "dtype": dtype,
         "torch_dtype": dtype,
         "num_target_layers": cfg.num_target_layers,
@@ -208,7 +205,9 @@ def open_drafter(
     directory = model_directory(source)
     parse = partial(_flat, num_target_layers=num_target_layers, token_id=token_id)
     flat, tensors = read_checkpoint(directory, parse)
-    tensors = plain_names(tensors)
+    method, tensors = method_of(flat), plain_names(tensors)
+    if method is not None:
+        tensors = method.names(tensors)
     try:
         cfg = _config_of(_completed(flat, tensors))
     except ValueError as error:
@@ -218,7 +217,7 @@ def open_drafter(
     head = tensors.shapes.get(HEAD)
     whole = head is not None and head[0] == cfg.vocab_size
     owns = whole and EMBEDDING in tensors.shapes  # whatever it says
-    cfg = replace(cfg, owns_vocab=owns, owns_head=is_eagle3(flat) and head is not None)
+    cfg = replace(cfg, owns_vocab=owns, owns_head=method is not None and head is not None)
     held = Vocab(
         declare("VD", cfg.sizes, EMBEDDING) if EMBEDDING in tensors.shapes else None,
         declare("VD" if whole else "UD", cfg.sizes, HEAD) if head else None,
@@ -230,8 +229,9 @@ def open_drafter(
 
 def _completed(flat: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """The settings that a file leaves to its tensors: which heads there are."""
-    if is_eagle3(flat):
-        return completed_eagle3(flat, tensors)
+    method = method_of(flat)
+    if method is not None:
+        return method.completed(flat, tensors)
     confidence = tensors.shapes.get(CONFIDENCE)
     found: dict[str, Any] = {"enable_confidence_head": confidence is not None}
     markov = tensors.shapes.get(W1, ())
@@ -281,7 +281,7 @@ def save_drafter(
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
             raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}: give as many d2t_U ids")
         tensors[D2T] = _checked_d2t(np.asarray(vocab.d2t_U), cfg, str(directory))
-    config = drafter_config_dict(cfg, params.norm_D.dtype.name)
+    config = drafter_config_dict(cfg, dtype_of(params).name)
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
     write_checkpoint(directory, config, tensors)

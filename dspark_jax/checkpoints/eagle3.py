@@ -27,11 +27,10 @@ from dspark_jax.checkpoints.dialects import (
     refuse_other_meanings,
 )
 from dspark_jax.checkpoints.tensors import LoadError, Tensors
-from dspark_jax.config import DrafterConfig
 from dspark_jax.models.draft_blocks import DraftBlocks
 from dspark_jax.models.drafters.eagle3 import Config
 from dspark_jax.models.targets.config_json import BLOCK_TYPE, field
-from dspark_jax.models.targets.table import DRAFT_BLOCKS, FAMILIES
+from dspark_jax.models.targets.table import DRAFT_BLOCKS, FAMILIES, draft_blocks_of
 
 METHOD = "Eagle3"  # in architectures
 NESTED = "eagle_config"
@@ -143,24 +142,26 @@ def completed_eagle3(flat: Mapping[str, Any], tensors: Tensors) -> dict[str, Any
     return {**flat, "use_qk_norm": normed, "attention_bias": bias["q_proj"]}
 
 
-def eagle3_settings(cfg: Config) -> dict[str, Any]:
-    """What ``config.json`` says of a drafter besides its layer, in the reference layout."""
+def eagle3_config_dict(cfg: Config) -> dict[str, Any]:
+    """What ``config.json`` says of a drafter in the reference layout; inverse of
+    :func:`eagle3_config`."""
+    blocks = draft_blocks_of(cfg)
     switches = {"norm_before_residual": cfg.norm_residual, "norm_output": cfg.norm_output}
     return {
+        **blocks.write(cfg),
+        "architectures": [_architecture_of(blocks)],
         "draft_num_hidden_layers": 1,
         "ttt_length": cfg.block_size,
         **{name: True for name, on in switches.items() if on},
     }
 
 
-def check_reference(cfg: DrafterConfig) -> None:
+def check_reference(cfg: Config) -> None:
     """Check that the reference layout, as others read it, says what a drafter computes.
 
     Raises:
         ValueError: names what it cannot say.
     """
-    if not isinstance(cfg, Config):
-        return
     for what, there in (
         ("no norms of q and k", not cfg.blocks and not cfg.qk_norm),
         ("norm_before_residual", cfg.norm_residual),
@@ -173,9 +174,8 @@ def check_reference(cfg: DrafterConfig) -> None:
             )
 
 
-def eagle3_architecture(blocks: DraftBlocks) -> str:
-    """The reference layout's name of a drafter with a layer of these blocks."""
+def _architecture_of(blocks: DraftBlocks) -> str:
     return blocks.architecture.replace("DSpark", METHOD)
 
 
-_BLOCKS = {eagle3_architecture(blocks): blocks for blocks in DRAFT_BLOCKS.values()}
+_BLOCKS = {_architecture_of(blocks): blocks for blocks in DRAFT_BLOCKS.values()}

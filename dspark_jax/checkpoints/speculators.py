@@ -32,7 +32,7 @@ from dspark_jax.checkpoints.deepspec import TRAINED_FOR, draft_config_dict
 from dspark_jax.checkpoints.dialects import KIND, LAYER_ID_OFFSET
 from dspark_jax.checkpoints.draft_tensors import D2T, EMBEDDING, HEAD, T2D
 from dspark_jax.checkpoints.hf import write_checkpoint
-from dspark_jax.checkpoints.tensors import write_params
+from dspark_jax.checkpoints.tensors import dtype_of, write_params
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
 from dspark_jax.models.drafters.table import drafter_of
@@ -135,7 +135,7 @@ def save_speculators(
         tensors |= write_params(declare("UD", cfg.sizes, HEAD), lm_head(vocab))
     if cfg.owns_vocab:
         tensors |= write_params(declare("VD", cfg.sizes, EMBEDDING), vocab.embed_VD)
-    config = speculators_config_dict(cfg, verifier, params.norm_D.dtype.name)
+    config = speculators_config_dict(cfg, verifier, dtype_of(params).name)
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
     write_checkpoint(directory, config, tensors)

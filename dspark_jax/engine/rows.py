@@ -93,8 +93,9 @@ def _extend(
     rows_per_slot: int,
 ) -> Any:
     """The target over the rows, with the drafter's feature layers."""
-    layers = () if cfg.drafter is None else cfg.drafter.target_layer_ids
-    return family_of(cfg.target).extend(
+    reads = None if cfg.drafter is None else drafter_of(cfg.drafter).reads
+    layers = cfg.drafter.target_layer_ids if cfg.drafter is not None and reads == "streams" else ()
+    hidden_TD, feature_TFD, cache = family_of(cfg.target).extend(
         weights.target,
         state.target_cache,
         rows,
@@ -104,6 +105,7 @@ def _extend(
         chunks=chunks,
         kernels=cfg.kernels,
     )
+    return hidden_TD, hidden_TD[:, None] if reads == "state" else feature_TFD, cache
 
 
 def observe_rows(

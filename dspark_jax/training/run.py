@@ -81,7 +81,7 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
     """The drafter that a recipe describes, with the target's sizes where it names none."""
     cfg = target.cfg
     mask = recipe.mask_token_id
-    if mask < 0:  # an Eagle3 drafter has no use for one
+    if mask < 0:  # others have no use for one
         blocks = recipe.method == "dspark"
         mask = unused_token(target.tokenizer, cfg.vocab_size) if blocks else 0
     fields = {

@@ -198,10 +198,13 @@ def read_target(
 ) -> tuple[jax.Array, jax.Array]:
     """Features and last hidden states of the frozen target for a batch, which may bring them;
     ``kernels`` names the implementation of ``ragged_attention``."""
+    state = drafter_of(cfg).reads == "state"
     if batch.feature_BSFD is not None:
-        return batch.feature_BSFD, batch.hidden_BSD
+        hidden_BSD = batch.hidden_BSD
+        return hidden_BSD[:, :, None] if state else batch.feature_BSFD, hidden_BSD
     encode = partial(family_of(target_cfg).encode, kernels=kernels)
-    read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    layers = () if state else cfg.target_layer_ids
+    read = partial(encode, frozen.target, batch.token_BS, target_cfg, layers)
     if layout is not None:
 
         def gather(layer: Any, stack: int) -> Any:
@@ -215,7 +218,7 @@ def read_target(
 
         read = partial(read, fetch=gather)
     hidden_BSD, feature_BSFD = read()
-    return feature_BSFD, hidden_BSD
+    return hidden_BSD[:, :, None] if state else feature_BSFD, hidden_BSD
 
 
 def target_outputs(

@@ -25,7 +25,7 @@ from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import ring
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS, DrafterParams
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -56,6 +56,7 @@ Context = Callable[[Layer, Any], tuple[jax.Array, jax.Array]]
 
 
 lessons: Lessons = "blocks"
+reads: Reads = "streams"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from dspark_jax.models.drafters.deepseek_v4 import (
 )
 from dspark_jax.models.drafters.deepseek_v4 import for_decoding as for_decoding
 from dspark_jax.models.drafters.deepseek_v4 import sections as sections
-from dspark_jax.models.drafters.family import Choose, Law, Lessons
+from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot
 from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.rope import rope_table
@@ -289,3 +289,4 @@ def draft(
 
 train_blocks = None  # of these there is no training yet
 lessons: Lessons = "chains"
+reads: Reads = "streams"

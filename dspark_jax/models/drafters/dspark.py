@@ -19,7 +19,7 @@ from flax import struct
 from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -48,6 +48,7 @@ from pallas_kernels.ragged_attention.groups import group_runs
 
 Config = DrafterConfig
 lessons: Lessons = "blocks"
+reads: Reads = "streams"
 
 # What a training step keeps of a layer for the backward pass: results of matrix products. All
 # else, several times as large, is cheap to compute again.

@@ -25,7 +25,7 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS
 from dspark_jax.models.drafters.dspark import sections as sections
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons, Reads, only_values
 from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
 from dspark_jax.models.layers import flat, matmul, rms_norm
 from dspark_jax.models.merged import single_layers
@@ -38,6 +38,7 @@ from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
 
 lessons: Lessons = "chains"
+reads: Reads = "streams"
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,8 @@ class Config(DrafterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, right in (
-            ("num_layers", self.num_layers, 1),
-            ("markov_rank", self.markov_rank, 0),
-            ("confidence", self.confidence, True),
-            ("windows", self.windows, ()),
-        ):
-            if value != right:
-                raise ValueError(f"{name} is {value!r}: of an Eagle3 drafter it must be {right!r}")
+        right: dict[str, Any] = {"num_layers": 1, "markov_rank": 0, "windows": ()}
+        only_values(self, "an Eagle3 drafter", **right, confidence=True)
 
 
 def of_recipe(fields: Mapping[str, Any]) -> Config:

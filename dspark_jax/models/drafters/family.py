@@ -44,6 +44,22 @@ class BlockOutputs:
 Lessons = Literal["blocks", "chains"]
 
 
+# What of the target a drafter reads: residual streams after layers, or the last state, normalised.
+Reads = Literal["streams", "state"]
+
+
+def only_values(cfg: AnyDrafterConfig, what: str, **right: Any) -> None:
+    """Check fields that a kind of drafter has no choice for.
+
+    Raises:
+        ValueError: names the first that is not right.
+    """
+    for name, value in right.items():
+        found = getattr(cfg, name)
+        if found != value:
+            raise ValueError(f"{name} is {found!r}: of {what} it must be {value!r}")
+
+
 class TrainBlocks(Protocol):
     """A drafter over all blocks of a batch of whole sequences."""
 
@@ -151,6 +167,10 @@ class DrafterFamily(Protocol):
     @property
     def lessons(self) -> Lessons:
         """What it is taught."""
+
+    @property
+    def reads(self) -> Reads:
+        """What it reads of the target; a state is the one feature there is."""
 
     @property
     def train_blocks(self) -> TrainBlocks | None:

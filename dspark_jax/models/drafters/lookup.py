@@ -32,7 +32,7 @@ from flax import struct
 from dspark_jax.axes import Buffer
 from dspark_jax.config import TargetConfig
 from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.drafters.family import Choose, Law, Lessons
+from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
@@ -40,6 +40,7 @@ from pallas_kernels.accept_block.rule import ONE_HOT
 
 NAME = re.compile(r"lookup(?::(\d+)-(\d+))?", re.ASCII)
 lessons: Lessons = "blocks"
+reads: Reads = "streams"
 LONGEST = 16  # n-gram that may be asked for
 
 WINDOW = 8  # places that an n-gram may take: a quarter of all are taken at most

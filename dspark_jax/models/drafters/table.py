@@ -7,11 +7,11 @@ from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
-from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, eagle3, lookup
+from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, eagle3, lookup, medusa
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
 
-DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, eagle3, lookup)
+DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, eagle3, medusa, lookup)
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
@@ -22,6 +22,7 @@ INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], Drafter
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
     "dspark": lambda fields: DrafterConfig(**fields),
     "eagle3": eagle3.of_recipe,
+    "medusa": medusa.of_recipe,
 }
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
