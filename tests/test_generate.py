@@ -21,6 +21,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters import eagle3, lookup, medusa
 from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
+from dspark_jax.models.drafters.table import of_draft_model
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
@@ -128,7 +129,7 @@ def texts(results):
     "kind",
     [
         pytest.param(kind, marks=pytest.mark.full)
-        if kind in ("gated", "rnn", "dflash", "reduced", "eagle3")
+        if kind in ("gated", "rnn", "dflash", "reduced", "eagle3", "medusa")
         else kind
         for kind in DRAFTERS
     ],
@@ -202,6 +203,10 @@ def fit_of_the_text(kind, **rules):
     if kind == "lookup":
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind == "model":
+        small = target_of(dataclasses.replace(cfg, num_layers=1), seed=6, scale=8.0)
+        sizes, vocab = of_draft_model(small[0], small[1].vocab, cfg)
+        drafter = dataclasses.replace(sizes, block_size=2), small[1], vocab
     elif kind != "plain":
         of_kind = {"reduced": {"d2t": [0, 2, 3]}, "eagle3": DRAFTERS["eagle3"]}
         of_kind["medusa"] = DRAFTERS["medusa"]
@@ -274,6 +279,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         ("lookup", {"acceptance": "rejection"}),
         ("eagle3", {"policy": "threshold:0.4"}),
         ("medusa", {"acceptance": "rejection"}),
+        pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("model", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),

@@ -163,6 +163,17 @@ def _method(config: Mapping[str, Any]) -> str:
     return "dspark" if markov or not nested else "dflash"
 
 
+def names_a_model(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a model and not of a drafter, by its architecture."""
+    names = config.get("architectures")
+    if names is None:
+        return "model_type" in config and "block_size" not in config
+    name = names[0] if isinstance(names, list) and len(names) == 1 else ""
+    of_model = re.fullmatch(r"\w+(ForCausalLM|ForConditionalGeneration)", str(name))
+    drafts = KIND in config or any(method in config for method in METHODS)
+    return of_model is not None and not drafts and _named_architecture(config) is None
+
+
 def _named_architecture(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """The layers and the method in the name of an architecture; None where it is none of ours."""
     names = config.get("architectures")

@@ -130,6 +130,8 @@ def observe_rows(
     if chunks is not None:
         flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
         rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
+        rows = rows.replace(runs=chunks.slot_T.shape)  # type: ignore[attr-defined]
+    rows = rows.replace(most=cfg.num_draft + 1)  # type: ignore[attr-defined]
     return drafter_of(cfg.drafter).observe(
         weights.drafter,
         weights.vocab,
@@ -139,4 +141,5 @@ def observe_rows(
         state.token_BS,
         state.length_B,
         cfg.drafter,
+        kernels=cfg.kernels,
     )

@@ -222,6 +222,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Any:
     """``DrafterFamily.observe``: the keys of what was committed, of every stage."""
     context_TD = context_inputs(drafter, feature_TFD, cfg)

@@ -199,6 +199,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: keys of the entries whose token is known, and the last streams."""
     slot_T = ring.kept_slots(rows, length_B, cfg.window(0))

@@ -171,6 +171,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: DrafterConfig,
+    *,
+    kernels: str = "xla",
 ) -> Cache:
     """``DrafterFamily.observe``: injects the rows at their slots and positions."""
 

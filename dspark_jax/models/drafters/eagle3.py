@@ -202,6 +202,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: the entries of all rows. Those whose token is not known yet are
     garbage like those of rejected drafts: they lie behind all that a draft reads."""

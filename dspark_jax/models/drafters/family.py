@@ -123,6 +123,8 @@ class DrafterFamily(Protocol):
         token_BS: jax.Array,
         length_B: jax.Array,
         cfg: Any,
+        *,
+        kernels: str = ...,
     ) -> Any:
         """The context with what the target has read in a round.
 
@@ -136,6 +138,7 @@ class DrafterFamily(Protocol):
             length_B: int32 how many they are, the anchor included. Rows at ``length - 1`` and
                 behind are of rejected drafts: garbage, which the next round overwrites.
             cfg: sizes.
+            kernels: the implementation of the operations of ``pallas_kernels``.
         """
 
     def draft(

@@ -188,6 +188,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: learns from the new tokens, and looks the next drafts up."""
     num_slots = length_B.shape[0]

@@ -156,6 +156,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: keeps the last states."""
     is_last_T = rows.position_T == length_B.at[rows.slot_T].get(mode="clip") - 2

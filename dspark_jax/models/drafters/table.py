@@ -7,11 +7,28 @@ from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
-from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, eagle3, lookup, medusa
+from dspark_jax.models.drafters import (
+    deepseek_v4,
+    deepseek_v4_mtp,
+    draft_model,
+    dspark,
+    eagle3,
+    lookup,
+    medusa,
+)
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
+from dspark_jax.models.vocab import Vocab
 
-DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, eagle3, medusa, lookup)
+DRAFTERS: tuple[DrafterFamily, ...] = (
+    dspark,
+    deepseek_v4,
+    deepseek_v4_mtp,
+    eagle3,
+    medusa,
+    draft_model,
+    lookup,
+)
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
@@ -76,3 +93,15 @@ def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterCon
     """
     cfg = lookup.named(source, target)
     return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
+
+
+def of_draft_model(model: TargetConfig, own: Vocab, target: TargetConfig) -> tuple[Any, Vocab]:
+    """Configuration and vocabulary of a smaller model as drafter.
+
+    Args:
+        model: its sizes.
+        own: its embedding and LM head.
+        target: sizes of the target.
+    """
+    cfg = draft_model.Config(model, target.vocab_size)
+    return cfg, draft_model.common_vocab(cfg, own)
