@@ -278,7 +278,7 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
         ("lookup", {"acceptance": "rejection"}),
         ("eagle3", {"policy": "threshold:0.4"}),
-        ("medusa", {"acceptance": "rejection"}),
+        pytest.param("medusa", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("model", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),
