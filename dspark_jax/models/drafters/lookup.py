@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,11 @@ from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
 from pallas_kernels.accept_block.rule import ONE_HOT
 
-NAME = re.compile(r"lookup(?::(\d+)-(\d+))?", re.ASCII)
 lessons: Lessons = "blocks"
 reads: Reads = "streams"
+train_blocks = None  # there is nothing to train
+
+NAME = re.compile(r"lookup(?::(\d+)-(\d+))?", re.ASCII)
 LONGEST = 16  # n-gram that may be asked for
 
 WINDOW = 8  # places that an n-gram may take: a quarter of all are taken at most
@@ -238,11 +240,6 @@ def draft(
         confidence_logit_BG=jnp.where(offered_BG, logit_BG, ABSENT),
         count_B=jnp.sum(offered_BG, axis=1, dtype=jnp.int32),
     )
-
-
-def train_blocks(*args: Any, **options: Any) -> NoReturn:
-    """``DrafterFamily.train_blocks``."""
-    raise ValueError("lookup has nothing to train: choose another drafter")
 
 
 # The index.

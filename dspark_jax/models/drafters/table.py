@@ -95,13 +95,13 @@ def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterCon
     return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
 
 
-def of_draft_model(model: TargetConfig, own: Vocab, target: TargetConfig) -> tuple[Any, Vocab]:
+def of_draft_model(model: TargetConfig, own: Vocab | None, target: TargetConfig) -> tuple[Any, Any]:
     """Configuration and vocabulary of a smaller model as drafter.
 
     Args:
         model: its sizes.
-        own: its embedding and LM head.
+        own: its embedding and LM head; None gives none.
         target: sizes of the target.
     """
     cfg = draft_model.Config(model, target.vocab_size)
-    return cfg, draft_model.common_vocab(cfg, own)
+    return cfg, None if own is None else draft_model.common_vocab(cfg, own)
