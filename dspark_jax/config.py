@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from dspark_jax.recipe_rules import check_recipe
 from dspark_jax.rendering import Rendering, parse_arguments
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
@@ -145,6 +144,7 @@ class DrafterConfig(TransformerConfig):
         value_is_key: the layers' values are the projected keys (blocks that know this).
         embed_scale, softcap: of the target's embeddings and logits; None for no cap.
         owns_vocab: whether the checkpoint carries the target's embedding and head.
+        owns_head: whether it carries a head of the drafter's own, to be used in its place.
         num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
     """
 
@@ -163,6 +163,7 @@ class DrafterConfig(TransformerConfig):
     embed_scale: float = 1.0
     softcap: float | None = None
     owns_vocab: bool = True
+    owns_head: bool = False
     num_anchors: int = 512
     qk_norm: bool = True
 
@@ -210,9 +211,12 @@ class DrafterConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Recipe of a drafter (spec section 8). Lengths in tokens, times in seconds.
+    """Recipe of a drafter. Lengths in tokens, times in seconds.
 
     Attributes:
+        method: what is trained: ``"dspark"`` (DFlash where ``markov_rank`` is 0); ``"eagle3"``,
+            whose chains are as long as ``block_size`` and begin at ``num_anchors`` positions; or
+            ``"medusa"``, ``block_size`` heads of ``num_layers`` blocks.
         target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
         data: JSON-lines file of conversations answered by the target.
         out: directory of checkpoints, metrics and the final drafter.
@@ -242,6 +246,7 @@ class TrainConfig:
         average_decay: of the exponential mean of the weights, which is evaluated and exported
             instead of them; 0 keeps none.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
+        soft_weight: of a fourth, the cross-entropy with the target's distribution.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
         min_loss_tokens: conversations with fewer tokens of an answer are dropped.
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
@@ -263,6 +268,7 @@ class TrainConfig:
             process has such a place, so that ``cache`` may be a host's own disk.
     """
 
+    method: Literal["dspark", "eagle3", "medusa"] = "dspark"
     target: str = "default"
     data: str = "responses.jsonl"
     out: str = "runs/drafter"
@@ -303,6 +309,7 @@ class TrainConfig:
     average_decay: float = 0.0
     ce_weight: float = 0.1
     l1_weight: float = 0.9
+    soft_weight: float = 0.0
     confidence_weight: float = 1.0
     loss_decay: float = 4.0
     seed: int = 0
@@ -320,80 +327,9 @@ class TrainConfig:
     cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check_integers(-1, "mask_token_id")
-        self._check_integers(
-            0, "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "sliding_window",
-            "draft_vocab_size", "markov_rank", "steps", "seed", "eval_sequences",
-            "sequences_per_update",
-        )  # fmt: skip
-        self._check_integers(
-            1, "num_layers", "block_size", "tokens_per_batch", "num_anchors", "updates_per_batch",
-            "micro_batches", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints",
-            "data_parallel", "fsdp", "tensor_parallel",
-        )  # fmt: skip
-        self._check_integers(2, "max_length", "min_loss_tokens")  # an anchor takes two tokens
-        for field in ("learning_rate", "clip_norm", "epochs"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"{field} is {getattr(self, field)}: it must be positive")
-        for field in (
-            "ce_weight", "l1_weight", "confidence_weight", "weight_decay", "loss_decay", "cache_gb",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field} is {getattr(self, field)}: it must not be negative")
-        if not self.ce_weight and not self.l1_weight:
-            raise ValueError("ce_weight and l1_weight are both 0: nothing would train the drafts")
-        for field in ("warmup_fraction", "average_decay"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} {getattr(self, field)} must lie in [0, 1)")
-        for field in ("markov_head", "dtype", "kernels"):
-            choices = typing.get_args(typing.get_type_hints(TrainConfig)[field])
-            if getattr(self, field) not in choices:
-                raise ValueError(
-                    f"{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}"
-                )
-        buckets = self.length_buckets
-        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != self.max_length):
-            raise ValueError(
-                f"length_buckets {buckets} must increase and end with max_length {self.max_length}"
-            )
-        if buckets and buckets[0] < 2:
-            raise ValueError(f"length_buckets {buckets} must be at least 2: an anchor takes two")
-        if self.cache_gb and not self.cache:
-            raise ValueError(f"cache_gb is {self.cache_gb}, but cache is empty: name a directory")
+        check_recipe(self)
         self.rendering()
-        for bucket in buckets:
-            batch = max(1, self.tokens_per_batch // bucket)
-            share = min(self.sequences_per_update or batch, batch)
-            if share % self.micro_batches:
-                raise ValueError(
-                    f"micro_batches {self.micro_batches} must divide the {share} sequences of an "
-                    f"update in the length bucket {bucket}: change it, sequences_per_update or "
-                    "tokens_per_batch"
-                )
-            for count, what in ((batch, "batch"), (share // self.micro_batches, "micro-batch")):
-                if count % (self.data_parallel * self.fsdp):
-                    raise ValueError(
-                        f"data_parallel {self.data_parallel} x fsdp {self.fsdp} must divide the "
-                        f"{count} sequences of a {what} in the length bucket {bucket}: change "
-                        "them, sequences_per_update or tokens_per_batch"
-                    )
-        if self.init_drafter and (self.bigram_init or self.local_init):
-            raise ValueError(
-                f"init_drafter {self.init_drafter!r} brings its own weights: set bigram_init and "
-                "local_init to false"
-            )
-        if self.bigram_init and (self.markov_head != "vanilla" or self.markov_rank < 2):
-            raise ValueError(
-                "bigram_init needs markov_head 'vanilla' with a markov_rank of at least 2, not "
-                f"{self.markov_head!r} with {self.markov_rank}: set bigram_init to false"
-            )
 
     def rendering(self) -> Rendering:
         """How conversations become text; raises ValueError where that cannot be."""
         return Rendering(self.system, self.chat_template, parse_arguments(self.template_args))
-
-    def _check_integers(self, least: int, *fields: str) -> None:
-        for field in fields:
-            value = getattr(self, field)
-            if type(value) is not int or not least <= value < 2**63:
-                raise ValueError(f"{field} {value!r} must be an integer in {least}..2^63-1")

@@ -38,6 +38,7 @@ FOUNDATION = {
         "files",
         "overrides",
         "progress",
+        "recipe_rules",
         "rendering",
         "rules",
     )
@@ -47,11 +48,12 @@ LAYERS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "dspark_jax.axes": set(),
     "dspark_jax.characters": set(),
-    "dspark_jax.config": {"dspark_jax.axes", "dspark_jax.rendering"},
+    "dspark_jax.config": {f"dspark_jax.{name}" for name in ("axes", "recipe_rules", "rendering")},
     "dspark_jax.drafting": set(),
     "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
+    "dspark_jax.recipe_rules": set(),
     "dspark_jax.rendering": {"dspark_jax.characters"},
     "dspark_jax.rules": set(),
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
@@ -125,6 +127,9 @@ MAY_SPELL_FAMILIES = {
 # Who may know one kind of drafter: layouts of files, and ways to start the training of one.
 MAY_KNOW_A_DRAFTER = {
     "dspark_jax.checkpoints.deepspec",
+    "dspark_jax.checkpoints.drafter_methods",
+    "dspark_jax.checkpoints.eagle3",
+    "dspark_jax.checkpoints.medusa",
     "dspark_jax.checkpoints.speculators",
     "dspark_jax.models.drafters",
     "dspark_jax.training.bigram",

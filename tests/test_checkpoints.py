@@ -244,7 +244,7 @@ CONFIG_FAULTS = {
     "num_hidden_layers": (-2, "num_hidden_layers is -2"),
     "num_key_value_heads": (3, "num_kv_heads 3"),
     "markov_head_type": ("quantum", "markov_head 'quantum'"),
-    "architectures": (["Qwen3Eagle3Model"], "only one of Qwen3DSparkModel, Gemma4DSparkModel"),
+    "architectures": (["Qwen3MedusaModel"], "only one of Qwen3DSparkModel, Gemma4DSparkModel"),
     "target_layer_ids": ([3, 1], "strictly increasing"),
     "num_target_layers": (5, "must lie in -1..3"),
     "layer_types": (["full_attention", "chunked_attention"], "must list full_attention"),

@@ -57,9 +57,10 @@ def models(request):
     ("models", "every", "mesh"),
     [
         ("qwen3/dspark", False, False),
+        ("qwen3/eagle3", True, False),
         *(
             pytest.param(name, True, mesh, marks=pytest.mark.full)
-            for name in DRAFTERS
+            for name in (*DRAFTERS, "qwen3/eagle3")
             for mesh in (False, True)
         ),
     ],

@@ -392,7 +392,7 @@ def test_weights_that_are_not_finite_are_not_written(target_dir, target, tmp_pat
 
 
 CONFIG_FAULTS = {
-    "speculators_model_type": ("eagle3", "speculators_model_type 'eagle3'"),
+    "speculators_model_type": ("peagle", "speculators_model_type 'peagle'"),
     "sample_from_anchor": ("no", "sample_from_anchor is 'no'"),
     "layer_id_offset": (2, "layer_id_offset is 2"),
     "transformer_layer_config": (None, "transformer_layer_config is missing"),

@@ -394,7 +394,7 @@ def test_data_that_does_not_suffice_leaves_no_recipe_behind(recipe, tmp_path, ch
     ("changes", "expected"),
     [
         ({"l1_weight": -0.1}, "l1_weight is -0.1"),
-        ({"ce_weight": 0.0, "l1_weight": 0.0}, "both 0"),
+        ({"ce_weight": 0.0, "l1_weight": 0.0}, "all 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"weight_decay": float("inf")}, "weight_decay is inf"),

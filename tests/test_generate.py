@@ -18,9 +18,10 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
-from dspark_jax.models.drafters import lookup
-from dspark_jax.models.drafters.dspark import declare_drafter
-from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.drafters import eagle3, hybrid, lookup, medusa
+from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
+from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
+from dspark_jax.models.drafters.table import of_draft_model
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
@@ -64,11 +65,22 @@ def target_of(cfg, seed=0, scale=8.0):
     return cfg, params.replace(vocab=params.vocab.replace(unembed_VD=head))
 
 
-def drafter_of(target, seed=1, d2t=None, **changes):
+CHAIN = eagle3.Config(**{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0})
+
+
+HEADS = medusa.Config(
+    **{name: getattr(CHAIN, name) for name in vars(CHAIN) if not name.startswith("norm")},
+)
+
+
+def drafter_of(target, seed=1, d2t=None, like=DRAFTER, **changes):
     """A random drafter for it, perhaps with a reduced vocabulary."""
     size = None if d2t is None else len(d2t)
-    cfg = dataclasses.replace(DRAFTER, draft_vocab_size=size, **changes)
-    params = init_params(jax.random.key(seed), declare_drafter(cfg))
+    cfg = dataclasses.replace(like, draft_vocab_size=size, **changes)
+    params = init_params(jax.random.key(seed), family_of_drafter(cfg).declare_drafter(cfg))
+    if like is HEADS:  # which begin as zeros
+        key = jax.random.key(9)
+        params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), params)
     own = None if d2t is None else Vocab(None, None, np.array(d2t, np.int32))
     return cfg, params, bind_vocab(cfg, own, target[0], target[1].vocab)
 
@@ -85,6 +97,8 @@ DRAFTERS = {
     "rnn": {"markov_head": "rnn", "confidence_with_markov": False},
     "dflash": {"markov_rank": 0, "confidence": False},
     "reduced": {"d2t": sorted({1, 4, 5, 7, *range(20, 55)})},
+    "eagle3": {"like": CHAIN},
+    "medusa": {"like": HEADS},
 }
 
 
@@ -115,7 +129,7 @@ def texts(results):
     "kind",
     [
         pytest.param(kind, marks=pytest.mark.full)
-        if kind in ("gated", "rnn", "dflash", "reduced")
+        if kind in ("gated", "rnn", "dflash", "reduced", "eagle3", "medusa")
         else kind
         for kind in DRAFTERS
     ],
@@ -189,11 +203,25 @@ def fit_of_the_text(kind, **rules):
     if kind == "lookup":
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind == "model":
+        small = target_of(dataclasses.replace(cfg, num_layers=1), seed=6, scale=8.0)
+        sizes, vocab = of_draft_model(small[0], small[1].vocab, cfg)
+        drafter = dataclasses.replace(sizes, block_size=2), small[1], vocab
     elif kind != "plain":
-        changes = {"d2t": [0, 2, 3]} if kind == "reduced" else {"markov_head": "rnn"}
+        of_kind = {
+            "reduced": {"d2t": [0, 2, 3]},
+            "hybrid": {"d2t": [0, 1, 3]},
+            "eagle3": DRAFTERS["eagle3"],
+        }
+        of_kind["medusa"] = DRAFTERS["medusa"]
+        changes = of_kind.get(kind, {"markov_head": "rnn"})
         drafter = drafter_of(
             target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
         )
+    if kind == "hybrid":
+        (own, weights, vocab), other = drafter, lookup.Config(size, cfg.max_positions, ngram_min=1)
+        both, weights = hybrid.with_lookup(own, weights, other)
+        drafter = dataclasses.replace(both, least_match=1), weights, vocab
     sampled = {"temperature": 0.9, "top_p": 0.97}
 
     words = np.array(list(itertools.product(range(size), repeat=length)))
@@ -257,8 +285,17 @@ FORGET = Rule(forget_the_fallen, lossless=False)
     [
         ("rnn", {"acceptance": "rejection", "draft_law": FLATTER}),
         pytest.param("lookup", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("eagle3", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
+        pytest.param("hybrid", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("hybrid", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
+        pytest.param("medusa", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("model", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
+        pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("eagle3", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
-        pytest.param("lookup", {"policy": "causal"}, marks=pytest.mark.full),
+        pytest.param("lookup", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("reduced", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "coupled"}, marks=pytest.mark.full),
@@ -287,6 +324,33 @@ def test_a_rule_that_loses_the_law_is_seen_to_do_so(kind, rule):
 
 
 @pytest.mark.full
+def test_a_law_that_was_not_drawn_from_is_seen(monkeypatch):
+    """A chain that says of every draft that it was drawn from a flatter law than it was."""
+
+    def draw(vocab, logits_BU, slot, choose, law):
+        token_B, index_B, logits_BU = draw_slot(vocab, logits_BU, slot, choose, law)
+        return token_B, index_B, 0.2 * logits_BU
+
+    monkeypatch.setattr(eagle3, "draw_slot", draw)
+    monkeypatch.setattr(executables, "_PROGRAMS", {})
+    pvalue, _ = fit_of_the_text("eagle3", acceptance="rejection")
+    assert pvalue < 1e-12
+
+
+@pytest.mark.full
+def test_a_confidence_that_sees_its_draft_is_seen(monkeypatch):
+    """Drafts are verified where they are one of two tokens."""
+
+    def block(drawn, confidences):
+        return block_of(drawn, [jnp.where(token_B < 2, 9.0, -9.0) for token_B, _, _ in drawn])
+
+    monkeypatch.setattr(eagle3, "block_of", block)
+    monkeypatch.setattr(executables, "_PROGRAMS", {})
+    pvalue, _ = fit_of_the_text("eagle3", policy="threshold:0.5")
+    assert pvalue < 1e-12
+
+
+@pytest.mark.full
 def test_a_policy_may_be_a_function(target):
     """All drafts or none, as the first confidence says: a gate, said otherwise."""
     decoder = make_decoder(target, drafter_of(target))
@@ -298,18 +362,13 @@ def test_a_policy_may_be_a_function(target):
         generate(make_decoder(target), requests(), policy=own)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        pytest.param((2, 4), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
-        pytest.param((2, 4), {}, marks=pytest.mark.full),
-        pytest.param((8, 1), {"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.full),
-        pytest.param((8, 1), {}, marks=pytest.mark.full),
-    ],
-)
-def test_eight_devices_give_the_text_of_one(target, sizes, options, emulated_devices):
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["vanilla", "eagle3", "medusa"])
+@pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9}, {}])
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
+def test_eight_devices_give_the_text_of_one(target, sizes, options, kind, emulated_devices):
     """Heads that do not divide over the mesh are replicated; slots are filled up."""
-    drafter = drafter_of(target)
+    drafter = drafter_of(target, **DRAFTERS[kind])
     sharded = make_decoder(target, drafter, mesh=make_mesh(*sizes))
     single = make_decoder(target, drafter)
     got = generate(sharded, requests(**options), acceptance="coupled")

@@ -88,6 +88,17 @@ def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, na
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
+def test_a_mesh_changes_no_loss_of_chains(recipe, tmp_path, emulated_devices):
+    lacks = {"markov_rank": 0, "confidence": False, "ce_weight": 0.0, "l1_weight": 0.0}
+    chains = dataclasses.replace(
+        recipe, **lacks, method="eagle3", soft_weight=1.0, num_anchors=48, out=str(tmp_path / "one")
+    )
+    expected = losses_of(chains)
+    found = losses_of(dataclasses.replace(chains, out=str(tmp_path / "all"), **MESHES["all"]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.full), "all"])
 def test_devices_exchange_weights_and_gradients_but_no_logits(recipe, emulated_devices, name):
     """What the compiler's collectives carry along a (share of the) vocabulary is never wider than

@@ -65,9 +65,9 @@ def loss_of(params, frozen, batch, target, anchor_BA, keep_BA):
     outputs = losses.draft_blocks(
         params, frozen.vocab, feature, labels, anchor_BA, keep_BA, DRAFTER
     )
-    totals = losses.loss_totals(labels, keep_BA, frozen.t2d_V, 4.0)
+    totals = losses.loss_totals(labels, frozen.t2d_V, 4.0)
     loss, metrics = losses.dspark_loss(
-        params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, frozen.t2d_V
+        params, frozen.vocab, outputs, teacher, labels, totals, frozen.t2d_V
     )
     return loss, (metrics, outputs)
 
@@ -193,7 +193,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
     random = np.random.default_rng(0)
     shape = labels.label_BAG.shape
     teacher = Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
-    totals = losses.loss_totals(labels, keep_BA, None, 4.0)
+    totals = losses.loss_totals(labels, None, 4.0)
 
     @jax.jit
     @jax.value_and_grad
@@ -201,7 +201,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
         code = jnp.zeros((*shape, DRAFTER.markov_rank))
         outputs = losses.BlockOutputs(hidden_BAGD, code, jnp.zeros(shape))
         return losses.dspark_loss(
-            params, frozen.vocab, outputs, teacher, labels, keep_BA, totals, None,
+            params, frozen.vocab, outputs, teacher, labels, totals, None,
             ce_weight=0, l1_weight=0,
         )[0]  # fmt: skip
 
@@ -237,8 +237,8 @@ def test_reduced_vocabulary_against_the_whole_one(frozen, monkeypatch, elements)
     @jax.jit
     def loss_of_outputs(outputs):
         teacher = make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
-        totals = losses.loss_totals(labels, keep_BA, t2d_V, 4.0)
-        return losses.dspark_loss(headless, vocab, outputs, teacher, labels, keep_BA, totals, t2d_V)
+        totals = losses.loss_totals(labels, t2d_V, 4.0)
+        return losses.dspark_loss(headless, vocab, outputs, teacher, labels, totals, t2d_V)
 
     loss, metrics = loss_of_outputs(outputs)
     logits_BAGU = hidden_BAGD.astype(np.float64) @ embed_VD[REDUCED].T
@@ -273,8 +273,9 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
     hidden, teacher = random.normal(size=(2, *shape, 16)).astype(np.float32)
     code = random.normal(size=(*shape, 4)).astype(np.float32)
     label = random.integers(0, TARGET.vocab_size, shape)
-    ce_weight, l1_weight = random.random((2, *shape)).astype(np.float32)
-    slots = losses._Slots(None, teacher, None, label, ce_weight, l1_weight)
+    weights = random.random((3, *shape)).astype(np.float32)
+    ce_weight, l1_weight, soft_weight = weights
+    slots = losses._Slots(None, teacher, None, label, *weights)
     w2_RU = jnp.asarray(params.head.w2_RU)
 
     def plain(w2_RU, hidden, code):
@@ -282,7 +283,8 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
         law = jax.nn.softmax(unembed(frozen.vocab, teacher))
         l1 = jnp.abs(jax.nn.softmax(logits) - law).sum(-1)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return (ce_weight * ce + l1_weight * l1).sum()
+        soft = optax.softmax_cross_entropy(logits, law)
+        return (ce_weight * ce + l1_weight * l1 + soft_weight * soft).sum()
 
     def chunked(w2_RU, hidden, code):
         return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, None, slots)[0]

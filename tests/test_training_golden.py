@@ -72,9 +72,9 @@ class Case:
         )
 
     def loss(self, params, decay, **weights):
-        totals = losses.loss_totals(self.labels, self.keep_BA, None, decay)
+        totals = losses.loss_totals(self.labels, None, decay)
         return losses.dspark_loss(
-            params, self.vocab, self._outputs(params), self.teacher, self.labels, self.keep_BA,
+            params, self.vocab, self._outputs(params), self.teacher, self.labels,
             totals, None, decay=decay, **weights,
         )  # fmt: skip
 

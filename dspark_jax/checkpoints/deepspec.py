@@ -29,15 +29,16 @@ from dspark_jax.checkpoints.draft_tensors import (
     draft_vocabulary,
     plain_names,
 )
+from dspark_jax.checkpoints.drafter_methods import method_of, method_of_config
 from dspark_jax.checkpoints.hf import (
     CONFIG_FILE,
     model_directory,
     read_checkpoint,
     write_checkpoint,
 )
-from dspark_jax.checkpoints.tensors import LoadError, Tensors, read_params, write_params
+from dspark_jax.checkpoints.tensors import LoadError, Tensors, dtype_of, read_params, write_params
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.config_json import count_field, field
 from dspark_jax.models.targets.table import DRAFT_BLOCKS, draft_blocks_of
 from dspark_jax.models.vocab import Vocab
@@ -56,11 +57,26 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     Raises:
         ValueError: a field is missing or wrong, or asks for something that is not supported.
     """
-    return _config_of(flat_config(config))
+    return _config_of(_flat(config))
+
+
+def _flat(
+    config: Mapping[str, Any],
+    num_target_layers: int | None = None,
+    token_id: Callable[[str], int | None] | None = None,
+) -> dict[str, Any]:
+    """The configuration in the words of the reference layout, of every method."""
+    method = method_of(config)
+    if method is not None:
+        return method.flat(config, num_target_layers)
+    return flat_config(config, num_target_layers, token_id)
 
 
 def _config_of(flat: Mapping[str, Any]) -> DrafterConfig:
-    """The configuration of a drafter, of :func:`~dspark_jax.checkpoints.dialects.flat_config`."""
+    """The configuration of a drafter, of :func:`_flat`."""
+    method = method_of(flat)
+    if method is not None:
+        return method.config(flat)
     known = {blocks.architecture: blocks for blocks in DRAFT_BLOCKS.values()}
     reduced = flat.get("draft_vocab_size")
     anchor_predicts = field(flat, "sample_from_anchor", bool)
@@ -106,11 +122,17 @@ def draft_config_dict(cfg: DrafterConfig) -> dict[str, Any]:
 
 def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str, Any]:
     """Inverse of :func:`drafter_config`: the content of ``config.json``."""
-    blocks = draft_blocks_of(cfg)
+    blocks, method = draft_blocks_of(cfg), method_of_config(cfg)
+    if method is None:
+        own = {
+            **blocks.write(cfg),
+            **draft_config_dict(cfg),
+            "architectures": [blocks.architecture],
+        }
+    else:
+        own = method.config_dict(cfg)
     config = {
-        **blocks.write(cfg),
-        **draft_config_dict(cfg),
-        "architectures": [blocks.architecture],
+        **own,
         "dtype": dtype,
         "torch_dtype": dtype,
         "num_target_layers": cfg.num_target_layers,
@@ -123,14 +145,14 @@ def drafter_config_dict(cfg: DrafterConfig, dtype: str = "float32") -> dict[str,
     return config
 
 
-def _declare(cfg: DrafterConfig) -> tuple[DrafterParams, Vocab | None]:
+def _declare(cfg: DrafterConfig) -> tuple[Any, Vocab | None]:
     """Declaration of all weights in a checkpoint: the drafter's, and the vocabulary it owns."""
-    if not cfg.owns_vocab:
-        return declare_drafter(cfg), None
-    embed = declare("VD", cfg.sizes, EMBEDDING, init="embed")
-    head = declare("VD", cfg.sizes, HEAD, init="embed")
-    vocab = Vocab(embed, head, embed_scale=cfg.embed_scale, softcap=cfg.softcap)
-    return declare_drafter(cfg), vocab
+    declared = drafter_of(cfg).declare_drafter(cfg)
+    if not cfg.owns_vocab and not cfg.owns_head:
+        return declared, None
+    embed = declare("VD", cfg.sizes, EMBEDDING, init="embed") if cfg.owns_vocab else None
+    head = declare("UD" if cfg.owns_head else "VD", cfg.sizes, HEAD, init="embed")
+    return declared, Vocab(embed, head, embed_scale=cfg.embed_scale, softcap=cfg.softcap)
 
 
 def load_drafter(
@@ -140,7 +162,7 @@ def load_drafter(
     *,
     num_target_layers: int | None = None,
     token_id: Callable[[str], int | None] | None = None,
-) -> tuple[DrafterConfig, DrafterParams, Vocab | None]:
+) -> tuple[DrafterConfig, Any, Vocab | None]:
     """A drafter out of a directory or hub id, in any dialect.
 
     Args:
@@ -160,7 +182,8 @@ def load_drafter(
     """
     given: dict[str, Any] = {"num_target_layers": num_target_layers, "token_id": token_id}
     cfg, held, tensors, d2t_U, tied = open_drafter(source, **given)
-    params, vocab = read_params((declare_drafter(cfg), held), tensors, dtype, mesh)
+    declared = drafter_of(cfg).declare_drafter(cfg)
+    params, vocab = read_params((declared, held), tensors, dtype, mesh)
     if tied:
         vocab = replace(vocab, unembed_VD=vocab.embed_VD)
     vocab = replace(vocab, d2t_U=None if d2t_U is None else jnp.asarray(d2t_U))
@@ -180,9 +203,11 @@ def open_drafter(
         target ids of a reduced vocabulary, and whether its head is its embedding.
     """
     directory = model_directory(source)
-    parse = partial(flat_config, num_target_layers=num_target_layers, token_id=token_id)
+    parse = partial(_flat, num_target_layers=num_target_layers, token_id=token_id)
     flat, tensors = read_checkpoint(directory, parse)
-    tensors = plain_names(tensors)
+    method, tensors = method_of(flat), plain_names(tensors)
+    if method is not None:
+        tensors = method.names(tensors)
     try:
         cfg = _config_of(_completed(flat, tensors))
     except ValueError as error:
@@ -191,7 +216,8 @@ def open_drafter(
     cfg = replace(cfg, draft_vocab_size=None if d2t_U is None else len(d2t_U))
     head = tensors.shapes.get(HEAD)
     whole = head is not None and head[0] == cfg.vocab_size
-    cfg = replace(cfg, owns_vocab=whole and EMBEDDING in tensors.shapes)  # whatever it says
+    owns = whole and EMBEDDING in tensors.shapes  # whatever it says
+    cfg = replace(cfg, owns_vocab=owns, owns_head=method is not None and head is not None)
     held = Vocab(
         declare("VD", cfg.sizes, EMBEDDING) if EMBEDDING in tensors.shapes else None,
         declare("VD" if whole else "UD", cfg.sizes, HEAD) if head else None,
@@ -203,6 +229,9 @@ def open_drafter(
 
 def _completed(flat: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """The settings that a file leaves to its tensors: which heads there are."""
+    method = method_of(flat)
+    if method is not None:
+        return method.completed(flat, tensors)
     confidence = tensors.shapes.get(CONFIDENCE)
     found: dict[str, Any] = {"enable_confidence_head": confidence is not None}
     markov = tensors.shapes.get(W1, ())
@@ -225,7 +254,7 @@ def _checked_d2t(d2t_U: np.ndarray, cfg: DrafterConfig, origin: str) -> np.ndarr
 def save_drafter(
     directory: str | Path,
     cfg: DrafterConfig,
-    params: DrafterParams,
+    params: Any,
     vocab: Vocab | None = None,
     trained_for: Mapping[str, str] | None = None,
 ) -> None:
@@ -241,19 +270,18 @@ def save_drafter(
     Raises:
         ValueError: parameters or vocabulary do not fit the configuration.
     """
-    if cfg.owns_vocab and vocab is None:
+    if (cfg.owns_vocab or cfg.owns_head) and vocab is None:
         raise ValueError("owns_vocab is true: give the embedding and the head, or set it to false")
     owned = None
-    if vocab and cfg.owns_vocab:
-        owned = Vocab(
-            vocab.embed_VD, vocab.unembed_VD, embed_scale=cfg.embed_scale, softcap=cfg.softcap
-        )
+    if vocab and (cfg.owns_vocab or cfg.owns_head):
+        embed_VD = vocab.embed_VD if cfg.owns_vocab else None
+        owned = Vocab(embed_VD, vocab.unembed_VD, embed_scale=cfg.embed_scale, softcap=cfg.softcap)
     tensors = write_params(_declare(cfg), (params, owned))
     if cfg.draft_vocab_size is not None:
         if vocab is None or vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
             raise ValueError(f"draft_vocab_size is {cfg.draft_vocab_size}: give as many d2t_U ids")
         tensors[D2T] = _checked_d2t(np.asarray(vocab.d2t_U), cfg, str(directory))
-    config = drafter_config_dict(cfg, params.norm_D.dtype.name)
+    config = drafter_config_dict(cfg, dtype_of(params).name)
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
     write_checkpoint(directory, config, tensors)
@@ -315,12 +343,12 @@ def bind_vocab(
         embed = embed_VD if own.embed_VD is None else own.embed_VD.astype(embed_VD.dtype)
         head = target_UD if head_UD is None else head_UD.astype(whole_VD.dtype)
         return replace(bound, embed_VD=embed, unembed_VD=head)
-    for name, ours_VD, theirs_VD in (
-        (EMBEDDING, own.embed_VD, embed_VD),
-        (HEAD, head_UD, target_UD),
-    ):
-        if ours_VD is not None:
-            _warn_of_difference(name, ours_VD, theirs_VD)
+    if own.embed_VD is not None:
+        _warn_of_difference(EMBEDDING, own.embed_VD, embed_VD)
+    if head_UD is not None and not cfg.owns_head:
+        _warn_of_difference(HEAD, head_UD, target_UD)
+    elif head_UD is not None and _difference(head_UD, target_UD) > 0:
+        bound = replace(bound, unembed_VD=head_UD.astype(whole_VD.dtype))
     return bound
 
 

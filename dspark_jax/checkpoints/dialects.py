@@ -15,7 +15,7 @@ facts:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from dspark_jax.checkpoints.tensors import LoadError
@@ -112,8 +112,8 @@ def flat_config(
     for key, name in ALIASES.items():
         if flat.get(key) is not None:
             _put(flat, name, flat.pop(key), key)
-    _refuse_other_meanings(config, flat)
-    ids = _layer_ids(flat)
+    refuse_other_meanings(config, flat)
+    ids = layer_ids(flat)
     blocks = _architecture(flat, method)
     said = {key: field(flat, key, bool) for key in ANCHOR_PREDICTS if flat.get(key) is not None}
     if len(set(said.values())) > 1:
@@ -141,7 +141,9 @@ def _method(config: Mapping[str, Any]) -> str:
     """``"dspark"`` or ``"dflash"``, by what the configuration names, or else by its settings."""
     if KIND in config:
         if config[KIND] not in ("dspark", "dflash"):
-            raise LoadError(f"{KIND} {config[KIND]!r} is not supported: only 'dspark' and 'dflash'")
+            raise LoadError(
+                f"{KIND} {config[KIND]!r} is not supported: only 'dspark', 'dflash' and 'eagle3'"
+            )
         return str(config[KIND])
     nested = config.get("dflash_config")
     projector = nested.get("projector_type") if isinstance(nested, dict) else None
@@ -151,7 +153,7 @@ def _method(config: Mapping[str, Any]) -> str:
     if config.get("architectures") or not (nested or config.get("block_size")):
         every = ", ".join(
             [*(blocks.architecture for blocks in DRAFT_BLOCKS.values()),
-             "DSparkDraftModel", "DFlashDraftModel"]
+             "DSparkDraftModel", "DFlashDraftModel", "Eagle3DraftModel"]
         )  # fmt: skip
         raise LoadError(
             f"architectures {config.get('architectures')!r:.80} is not supported: only one of "
@@ -159,6 +161,17 @@ def _method(config: Mapping[str, Any]) -> str:
         )
     markov = config.get("markov_rank") or "dspark_config" in config or projector == "dspark"
     return "dspark" if markov or not nested else "dflash"
+
+
+def names_a_model(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a model and not of a drafter, by its architecture."""
+    names = config.get("architectures")
+    if names is None:
+        return "model_type" in config and "block_size" not in config
+    name = names[0] if isinstance(names, list) and len(names) == 1 else ""
+    of_model = re.fullmatch(r"\w+(ForCausalLM|ForConditionalGeneration)", str(name))
+    drafts = KIND in config or any(method in config for method in METHODS)
+    return of_model is not None and not drafts and _named_architecture(config) is None
 
 
 def _named_architecture(config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -209,8 +222,11 @@ def _put(flat: dict[str, Any], key: str, value: Any, origin: str) -> None:
     flat[key] = value
 
 
-def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
-    """Settings that would change the numbers, of the drafter or, flattened, of its layers, too.
+def refuse_other_meanings(
+    config: Mapping[str, Any], flat: Mapping[str, Any], but: Container[str] = ()
+) -> None:
+    """Settings that would change the numbers, of the drafter or, flattened, of its layers, too;
+    ``but`` are understood.
 
     Raises:
         LoadError: names the first one.
@@ -218,7 +234,7 @@ def _refuse_other_meanings(config: Mapping[str, Any], flat: Mapping[str, Any]) -
     for part in (config, flat):
         for key, right in UNDERSTOOD.items():
             value = part.get(key)
-            if value is not None and value not in right:
+            if key not in but and value is not None and value not in right:
                 raise LoadError(f"{key} {value!r} is not supported: only {right[0]!r}")
     known = {*READ, *UNDERSTOOD, *BOOKKEEPING, *METHODS}
     for key, value in flat.items():
@@ -262,7 +278,7 @@ def _architecture(flat: Mapping[str, Any], method: str) -> str:
     return DRAFT_BLOCKS[kind].architecture
 
 
-def _layer_ids(flat: Mapping[str, Any]) -> list[int]:
+def layer_ids(flat: Mapping[str, Any]) -> list[int]:
     """The feature layers, counted by their outputs.
 
     Raises:

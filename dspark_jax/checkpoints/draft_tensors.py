@@ -15,6 +15,7 @@ from dspark_jax.checkpoints.tensors import LoadError, Tensors
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 D2T, T2D = "d2t", "t2d"
+MEDUSA = re.compile(r"\d+\.\d+\.weight")  # LM heads of their own
 W2 = "markov_head.markov_w2.weight"
 # Copies of the target's weights that older files carry for training.
 VERIFIER_TENSORS = ("verifier_lm_head.weight", "verifier_norm.weight")
@@ -89,7 +90,7 @@ def draft_vocabulary(
 
     def read(name: str) -> np.ndarray:
         value = rest.read(name)
-        by_draft = name in (W2, HEAD) and len(value) == len(id_U)
+        by_draft = (name in (W2, HEAD) or MEDUSA.fullmatch(name)) and len(value) == len(id_U)
         return np.asarray(value[order_U] if by_draft else value)
 
     return id_U[order_U].astype(np.int32), Tensors(rest.origin, rest.shapes, read)

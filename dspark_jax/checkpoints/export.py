@@ -9,9 +9,11 @@ from typing import Any
 
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.default import HUB_ID
+from dspark_jax.checkpoints.drafter_methods import check_layout
 from dspark_jax.checkpoints.hf import model_directory
 from dspark_jax.checkpoints.inside import save_inside
 from dspark_jax.checkpoints.speculators import save_speculators
+from dspark_jax.checkpoints.tensors import dtype_of
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.table import inside_settings
 from dspark_jax.models.targets.table import family_of
@@ -52,7 +54,8 @@ def save_layout(
             )
         save_own(directory, drafter, target[0], trained_for)
         return
-    dtype = params.norm_D.dtype
+    check_layout(cfg, layout)
+    dtype = dtype_of(params)
     embed_VD = vocab.embed_VD.astype(dtype)
     head_UD = embed_VD if vocab.unembed_VD is None else vocab.unembed_VD.astype(dtype)
     held = replace(vocab, embed_VD=embed_VD, unembed_VD=head_UD)

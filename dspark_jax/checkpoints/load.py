@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from dspark_jax.axes import Param, map_params
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
+from dspark_jax.checkpoints.dialects import names_a_model
+from dspark_jax.checkpoints.drafter_methods import method_of
 from dspark_jax.checkpoints.ends import end_ids, known_ends
 from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, load_gguf_target, open_gguf
 from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
@@ -33,6 +35,7 @@ from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.drafters.table import (
     beside,
     drafter_of,
+    of_draft_model,
     with_lookup,
     without_checkpoint,
 )
@@ -207,7 +210,8 @@ def load_drafter_for(
     Args:
         target: the target.
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
-            one; a directory or a hub id, in any dialect; the name of a drafter without files,
+            one; a directory or a hub id, in any dialect; a smaller model with the target's tokens,
+            in any form that :func:`load_target` takes; the name of a drafter without files,
             ``"lookup"`` or ``"lookup:MIN-MAX"``; or both, ``"default+lookup"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
@@ -229,6 +233,8 @@ def load_drafter_for(
         both = with_lookup(read.cfg, read.params, pair[1])
         return replace(read, cfg=both[0], params=both[1], name=f"{read.name}+lookup")
     dtype = target.params.norm_D.dtype if dtype is None else dtype
+    if str(source) != "default" and is_model(source):
+        return _draft_model(target, load_target(source, dtype, mesh, weights))
     cfg, params, own, directory = read_drafter(target, source, mesh)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab, own_vocab=own_vocab)
     if target.source is not None:
@@ -243,6 +249,41 @@ def load_drafter_for(
     if directory == target.source:
         logger.info("the drafter is the one inside %s: %d drafts a round", name, cfg.block_size)
     return Drafter(cfg, params, vocab, name, directory)
+
+
+def is_model(source: str | Path) -> bool:
+    """Whether a source of a drafter is a model of its own, and has no drafter inside."""
+    if is_gguf(source):
+        return True
+    directory = model_directory(source)
+    path = directory / CONFIG_FILE
+    if not path.is_file() or open_inside(directory) is not None:
+        return False
+    config = read_json(path)
+    return names_a_model(config) and method_of(config) is None
+
+
+def _draft_model(target: Target, model: Target) -> Drafter:
+    """A model as drafter.
+
+    Raises:
+        LoadError: its tokens are not the target's.
+    """
+    common = min(target.cfg.vocab_size, model.cfg.vocab_size)
+    tokens, others = (
+        {token: i for token, i in one.tokenizer.get_vocab().items() if i < common}
+        for one in (target, model)
+    )
+    differ = sorted(tokens.items() ^ others.items(), key=lambda pair: (pair[1], pair[0]))
+    if differ:
+        token, _ = differ[0]
+        raise LoadError(
+            f"{model.name} cannot draft for {target.name}: the token {token!r:.40} has the id "
+            f"{others.get(token)} there and {tokens.get(token)} here, and so have "
+            f"{len(differ) - 1} more: name a model with the target's tokenizer"
+        )
+    cfg, vocab = of_draft_model(model.cfg, model.params.vocab, target.cfg)
+    return Drafter(cfg, model.params, vocab, model.name, model.source)
 
 
 def default_drafter(target: str | Path) -> str:

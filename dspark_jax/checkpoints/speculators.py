@@ -1,4 +1,4 @@
-"""Drafter checkpoints written in the layout of vllm-project/speculators for DSpark.
+"""Drafter checkpoints written in the layout of vllm-project/speculators: DSpark and Eagle3.
 
 The tensors have the names of the reference layout; what differs is what the numbers mean (facts
 of version 0.9.0 of that library):
@@ -13,6 +13,7 @@ of version 0.9.0 of that library):
   int64 *offsets* (target id = place + d2t[place]) and ``t2d`` a bool for every target token.
 - The target ("verifier") lends its embedding, and its head where the vocabulary is whole; a
   reduced head is written out as ``lm_head.weight`` [U, D].
+- Eagle3's has ``eagle_aux_hidden_state_layer_ids``, which counts inputs too, and switches.
 - The decoder blocks are described by a Qwen3 configuration in ``transformer_layer_config``.
 - ``num_target_layers``, ``num_anchors`` and ``trained_for`` are additions of ours, which readers
   there ignore.
@@ -31,9 +32,10 @@ from dspark_jax.checkpoints.deepspec import TRAINED_FOR, draft_config_dict
 from dspark_jax.checkpoints.dialects import KIND, LAYER_ID_OFFSET
 from dspark_jax.checkpoints.draft_tensors import D2T, EMBEDDING, HEAD, T2D
 from dspark_jax.checkpoints.hf import write_checkpoint
-from dspark_jax.checkpoints.tensors import write_params
+from dspark_jax.checkpoints.tensors import dtype_of, write_params
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models.drafters.dspark import DrafterParams, declare_drafter
+from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.config_json import BLOCK_TYPE, block_config_dict
 from dspark_jax.models.vocab import Vocab, lm_head
 
@@ -48,31 +50,48 @@ def speculators_config_dict(
         verifier: ``name_or_path`` and ``architectures`` of the target.
         dtype: of the tensors.
     """
-    config = draft_config_dict(cfg)
-    if not cfg.markov_rank and cfg.confidence:
-        config["confidence_head_with_markov"] = False  # they refuse true without a Markov head
     greedy = {
         "proposal_type": "greedy",
         "speculative_tokens": cfg.block_size,
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
+    entering = [layer + LAYER_ID_OFFSET for layer in cfg.target_layer_ids]
+    if isinstance(cfg, Eagle3Config):
+        algorithm, config = (
+            "eagle3",
+            {
+                "architectures": ["Eagle3DraftModel"],
+                "eagle_aux_hidden_state_layer_ids": entering,
+                "norm_before_residual": cfg.norm_residual,
+                "norm_output": cfg.norm_output,
+            },
+        )
+    else:
+        algorithm, config = (
+            "dspark",
+            draft_config_dict(cfg)
+            | {
+                "architectures": ["DSparkDraftModel"],
+                "aux_hidden_state_layer_ids": entering,
+                "layer_id_offset": LAYER_ID_OFFSET,
+                "sample_from_anchor": cfg.anchor_predicts,
+            },
+        )
+    if algorithm == "dspark" and not cfg.markov_rank and cfg.confidence:
+        config["confidence_head_with_markov"] = False  # they refuse true without a Markov head
     return config | {
-        "architectures": ["DSparkDraftModel"],
-        "aux_hidden_state_layer_ids": [layer + LAYER_ID_OFFSET for layer in cfg.target_layer_ids],
         "draft_vocab_size": cfg.draft_vocab_size or cfg.vocab_size,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "layer_id_offset": LAYER_ID_OFFSET,
         "num_target_layers": cfg.num_target_layers,
-        "sample_from_anchor": cfg.anchor_predicts,
         "speculators_config": {
-            "algorithm": "dspark",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [greedy],
             "verifier": dict(verifier),
         },
-        KIND: "dspark",
+        KIND: algorithm,
         "tie_word_embeddings": False,
         "transformer_layer_config": block_config_dict(cfg),
     }
@@ -81,7 +100,7 @@ def speculators_config_dict(
 def save_speculators(
     directory: str | Path,
     cfg: DrafterConfig,
-    params: DrafterParams,
+    params: Any,
     vocab: Vocab,
     verifier: Mapping[str, Any],
     trained_for: Mapping[str, str] | None = None,
@@ -104,7 +123,7 @@ def save_speculators(
         raise ValueError(
             f"the drafter's layers are {cfg.blocks}: only {BLOCK_TYPE}'s can be written"
         )
-    tensors = write_params(declare_drafter(cfg), params)
+    tensors = write_params(drafter_of(cfg).declare_drafter(cfg), params)
     reduced = cfg.draft_vocab_size not in (None, cfg.vocab_size)
     if reduced:
         if vocab.d2t_U is None or vocab.d2t_U.shape != (cfg.draft_vocab_size,):
@@ -112,11 +131,11 @@ def save_speculators(
         id_U = np.asarray(vocab.d2t_U, np.int64)
         tensors[D2T] = id_U - np.arange(len(id_U))
         tensors[T2D] = np.isin(np.arange(cfg.vocab_size), id_U)
-    if reduced or cfg.owns_vocab:
+    if reduced or cfg.owns_vocab or cfg.owns_head:
         tensors |= write_params(declare("UD", cfg.sizes, HEAD), lm_head(vocab))
     if cfg.owns_vocab:
         tensors |= write_params(declare("VD", cfg.sizes, EMBEDDING), vocab.embed_VD)
-    config = speculators_config_dict(cfg, verifier, params.norm_D.dtype.name)
+    config = speculators_config_dict(cfg, verifier, dtype_of(params).name)
     if trained_for:
         config[TRAINED_FOR] = dict(trained_for)
     write_checkpoint(directory, config, tensors)

@@ -299,6 +299,11 @@ def _some(names: list[str]) -> str:
     return f"tensors {', '.join(names[:3])}{more} are"
 
 
+def dtype_of(params: Tree) -> Any:
+    """The dtype of parameters that have one in common."""
+    return jax.tree.leaves(params)[0].dtype
+
+
 def write_params(declared: Tree, values: Tree) -> dict[str, np.ndarray]:
     """Inverse of :func:`read_params`: file name -> array in the layout of the file.
 

@@ -93,8 +93,9 @@ def _extend(
     rows_per_slot: int,
 ) -> Any:
     """The target over the rows, with the drafter's feature layers."""
-    layers = () if cfg.drafter is None else cfg.drafter.target_layer_ids
-    return family_of(cfg.target).extend(
+    reads = None if cfg.drafter is None else drafter_of(cfg.drafter).reads
+    layers = cfg.drafter.target_layer_ids if cfg.drafter is not None and reads == "streams" else ()
+    hidden_TD, feature_TFD, cache = family_of(cfg.target).extend(
         weights.target,
         state.target_cache,
         rows,
@@ -104,6 +105,7 @@ def _extend(
         chunks=chunks,
         kernels=cfg.kernels,
     )
+    return hidden_TD, hidden_TD[:, None] if reads == "state" else feature_TFD, cache
 
 
 def observe_rows(
@@ -128,6 +130,8 @@ def observe_rows(
     if chunks is not None:
         flat = jax.tree.map(lambda x_PW: x_PW.reshape(-1), chunks)
         rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
+        rows = rows.replace(runs=chunks.slot_T.shape)  # type: ignore[attr-defined]
+    rows = rows.replace(most=cfg.num_draft + 1)  # type: ignore[attr-defined]
     return drafter_of(cfg.drafter).observe(
         weights.drafter,
         weights.vocab,
@@ -137,4 +141,5 @@ def observe_rows(
         state.token_BS,
         state.length_B,
         cfg.drafter,
+        kernels=cfg.kernels,
     )

@@ -29,11 +29,12 @@ from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.rendering import PLAIN, Rendering
-from dspark_jax.training.anchors import block_labels, sample_anchors
+from dspark_jax.training.anchors import sample_lessons
 from dspark_jax.training.data import TokenSequence, make_batch
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.state import Batch
@@ -172,7 +173,9 @@ def acceptance(
         ValueError: it is 0 at position 1, which any other drafter's could be, too.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(target.params.norm_D.dtype), params)
-    cfg = replace(cfg, owns_vocab=False)  # says nothing about numbers: one program for both
+    cfg = replace(
+        cfg, owns_vocab=False, owns_head=False
+    )  # says nothing about numbers: one program for both
     rate_G = np.asarray(_acceptance(target.params, params, vocab, batch, target.cfg, cfg))
     if not np.isfinite(rate_G).all():
         raise FloatingPointError("the drafts' probabilities are not finite: broken weights")
@@ -198,12 +201,13 @@ def _acceptance(
     encode = family_of(target_cfg).encode
     hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
     teacher = make_teacher(target.vocab, hidden_BSD, vocab.d2t_U is not None)
-    anchor_BA, keep_BA = sample_anchors(jax.random.key(0), batch.loss_mask_BS, NUM_ANCHORS)
-    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    given = batch.token_BS, batch.loss_mask_BS, jax.random.key(0), 0.0
+    sizes, lessons = (NUM_ANCHORS, cfg.block_size), drafter_of(cfg).lessons
+    anchor_BA, keep_BA, labels = sample_lessons(*given, sizes, lessons)
     outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
-    totals = loss_totals(labels, keep_BA, None, 0.0)
+    totals = loss_totals(labels, None, 0.0)
     _, metrics = dspark_loss(
-        params, vocab, outputs, teacher, labels, keep_BA, totals, None,
+        params, vocab, outputs, teacher, labels, totals, None,
         ce_weight=0.0, confidence_weight=0.0,
     )  # fmt: skip
     return metrics["accept_rate_G"]

@@ -21,12 +21,14 @@ from dspark_jax.checkpoints.default import default_drafter_path, default_target_
 from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, open_gguf
 from dspark_jax.checkpoints.hf import CONFIG_FILE, model_directory, open_hf_target, target_config
 from dspark_jax.checkpoints.inside import open_inside
+from dspark_jax.checkpoints.load import is_model
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, declare_stored, read_json
-from dspark_jax.config import DrafterConfig, TargetConfig
+from dspark_jax.config import TargetConfig
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.engine.config import EngineConfig, round_up
 from dspark_jax.engine.memory import LOGIT_COPIES, SHARE
 from dspark_jax.engine.state import StateConfig, declare_state
-from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.models.drafters.table import drafter_of, of_draft_model
 from dspark_jax.models.quantised import PLAIN, check_kind, declare_quantised
 from dspark_jax.models.targets.table import family_of
 
@@ -46,7 +48,7 @@ class Models:
     """
 
     target: TargetConfig
-    drafter: DrafterConfig | None
+    drafter: AnyDrafterConfig | None
     declared: Any
     names: tuple[str, str]
 
@@ -57,7 +59,7 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
     Args:
         target: ``"default"``, a GGUF file, a directory or hub id. A directory may hold a
             ``config.json`` alone.
-        drafter: ``"none"``, ``"default"``, a directory or hub id.
+        drafter: ``"none"``, ``"default"``, a directory or hub id, of a smaller model, too.
         own_vocab: whether to draft with the drafter's own embedding and head, where it has them.
 
     Raises:
@@ -87,10 +89,15 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
     path = default_drafter_path() if drafter == "default" else drafter
     if path is None:
         raise LoadError("this installation has no default drafter: name one, or use none")
+    if drafter != "default" and is_model(path):
+        model = open_models(str(path))
+        draft_cfg, _ = of_draft_model(model.target, None, cfg)
+        return Models(cfg, draft_cfg, (held, model.declared), (name, model.names[0]))
     draft_cfg, vocab, *_ = open_drafter(path, num_target_layers=cfg.num_layers)
     drafts = drafter_of(draft_cfg).declare_drafter(draft_cfg)
     # Decoding holds the matrices of keys and values a second time, as one of all layers.
-    context = [(stack.k_DKH, stack.v_DKH) for stack in drafts.layers]
+    blocks = drafter_of(draft_cfg).lessons == "blocks"
+    context = [(stack.k_DKH, stack.v_DKH) for stack in drafts.layers if blocks]
     own = vocab if own_vocab or draft_cfg.draft_vocab_size else None
     every = held, drafts, context, own
     return Models(cfg, draft_cfg, every, (name, Path(path).resolve().name))

@@ -30,11 +30,16 @@ class Rows:
         token_T: int32 token ids.
         slot_T: int32 slots; B marks a padding row.
         position_T: int32 positions in the slot's sequence; one slot's are contiguous.
+        runs: of the last rows: how many chunks of how many rows they are, for whoever reads them
+            again; None for none.
+        most: rows that one slot has of the others, at most; None where nobody says.
     """
 
     token_T: jax.Array
     slot_T: jax.Array
     position_T: jax.Array
+    runs: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+    most: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

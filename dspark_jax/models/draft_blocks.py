@@ -25,6 +25,7 @@ class DraftBlocks:
         shared: ``(position_X, cfg)``: what all layers share (RoPE).
         project: ``(layer, x_XD, place, shared, cfg)``: queries [X, N, H], keys and values
             [X, K, H] of a block's own slots.
+        heads: the same of inputs that are normalised already, of any width.
         inject: ``(layer, k_XKH, v_XKH, place, shared, cfg)``: keys and values of the context, from
             its products with the layer's matrices (v None where there is none for values).
         finish: ``(layer, x_XD, attended_XNH, place, shared, cfg)``: the residual stream after the
@@ -38,5 +39,6 @@ class DraftBlocks:
     declare: Callable[[Any, Stack], Any]
     shared: Callable[[jax.Array, Any], Any]
     project: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     inject: Callable[..., tuple[jax.Array, jax.Array]]
     finish: Callable[..., jax.Array]

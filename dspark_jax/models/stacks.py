@@ -118,6 +118,12 @@ def is_unstacked(layers: tuple[Tree, ...]) -> bool:
     return isinstance(layers[0], tuple)
 
 
+def only_layer(layers: tuple[Tree, ...]) -> Tree:
+    """The layer of a model that has one, out of a stack or by itself."""
+    (held,) = layers
+    return held[0] if isinstance(held, tuple) else jax.tree.map(lambda leaf: leaf[0], held)
+
+
 def loop_layers(
     body: Callable[[Tree, Tree, Place], Tree],
     carry: Tree,

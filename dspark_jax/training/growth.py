@@ -44,7 +44,12 @@ def check_same_sizes(source: str, wanted: DrafterConfig, found: DrafterConfig) -
     Raises:
         ValueError: names the fields that differ.
     """
-    free = {"owns_vocab", "max_positions", "num_anchors", "block_size"}
+    if type(wanted) is not type(found):
+        raise ValueError(
+            f"init_drafter {source} is a drafter of another method than the recipe's: name one of "
+            "this method, or start afresh"
+        )
+    free = {"owns_vocab", "owns_head", "max_positions", "num_anchors", "block_size"}
     shallower = type(wanted) is DrafterConfig and found.num_layers < wanted.num_layers
     if shallower and len({*wanted.windows, *found.windows}) < 2:
         free |= {"num_layers", "windows"}

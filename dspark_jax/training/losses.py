@@ -23,7 +23,7 @@ import optax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.models.drafters.family import BlockOutputs
+from dspark_jax.models.drafters.family import BlockOutputs, Lessons
 from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.layers import matmul
 from dspark_jax.models.vocab import Vocab, lm_head, unembed
@@ -41,11 +41,13 @@ class LossTerms:
     """Sums over slots that the metrics are made of.
 
     Attributes:
-        ce: float32, weighted sum of cross-entropies.
+        ce, soft: float32, weighted sums of cross-entropies with the labels, and with the target's
+            distributions.
         l1_BAG: float32 ``|p^d - p^t|_1`` of every slot.
     """
 
     ce: jax.Array
+    soft: jax.Array
     l1_BAG: jax.Array
 
 
@@ -65,7 +67,7 @@ def draft_blocks(
     train_blocks = drafter_of(cfg).train_blocks
     if train_blocks is None:
         raise ValueError("a drafter of this kind cannot be trained or exported: name another")
-    given = feature_BSFD, labels.previous_BAG, anchor_BA, keep_BA
+    given = feature_BSFD, labels.token_BS, labels.previous_BAG, anchor_BA, keep_BA
     return train_blocks(drafter, vocab, *given, cfg, kernels=kernels)
 
 
@@ -89,6 +91,7 @@ class _Slots:
     label_BAG: jax.Array
     ce_weight_BAG: jax.Array
     l1_weight_BAG: jax.Array
+    soft_weight_BAG: Any
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,7 +104,8 @@ def head_loss(
     law_TU: Any,
     slots: _Slots,
 ) -> tuple[jax.Array, LossTerms]:
-    """``sum(ce_weight * CE) + sum(l1_weight * |p^d - p^t|_1)`` over all slots.
+    """The sum over all slots of ``ce_weight * CE + l1_weight * |p^d - p^t|_1 + soft_weight * CE``
+    with the target's distribution.
 
     Args:
         count_size: how many chunks of how many anchors.
@@ -147,12 +151,12 @@ def _scan_chunks(
     parts = jax.tree.map(lambda x: split_chunks(x, *count_size), (hidden_BAGD, code_BAGR, slots))
 
     def step(carry: Any, part: Any) -> Any:
-        loss, ce, w2_gradient = carry
+        loss, ce, soft, w2_gradient = carry
         hidden, code, some = part
         base = unembed(vocab, hidden)
         logits = draft_logits(base, w2_RU, code)
-        loss_part, ce_part, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some)
-        carry = (loss + loss_part, ce + ce_part, w2_gradient)
+        sums, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some)
+        carry = (loss + sums[0], ce + sums[1], soft + sums[2], w2_gradient)
         if not with_gradient:
             return carry, (l1, None)
         slope = logit_gradient.astype(hidden.dtype)
@@ -164,26 +168,30 @@ def _scan_chunks(
             code_gradient = matmul(slope, w2_RU.T)
             code_XR, slope_XU = (x.reshape(-1, x.shape[-1]) for x in (code, slope))
             w2_gradient += jnp.matmul(code_XR.T, slope_XU, preferred_element_type=jnp.float32)
-        return (*carry[:2], w2_gradient), (l1, (hidden_gradient, code_gradient))
+        return (*carry[:3], w2_gradient), (l1, (hidden_gradient, code_gradient))
 
     zero = jnp.zeros(())
     w2_zero = jnp.zeros(w2_RU.shape) if with_gradient and w2_RU is not None else None
-    (loss, ce, w2_gradient), (l1, rest) = jax.lax.scan(step, (zero, zero, w2_zero), parts)
+    carry = zero, zero, zero, w2_zero
+    (loss, ce, soft, w2_gradient), (l1, rest) = jax.lax.scan(step, carry, parts)
     l1, rest = jax.tree.map(lambda x: join_chunks(x, anchors), (l1, rest))
     if not with_gradient:
-        return loss, LossTerms(ce, l1), None
+        return loss, LossTerms(ce, soft, l1), None
     w2_gradient = jax.tree.map(lambda x: x.astype(w2_RU.dtype), w2_gradient)
-    return loss, LossTerms(ce, l1), (w2_gradient, *rest)
+    return loss, LossTerms(ce, soft, l1), (w2_gradient, *rest)
 
 
 def _chunk_loss(
     logits_XU: jax.Array, vocab: Vocab, law_TU: Any, slots: _Slots
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Loss, cross-entropy sum, l1 of every slot, and the loss's gradient by the logits.
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Sums of the loss and of both cross-entropies, l1 of every slot, and the loss's gradient by
+    the logits.
 
     With p the draft's law, t the target's, y the label and s = sign(p - t),
 
-        d CE / d logits = p - onehot(y),    d |p - t|_1 / d logits = p (s - sum(p s)).
+        d CE / d logits = p - onehot(y),    d |p - t|_1 / d logits = p (s - sum(p s)),
+
+    and in the place of the one-hot label t, whose sum may be below 1, for the other cross-entropy.
     """
     # In few passes over [X, U], which cost as much as the products: no array of one-hot labels,
     # and one exponential.
@@ -210,7 +218,14 @@ def _chunk_loss(
     at_label = jnp.indices(known_X.shape, sparse=True)
     label_X = jnp.where(known_X, slots.label_BAG, logits_XU.shape[-1])
     gradient_XU = gradient_XU.at[(*at_label, label_X)].add(-slots.ce_weight_BAG, mode="drop")
-    return loss, ce, l1_X, gradient_XU
+    soft = jnp.zeros(())
+    if slots.soft_weight_BAG is not None:
+        mass_X, log_norm_X = law_XU.sum(-1), (peak_X + jnp.log(total_X))[..., 0]
+        soft_X = mass_X * log_norm_X - (law_XU * logits_XU).sum(-1)
+        soft = (slots.soft_weight_BAG * soft_X).sum()
+        slope_XU = prob_XU * mass_X[..., None] - law_XU
+        gradient_XU += slots.soft_weight_BAG[..., None] * slope_XU
+    return (loss + soft, ce, soft), l1_X, gradient_XU
 
 
 def _target_law(vocab: Vocab, law_TU: Any, slots: _Slots) -> jax.Array:
@@ -245,7 +260,7 @@ class LossTotals:
 
     Attributes:
         ce, slot: float32 sums of the slots' weights in the cross-entropy and in the other terms.
-        blocks: int32 blocks that are not dummies.
+        blocks: int32 blocks whose first slot is supervised.
         supervised_G: int32 supervised slots at each place of a block.
     """
 
@@ -255,13 +270,19 @@ class LossTotals:
     supervised_G: jax.Array
 
 
-def loss_totals(labels: BlockLabels, keep_BA: jax.Array, t2d_V: Any, decay: float) -> LossTotals:
-    """The totals of a batch; arguments as in :func:`dspark_loss`."""
+def loss_totals(
+    labels: BlockLabels, t2d_V: Any, decay: float, lessons: Lessons = "blocks"
+) -> LossTotals:
+    """The totals of a batch; arguments as in :func:`dspark_loss`. The terms of chains are divided
+    by the number of anchors, dummies included, as the reference does."""
     weight_BAG = slot_weights(labels.supervised_BAG, decay)
+    ce, slot = ce_slot_weights(weight_BAG, labels, t2d_V).sum(), weight_BAG.sum()
+    if lessons == "chains":
+        ce = slot = jnp.float32(labels.supervised_BAG[..., 0].size)
     return LossTotals(
-        ce=ce_slot_weights(weight_BAG, labels, t2d_V).sum(),
-        slot=weight_BAG.sum(),
-        blocks=keep_BA.sum(),
+        ce=ce,
+        slot=slot,
+        blocks=labels.supervised_BAG[..., 0].sum(),
         supervised_G=labels.supervised_BAG.sum((0, 1)),
     )
 
@@ -297,13 +318,13 @@ def dspark_loss(
     outputs: BlockOutputs,
     teacher: Teacher,
     labels: BlockLabels,
-    keep_BA: jax.Array,
     totals: LossTotals,
     t2d_V: jax.Array | None,
     *,
     law_TU: jax.Array | None = None,
     ce_weight: float = 0.1,
     l1_weight: float = 0.9,
+    soft_weight: float = 0.0,
     confidence_weight: float = 1.0,
     decay: float = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -315,12 +336,12 @@ def dspark_loss(
         outputs: of the drafter.
         teacher: of the target.
         labels: of the blocks.
-        keep_BA: False for dummy blocks.
         totals: of the whole batch.
         t2d_V: int32 place of every token in the draft vocabulary, -1 outside it; None where the
             draft vocabulary is all of V.
         law_TU: of :func:`spell_out`, with its teacher.
         ce_weight, l1_weight, confidence_weight: of the three terms.
+        soft_weight: of a fourth one, the cross-entropy with the target's distribution.
         decay: see :func:`slot_weights`.
 
     Returns:
@@ -340,6 +361,7 @@ def dspark_loss(
         label_BAG=labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG],
         ce_weight_BAG=ce_weight * ce_BAG,
         l1_weight_BAG=l1_weight * weight_BAG,
+        soft_weight_BAG=soft_weight * weight_BAG if soft_weight else None,
     )
     batch, anchors, block = labels.label_BAG.shape
     limit = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else None
@@ -351,6 +373,8 @@ def dspark_loss(
     metrics = {"l1": (weight_BAG * terms.l1_BAG).sum()}
     if ce_weight:
         metrics["ce"] = terms.ce / ce_weight
+    if soft_weight:
+        metrics["soft_ce"] = terms.soft / soft_weight
 
     accept_BAG = jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * terms.l1_BAG, 0.0, 1.0))
     if confidence_weight and outputs.confidence_logit_BAG is not None:
@@ -361,8 +385,8 @@ def dspark_loss(
     survival_BAG = jnp.cumprod(accept_BAG * supervised, axis=-1)
     count_G = jnp.maximum(totals.supervised_G, 1)
     metrics["accept_rate_G"] = (accept_BAG * supervised).sum((0, 1)) / count_G
-    committed = keep_BA.sum() + survival_BAG.sum()
-    metrics["accepted_length"] = committed / jnp.maximum(totals.blocks, 1)
-    metrics["blocks"] = keep_BA.sum()
+    blocks = labels.supervised_BAG[..., 0].sum()
+    metrics["accepted_length"] = (blocks + survival_BAG.sum()) / jnp.maximum(totals.blocks, 1)
+    metrics["blocks"] = blocks
     metrics["loss"] = loss
     return loss, metrics

@@ -81,6 +81,9 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
     """The drafter that a recipe describes, with the target's sizes where it names none."""
     cfg = target.cfg
     mask = recipe.mask_token_id
+    if mask < 0:  # others have no use for one
+        blocks = recipe.method == "dspark"
+        mask = unused_token(target.tokenizer, cfg.vocab_size) if blocks else 0
     fields = {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.hidden_size,
@@ -93,7 +96,7 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
         "windows": (recipe.sliding_window,) * recipe.num_layers if recipe.sliding_window else (),
         "max_positions": cfg.max_positions,
         "block_size": recipe.block_size,
-        "mask_token_id": mask if mask >= 0 else unused_token(target.tokenizer, cfg.vocab_size),
+        "mask_token_id": mask,
         "target_layer_ids": recipe.target_layer_ids or default_feature_layers(cfg.num_layers),
         "num_target_layers": cfg.num_layers,
         "num_anchors": recipe.num_anchors,
@@ -104,7 +107,7 @@ def drafter_config(recipe: TrainConfig, target: Target) -> DrafterConfig:
         "draft_vocab_size": recipe.draft_vocab_size or None,
         "owns_vocab": False,
     }
-    return trained_form(fields | family_of(cfg).draft_fields(cfg), cfg)
+    return trained_form(recipe.method, fields | family_of(cfg).draft_fields(cfg), cfg)
 
 
 def draft_places(vocab_size: int, d2t_U: np.ndarray) -> jax.Array:
@@ -182,6 +185,11 @@ def starting_point(
     if recipe.init_drafter:
         found, params, own, _ = read_drafter(target, recipe.init_drafter)
         check_same_sizes(recipe.init_drafter, cfg, found)
+        if found.owns_head:
+            logger.warning(
+                "%s has an LM head: the target's is trained with, and is the result's",
+                recipe.init_drafter,
+            )
         ids = None if own is None or own.d2t_U is None else np.asarray(own.d2t_U)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         if found.num_layers < cfg.num_layers:

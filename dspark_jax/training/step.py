@@ -12,9 +12,10 @@ import optax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.stacks import is_whole
 from dspark_jax.models.targets.table import family_of
-from dspark_jax.training.anchors import BlockLabels, block_labels, sample_anchors
+from dspark_jax.training.anchors import BlockLabels, sample_lessons, taught_positions
 from dspark_jax.training.losses import LossTotals, draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.state import Batch, Frozen, Layout, TrainState
 from dspark_jax.training.teacher import Teacher, laws_pay, make_teacher, spell_out
@@ -58,9 +59,9 @@ def choose_blocks(
 ) -> Blocks:
     """Random blocks of a batch; ``turn`` as in :func:`sample_anchors`. Without the target's outputs
     they are yet to be read."""
-    num_anchors = anchors_of(recipe, batch.token_BS.shape[1])
-    anchor_BA, keep_BA = sample_anchors(key, batch.loss_mask_BS, num_anchors, turn)
-    labels = block_labels(batch.token_BS, batch.loss_mask_BS, anchor_BA, keep_BA, cfg.block_size)
+    sizes = anchors_of(recipe, batch.token_BS.shape[1]), cfg.block_size
+    given = batch.token_BS, batch.loss_mask_BS, key, turn, sizes, drafter_of(cfg).lessons
+    anchor_BA, keep_BA, labels = sample_lessons(*given)
     if target is None:
         return Blocks(batch, None, None, anchor_BA, keep_BA, labels)
     return Blocks(None, *target, anchor_BA, keep_BA, labels)
@@ -94,12 +95,12 @@ def blocks_loss(
         outputs,
         blocks.teacher,
         blocks.labels,
-        blocks.keep_BA,
         totals,
         frozen.t2d_V,
         law_TU=law_TU,
         ce_weight=recipe.ce_weight,
         l1_weight=recipe.l1_weight,
+        soft_weight=recipe.soft_weight,
         confidence_weight=recipe.confidence_weight,
         decay=recipe.loss_decay,
     )
@@ -119,13 +120,19 @@ def blocks_gradient(
 
     ``read`` gives the target's outputs of a part, where they are yet to be read.
     """
-    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    totals = _totals(blocks, frozen, cfg, recipe)
     gradient_of = jax.grad(partial(blocks_loss, layout=layout, law_TU=law_TU), has_aux=True)
 
     def gradient(part: Blocks) -> Any:
         return gradient_of(params, frozen, with_target(part, read), totals, cfg, recipe)
 
     return sum_over_parts(gradient, blocks, recipe.micro_batches)
+
+
+def _totals(blocks: Blocks, frozen: Frozen, cfg: DrafterConfig, recipe: TrainConfig) -> LossTotals:
+    """Of a whole batch."""
+    lessons = drafter_of(cfg).lessons
+    return loss_totals(blocks.labels, frozen.t2d_V, recipe.loss_decay, lessons)
 
 
 def with_target(blocks: Blocks, read: Callable[[Batch], TargetOutputs] | None) -> Blocks:
@@ -191,10 +198,13 @@ def read_target(
 ) -> tuple[jax.Array, jax.Array]:
     """Features and last hidden states of the frozen target for a batch, which may bring them;
     ``kernels`` names the implementation of ``ragged_attention``."""
+    state = drafter_of(cfg).reads == "state"
     if batch.feature_BSFD is not None:
-        return batch.feature_BSFD, batch.hidden_BSD
+        hidden_BSD = batch.hidden_BSD
+        return hidden_BSD[:, :, None] if state else batch.feature_BSFD, hidden_BSD
     encode = partial(family_of(target_cfg).encode, kernels=kernels)
-    read = partial(encode, frozen.target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    layers = () if state else cfg.target_layer_ids
+    read = partial(encode, frozen.target, batch.token_BS, target_cfg, layers)
     if layout is not None:
 
         def gather(layer: Any, stack: int) -> Any:
@@ -208,7 +218,7 @@ def read_target(
 
         read = partial(read, fetch=gather)
     hidden_BSD, feature_BSFD = read()
-    return feature_BSFD, hidden_BSD
+    return hidden_BSD[:, :, None] if state else feature_BSFD, hidden_BSD
 
 
 def target_outputs(
@@ -236,7 +246,7 @@ def _teach(
     ``outputs`` are of :func:`read_target`."""
     feature_BSFD, hidden_BSD = outputs
     if laws_pay(cfg, recipe, batch.token_BS.size):
-        supervised_BS = batch.loss_mask_BS
+        supervised_BS = taught_positions(batch.loss_mask_BS, drafter_of(cfg).lessons)
         teacher, law_TU = spell_out(frozen.target.vocab, frozen.vocab, hidden_BSD, supervised_BS)
         return (feature_BSFD, teacher), law_TU
     reduced = frozen.vocab.d2t_U is not None
@@ -348,7 +358,7 @@ def evaluation_step(
     """Metrics of held-out sequences, always with the same anchors."""
     read = partial(target_outputs, frozen, target_cfg=target_cfg, cfg=cfg, kernels=recipe.kernels)
     blocks = choose_blocks(batch, None, jax.random.key(recipe.seed), 0.0, cfg, recipe)
-    totals = loss_totals(blocks.labels, blocks.keep_BA, frozen.t2d_V, recipe.loss_decay)
+    totals = _totals(blocks, frozen, cfg, recipe)
 
     def metrics(part: Blocks) -> dict[str, jax.Array]:
         return blocks_loss(params, frozen, with_target(part, read), totals, cfg, recipe)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from dspark_jax.config import DrafterConfig, TargetConfig, TrainConfig
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.training.state import Batch
 from dspark_jax.training.step import anchors_of
 
@@ -30,15 +31,17 @@ def drafter_flops(cfg: DrafterConfig, length: int, num_anchors: int) -> float:
     """FLOPs of one optimiser update for one sequence whose target features are given.
 
     Every product once forward and twice backward, but: the features take no gradient (fc has one
-    product backward), the LM head is frozen (one), and the target's side has no backward pass.
+    product backward), the LM head is frozen (one), and the target's side has no backward pass. The
+    entries of chains read features and tokens side by side.
     """
     rows = num_anchors * cfg.num_slots
     width, rank = cfg.hidden_size, cfg.markov_rank
     vocab = cfg.draft_vocab_size or cfg.vocab_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    dense = width * (2 * q + 2 * kv + 3 * cfg.intermediate_size)
+    read = 2 * width if drafter_of(cfg).lessons == "chains" else width
+    dense = read * (q + 2 * kv) + width * (q + 3 * cfg.intermediate_size)
     attention = 2 * q * (length + cfg.num_slots)
-    layer = 3 * rows * (dense + attention) + 3 * length * width * 2 * kv
+    layer = 3 * rows * (dense + attention) + 3 * length * read * 2 * kv
     features = 2 * length * len(cfg.target_layer_ids) * width * width
     head = rows * vocab * (2 * width + 3 * rank) + rows * vocab * width
     return 2.0 * (cfg.num_layers * layer + features + head)

@@ -48,7 +48,8 @@ def anchor_attention(
     Args:
         q_BAGNH: queries, rotated; N is a multiple of K.
         k_BSKH, v_BSKH: the context, in the dtype of the queries. All of it must be finite.
-        own: keys and values [B, A, G, K, H] of the blocks' own slots.
+        own: keys and values [B, A, W, K, H] that all slots of a block see beside the context:
+            those of its own slots, W = G, or with "xla" others.
         anchor_BA: int32 in [0, S], positions of the anchors, ascending in a sequence where a
             block is kept.
         keep_BA: bool, False for a block that attends to nothing and gives 0.
@@ -71,7 +72,7 @@ def anchor_attention(
     """
     dispatch.check_name(implementation)
     arguments = q_BAGNH, k_BSKH, v_BSKH, own, anchor_BA, keep_BA
-    _check(*arguments)
+    _check(*arguments, any_own=implementation == "xla")
     if implementation == "xla":
         return checkpoint_name(xla.attend_blocks(*arguments, window, scale), SAVED)
     problem = dispatch.version_problem()
@@ -120,6 +121,8 @@ def _check(
     own: tuple[jax.Array, jax.Array],
     anchor_BA: jax.Array,
     keep_BA: jax.Array,
+    *,
+    any_own: bool,
 ) -> None:
     if q_BAGNH.ndim != 5 or k_BSKH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
         raise ValueError(
@@ -133,7 +136,8 @@ def _check(
             f"{heads} query heads of {width} in {batch} sequences cannot read {kv_heads} key heads "
             f"of {kv_width} in {sequences}"
         )
-    expected = (batch, anchors, slots, kv_heads, width)
+    seen = own[0].shape[2] if any_own and own[0].ndim == 5 else slots
+    expected = (batch, anchors, seen, kv_heads, width)
     if own[0].shape != expected or own[1].shape != expected:
         raise ValueError(f"own keys {own[0].shape}, values {own[1].shape}: give twice {expected}")
     dtypes = {x.dtype.name for x in (q_BAGNH, k_BSKH, v_BSKH, *own)}

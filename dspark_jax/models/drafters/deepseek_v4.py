@@ -25,7 +25,7 @@ from dspark_jax.models import hyper_connections as streams
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import ring
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS, DrafterParams
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -53,6 +53,10 @@ from dspark_jax.models.vocab import Vocab, embed
 
 # (layer, index of the stage) -> keys [P, S, H] that the blocks see, and which of them, bool [P, S].
 Context = Callable[[Layer, Any], tuple[jax.Array, jax.Array]]
+
+
+lessons: Lessons = "blocks"
+reads: Reads = "streams"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +222,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Any:
     """``DrafterFamily.observe``: the keys of what was committed, of every stage."""
     context_TD = context_inputs(drafter, feature_TFD, cfg)
@@ -308,6 +314,7 @@ def train_blocks(
     drafter: StageParams,
     vocab: Vocab,
     feature_BSFD: jax.Array,
+    token_BS: jax.Array,
     previous_BAG: jax.Array,
     anchor_BA: jax.Array,
     keep_BA: jax.Array,

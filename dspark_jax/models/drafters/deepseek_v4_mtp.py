@@ -35,10 +35,11 @@ from dspark_jax.models.drafters.deepseek_v4 import (
 )
 from dspark_jax.models.drafters.deepseek_v4 import for_decoding as for_decoding
 from dspark_jax.models.drafters.deepseek_v4 import sections as sections
-from dspark_jax.models.drafters.family import Choose, Law
-from dspark_jax.models.drafters.heads import DraftBlock
+from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot
 from dspark_jax.models.layers import matmul, rms_norm
 from dspark_jax.models.rope import rope_table
+from dspark_jax.models.stacks import only_layer
 from dspark_jax.models.targets.config_json import count_field
 from dspark_jax.models.targets.deepseek_v4 import Config as TargetConfig
 from dspark_jax.models.targets.deepseek_v4_layers import (
@@ -182,17 +183,11 @@ def entry_inputs(
 
 def entry_keys(drafter: Params, x_XJD: jax.Array, position_X: jax.Array, cfg: Config) -> jax.Array:
     """Keys [X, H] of entries, of their inputs alone."""
-    layer = _layer(drafter)
+    layer = only_layer(drafter.layers)
     mix = streams.mix(layer.attention_mixing, x_XJD, cfg.stage.streams)
     u_XD = rms_norm(streams.join(mix, x_XJD), layer.attention_norm_D, cfg.rms_norm_eps)
     table = rope_table(position_X, cfg.stage.rope, cfg.stage.rope_dim)
     return keys(layer.heads, u_XD, table, cfg.stage)
-
-
-def _layer(drafter: Params) -> Any:
-    """The one layer, of a stack or alone."""
-    (stack,) = drafter.layers
-    return stack[0] if isinstance(stack, tuple) else jax.tree.map(lambda leaf: leaf[0], stack)
 
 
 def observe(
@@ -204,6 +199,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: keys of the entries whose token is known, and the last streams."""
     slot_T = ring.kept_slots(rows, length_B, cfg.window(0))
@@ -245,7 +242,7 @@ def chain(
         step: ``(x_PJD, slot) -> token_P``: the token of a slot, of the streams that predict it.
         cfg: sizes.
     """
-    token_P, own, layer = anchor_P, [], _layer(drafter)
+    token_P, own, layer = anchor_P, [], only_layer(drafter.layers)
     for slot in range(cfg.block_size):
         at_P = position_P - 1 + slot
         table = rope_table(at_P[:, None], cfg.stage.rope, cfg.stage.rope_dim)
@@ -278,22 +275,20 @@ def draft(
     kernels: str,
 ) -> DraftBlock:
     """``DrafterFamily.draft``."""
-    tokens, indices, laws = [], [], []
+    drawn: list[Drawn] = []
 
     def step(x_BJD: jax.Array, slot: int) -> jax.Array:
-        logits_BU = law(unembed(vocab, read_out(drafter, x_BJD, cfg)[1]), slot)
-        index_B = choose(logits_BU, slot)
-        laws.append(logits_BU)
-        indices.append(index_B)
-        tokens.append(index_B if vocab.d2t_U is None else vocab.d2t_U[index_B])
-        return tokens[-1]
+        logits_BU = unembed(vocab, read_out(drafter, x_BJD, cfg)[1])
+        drawn.append(draw_slot(vocab, logits_BU, slot, choose, law))
+        return drawn[-1][0]
 
     key_BSH, x_BJD = context.key_LBSH[0], context.stream_LBJD[0]
     x_BJD = x_BJD.astype(drafter.norm_D.dtype)
     place_BS = ring.positions(position_B, key_BSH.shape[1])
     chain(drafter, vocab, x_BJD, anchor_B, position_B, key_BSH, place_BS, step, cfg)
-    token_BG, index_BG, logits_BGU = (jnp.stack(x, axis=1) for x in (tokens, indices, laws))
-    return DraftBlock(token_BG, index_BG, logits_BGU, confidence_logit_BG=None)
+    return block_of(drawn)
 
 
 train_blocks = None  # of these there is no training yet
+lessons: Lessons = "chains"
+reads: Reads = "streams"

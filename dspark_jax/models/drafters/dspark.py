@@ -19,7 +19,7 @@ from flax import struct
 from dspark_jax.axes import MESH_RULES, declare
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
-from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law
+from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import (
     DraftBlock,
     declare_confidence_head,
@@ -47,6 +47,8 @@ from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.groups import group_runs
 
 Config = DrafterConfig
+lessons: Lessons = "blocks"
+reads: Reads = "streams"
 
 # What a training step keeps of a layer for the backward pass: results of matrix products. All
 # else, several times as large, is cheap to compute again.
@@ -169,6 +171,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: DrafterConfig,
+    *,
+    kernels: str = "xla",
 ) -> Cache:
     """``DrafterFamily.observe``: injects the rows at their slots and positions."""
 
@@ -233,6 +237,7 @@ def train_blocks(
     drafter: DrafterParams,
     vocab: Vocab,
     feature_BSFD: jax.Array,
+    token_BS: jax.Array,
     previous_BAG: jax.Array,
     anchor_BA: jax.Array,
     keep_BA: jax.Array,

@@ -7,7 +7,7 @@ class of a configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 from flax import struct
@@ -39,6 +39,27 @@ class BlockOutputs:
     confidence_logit_BAG: Any
 
 
+# What a drafter is taught: blocks behind random anchors, towards the tokens that follow them; or
+# chains behind every position of a text, towards the target's distributions along it.
+Lessons = Literal["blocks", "chains"]
+
+
+# What of the target a drafter reads: residual streams after layers, or the last state, normalised.
+Reads = Literal["streams", "state"]
+
+
+def only_values(cfg: AnyDrafterConfig, what: str, **right: Any) -> None:
+    """Check fields that a kind of drafter has no choice for.
+
+    Raises:
+        ValueError: names the first that is not right.
+    """
+    for name, value in right.items():
+        found = getattr(cfg, name)
+        if found != value:
+            raise ValueError(f"{name} is {found!r}: of {what} it must be {value!r}")
+
+
 class TrainBlocks(Protocol):
     """A drafter over all blocks of a batch of whole sequences."""
 
@@ -47,6 +68,7 @@ class TrainBlocks(Protocol):
         drafter: Any,
         vocab: Vocab,
         feature_BSFD: jax.Array,
+        token_BS: jax.Array,
         previous_BAG: jax.Array,
         anchor_BA: jax.Array,
         keep_BA: jax.Array,
@@ -60,6 +82,7 @@ class TrainBlocks(Protocol):
             drafter: weights, layers stacked; its ``head`` is the sequential head.
             vocab: the drafter's vocabulary.
             feature_BSFD: the target's features.
+            token_BS: int32 the sequences.
             previous_BAG: int32 true tokens before each slot's prediction, the anchor first.
             anchor_BA: int32 positions of the anchors.
             keep_BA: False marks a dummy block.
@@ -100,6 +123,8 @@ class DrafterFamily(Protocol):
         token_BS: jax.Array,
         length_B: jax.Array,
         cfg: Any,
+        *,
+        kernels: str = ...,
     ) -> Any:
         """The context with what the target has read in a round.
 
@@ -113,6 +138,7 @@ class DrafterFamily(Protocol):
             length_B: int32 how many they are, the anchor included. Rows at ``length - 1`` and
                 behind are of rejected drafts: garbage, which the next round overwrites.
             cfg: sizes.
+            kernels: the implementation of the operations of ``pallas_kernels``.
         """
 
     def draft(
@@ -140,6 +166,14 @@ class DrafterFamily(Protocol):
             cfg: sizes.
             kernels: the implementation of the operations of ``pallas_kernels``.
         """
+
+    @property
+    def lessons(self) -> Lessons:
+        """What it is taught."""
+
+    @property
+    def reads(self) -> Reads:
+        """What it reads of the target; a state is the one feature there is."""
 
     @property
     def train_blocks(self) -> TrainBlocks | None:

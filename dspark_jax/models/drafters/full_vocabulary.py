@@ -36,7 +36,15 @@ def with_full_vocabulary(
     Returns:
         Configuration (``markov_rank`` one higher; a drafter without a sequential head gets a
         vanilla one) and parameters in the same dtype.
+
+    Raises:
+        ValueError: the drafter has no place for a sequential head.
     """
+    if type(cfg) is not DrafterConfig:
+        raise ValueError(
+            "a drafter of this kind has no place for a sequential head, which would rule out the "
+            "other tokens: leave --full-vocabulary out"
+        )
     dtype = params.norm_D.dtype
     head = params.head
     if head is None:

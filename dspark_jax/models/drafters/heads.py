@@ -11,7 +11,7 @@ depends on the tokens already in the block, of rank R in the vocabulary:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,9 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.models.layers import add
 from dspark_jax.models.vocab import Vocab, unembed
 from pallas_kernels.accept_block.rule import OneHot
+
+# Of a slot: token_B, index_B and the logits_BU that it was drawn from.
+Drawn = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @struct.dataclass
@@ -177,6 +180,18 @@ def confidence_logit(
     return logit[..., 0].astype(jnp.float32)
 
 
+def law_confidence(logits_XU: jax.Array) -> jax.Array:
+    """Logit of the largest probability of a draft's law [X], float32: the confidence in drafts of
+    those who have no head for it.
+
+    Like a head's it is settled before ``d_k`` is drawn. How far it can be believed is for past
+    rounds to say, which calibrate it.
+    """
+    logits_XU = logits_XU.astype(jnp.float32)
+    others_X = jnp.sum(jnp.exp(logits_XU - jnp.max(logits_XU, -1, keepdims=True)), -1) - 1
+    return -jnp.log(jnp.maximum(others_X, jnp.finfo(jnp.float32).eps))
+
+
 def teach_heads(
     drafter: Any, previous_XG: jax.Array, hidden_XGD: jax.Array, cfg: DrafterConfig
 ) -> tuple[Any, Any]:
@@ -222,7 +237,8 @@ def sample_block(
     base_BGU = unembed(vocab, hidden_BGD)
     seen_BGD = hidden_BGD if seen_BGD is None else seen_BGD
     previous_B, state_BR = anchor_B, start_state(drafter.head, anchor_B.shape)
-    tokens, indices, laws, confidences = [], [], [], []
+    drawn: list[Drawn] = []
+    confidences = []
     for slot in range(hidden_BGD.shape[1]):
         hidden_BD, logits_BU, embedding_BR = seen_BGD[:, slot], base_BGU[:, slot], None
         if drafter.head is not None:
@@ -232,15 +248,28 @@ def sample_block(
             logits_BU = logits_BU + bias_logits(drafter.head, code_BR)
         if drafter.confidence is not None:
             confidences.append(confidence_logit(drafter.confidence, hidden_BD, embedding_BR, cfg))
-        logits_BU = law(logits_BU, slot)
-        index_B = choose(logits_BU, slot)
-        previous_B = index_B if vocab.d2t_U is None else vocab.d2t_U[index_B]
-        tokens.append(previous_B)
-        indices.append(index_B)
-        laws.append(logits_BU)
-    return DraftBlock(
-        token_BG=jnp.stack(tokens, 1),
-        index_BG=jnp.stack(indices, 1),
-        logits_BGU=jnp.stack(laws, 1),
-        confidence_logit_BG=jnp.stack(confidences, 1) if confidences else None,
-    )
+        drawn.append(draw_slot(vocab, logits_BU, slot, choose, law))
+        previous_B = drawn[-1][0]
+    return block_of(drawn, confidences)
+
+
+def draw_slot(
+    vocab: Vocab,
+    logits_BU: jax.Array,
+    slot: int,
+    choose: Callable[[jax.Array, int], jax.Array],
+    law: Callable[[jax.Array, int], jax.Array],
+) -> Drawn:
+    """The draft of a slot, whose logits these are; ``choose`` and ``law`` as in
+    :func:`sample_block`."""
+    logits_BU = law(logits_BU, slot)
+    index_B = choose(logits_BU, slot)
+    return index_B if vocab.d2t_U is None else vocab.d2t_U[index_B], index_B, logits_BU
+
+
+def block_of(drawn: Sequence[Drawn], confidences: Sequence[jax.Array] = ()) -> DraftBlock:
+    """The block of the drafts of all slots, and of their confidences' logits [B], where there are
+    some."""
+    token_BG, index_BG, logits_BGU = (jnp.stack(each, 1) for each in zip(*drawn, strict=True))
+    confidence_logit_BG = jnp.stack(confidences, 1) if confidences else None
+    return DraftBlock(token_BG, index_BG, logits_BGU, confidence_logit_BG)

@@ -9,7 +9,7 @@ DSpark's own, or all mass on one token. With it the draft is verified like any o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,15 @@ from flax import struct
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import dspark, lookup
-from dspark_jax.models.drafters.family import Choose, Law
+from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
 from pallas_kernels.accept_block.rule import OneHot
+
+lessons: Lessons = "blocks"
+reads: Reads = "streams"
+train_blocks = None  # the drafter beside it is trained by itself
 
 LEAST_MATCH = 4  # tokens: with fewer, what DSpark makes of the text is the better guess
 
@@ -129,11 +133,13 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``."""
     read = rows, feature_TFD, token_BS, length_B
     return Context(
-        dspark.observe(drafter.dspark, vocab, context.dspark, *read, cfg.dspark),
+        dspark.observe(drafter.dspark, vocab, context.dspark, *read, cfg.dspark, kernels=kernels),
         lookup.observe(lookup.NoWeights(), vocab, context.lookup, *read, cfg.lookup),
     )
 
@@ -185,8 +191,3 @@ def places(block: DraftBlock, vocab: Vocab) -> tuple[jax.Array, jax.Array]:
     known_BG = jnp.cumprod(jnp.any(same_BGU, axis=-1).astype(jnp.int32), axis=1)
     count_B = jnp.minimum(block.count_B, jnp.sum(known_BG, axis=1, dtype=jnp.int32))
     return jnp.argmax(same_BGU, axis=-1).astype(jnp.int32), count_B
-
-
-def train_blocks(*args: Any, **options: Any) -> NoReturn:
-    """``DrafterFamily.train_blocks``."""
-    raise ValueError("lookup has nothing to train: train the drafter beside it by itself")

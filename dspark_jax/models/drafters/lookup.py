@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,15 @@ from flax import struct
 from dspark_jax.axes import Buffer
 from dspark_jax.config import TargetConfig
 from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.drafters.family import Choose, Law
+from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
 from pallas_kernels.accept_block.rule import ONE_HOT
+
+lessons: Lessons = "blocks"
+reads: Reads = "streams"
+train_blocks = None  # there is nothing to train
 
 NAME = re.compile(r"lookup(?::(\d+)-(\d+))?", re.ASCII)
 LONGEST = 16  # n-gram that may be asked for
@@ -186,6 +190,8 @@ def observe(
     token_BS: jax.Array,
     length_B: jax.Array,
     cfg: Config,
+    *,
+    kernels: str = "xla",
 ) -> Context:
     """``DrafterFamily.observe``: learns from the new tokens, and looks the next drafts up."""
     num_slots = length_B.shape[0]
@@ -234,11 +240,6 @@ def draft(
         confidence_logit_BG=jnp.where(offered_BG, logit_BG, ABSENT),
         count_B=jnp.sum(offered_BG, axis=1, dtype=jnp.int32),
     )
-
-
-def train_blocks(*args: Any, **options: Any) -> NoReturn:
-    """``DrafterFamily.train_blocks``."""
-    raise ValueError("lookup has nothing to train: choose another drafter")
 
 
 # The index.

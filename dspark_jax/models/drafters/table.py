@@ -7,16 +7,41 @@ from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
-from dspark_jax.models.drafters import deepseek_v4, deepseek_v4_mtp, dspark, hybrid, lookup
+from dspark_jax.models.drafters import (
+    deepseek_v4,
+    deepseek_v4_mtp,
+    draft_model,
+    dspark,
+    eagle3,
+    hybrid,
+    lookup,
+    medusa,
+)
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
+from dspark_jax.models.vocab import Vocab
 
-DRAFTERS: tuple[DrafterFamily, ...] = (dspark, deepseek_v4, deepseek_v4_mtp, lookup, hybrid)
+DRAFTERS: tuple[DrafterFamily, ...] = (
+    dspark,
+    deepseek_v4,
+    deepseek_v4_mtp,
+    eagle3,
+    medusa,
+    draft_model,
+    lookup,
+    hybrid,
+)
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
 INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], DrafterConfig | None]] = {
     "deepseek_v4": deepseek_v4_mtp.inside,
+}
+# Methods of training -> the configurations of their drafters, of fields of a ``DrafterConfig``.
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
+    "dspark": lambda fields: DrafterConfig(**fields),
+    "eagle3": eagle3.of_recipe,
+    "medusa": medusa.of_recipe,
 }
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
@@ -35,10 +60,11 @@ def drafter_of(cfg: AnyDrafterConfig) -> DrafterFamily:
     return _BY_CONFIG[type(cfg)]
 
 
-def trained_form(fields: Mapping[str, Any], target: TargetConfig) -> DrafterConfig:
+def trained_form(method: str, fields: Mapping[str, Any], target: TargetConfig) -> DrafterConfig:
     """The configuration of a drafter that is trained for a target.
 
     Args:
+        method: of ``TrainConfig``.
         fields: of a ``DrafterConfig``, as a recipe and the sizes of the target say.
         target: sizes of the target.
 
@@ -46,7 +72,11 @@ def trained_form(fields: Mapping[str, Any], target: TargetConfig) -> DrafterConf
         ValueError: fields are wrong, or the drafters of such a target have no choice there.
     """
     form = _FORMS.get(type(target))
-    return DrafterConfig(**fields) if form is None else form(fields, target)
+    if form is None:
+        return _METHODS[method](fields)
+    if method != "dspark":
+        raise ValueError(f"method is {method!r}, but for this target only 'dspark' can be trained")
+    return form(fields, target)
 
 
 def inside_settings(cfg: DrafterConfig) -> dict[str, Any] | None:
@@ -89,3 +119,15 @@ def with_lookup(
     if not isinstance(cfg, DrafterConfig):
         raise ValueError("lookup goes with a drafter that has weights: name one before the +")
     return hybrid.with_lookup(cfg, params, other)
+
+
+def of_draft_model(model: TargetConfig, own: Vocab | None, target: TargetConfig) -> tuple[Any, Any]:
+    """Configuration and vocabulary of a smaller model as drafter.
+
+    Args:
+        model: its sizes.
+        own: its embedding and LM head; None gives none.
+        target: sizes of the target.
+    """
+    cfg = draft_model.Config(model, target.vocab_size)
+    return cfg, None if own is None else draft_model.common_vocab(cfg, own)

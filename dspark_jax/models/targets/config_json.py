@@ -16,6 +16,7 @@ from dspark_jax.config import RopeConfig, RopeKind, TransformerConfig
 MAX_LAYERS = 4096
 QUANTISATION = ("quantization_config", "compression_config", "quantization")
 BLOCK_TYPE = "qwen3"  # the ``model_type`` of drafters' blocks
+PLAIN_TYPE = "llama"  # that of blocks without norms of q and k
 
 
 def field(config: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
@@ -290,7 +291,7 @@ def block_config_dict(cfg: TransformerConfig) -> dict[str, Any]:
             for layer in range(cfg.num_layers)
         ],
         "max_position_embeddings": cfg.max_positions,
-        "model_type": BLOCK_TYPE,
+        "model_type": BLOCK_TYPE if cfg.qk_norm else PLAIN_TYPE,
         "num_attention_heads": cfg.num_heads,
         "num_hidden_layers": cfg.num_layers,
         "num_key_value_heads": cfg.num_kv_heads,

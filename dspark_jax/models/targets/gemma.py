@@ -297,9 +297,15 @@ def project(
     layer: Layer, x_XD: jax.Array, place: Place, shared: Shared, cfg: Config
 ) -> tuple[jax.Array, Any, Any]:
     """Queries, and keys and values where the layer has its own; see :class:`Blocks`."""
+    return heads(layer, _norm(x_XD, layer.input_norm_D, cfg), place, shared, cfg)
+
+
+def heads(
+    layer: Layer, h_XD: jax.Array, place: Place, shared: Shared, cfg: Config
+) -> tuple[jax.Array, Any, Any]:
+    """:func:`project` of inputs that are normalised already."""
     own = place.kind.attention
     table = shared.local if own.window else shared.full
-    h_XD = _norm(x_XD, layer.input_norm_D, cfg)
     q_XNH, k_XKH, v_XKH = project_heads(layer, h_XD)
     if layer.q_norm_H is not None:
         q_XNH = _norm(q_XNH, layer.q_norm_H, cfg)

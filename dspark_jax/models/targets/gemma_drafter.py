@@ -100,6 +100,9 @@ DRAFT_BLOCKS = DraftBlocks(
     project=lambda layer, x_XD, place, shared, cfg: gemma.project(
         layer, x_XD, place, shared, _layers_of(cfg)
     ),
+    heads=lambda layer, h_XI, place, shared, cfg: gemma.heads(
+        layer, h_XI, place, shared, _layers_of(cfg)
+    ),
     inject=lambda layer, k_XKH, v_XKH, place, shared, cfg: gemma.finish_kv(
         layer, k_XKH, v_XKH, shared.full, _layers_of(cfg)
     ),

@@ -195,6 +195,12 @@ def project(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values; see :class:`Blocks`."""
     h_XD = rms_norm(x_XD, layer.input_norm_D, cfg.rms_norm_eps)
+    return _heads(layer, h_XD, place, table, cfg)
+
+
+def _heads(
+    layer: Any, h_XD: jax.Array, place: Place, table: Table, cfg: TransformerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return project_qkv(layer, h_XD, table if place.kind.rotary else None, cfg)
 
 
@@ -247,6 +253,7 @@ DRAFT_BLOCKS = DraftBlocks(
     declare=lambda cfg, stack: declare_layers(cfg, "layers", stack.layers),
     shared=lambda position_X, cfg: rope_table(position_X, cfg.rope, cfg.head_dim),
     project=project,
+    heads=_heads,
     inject=_inject,
     finish=_finish,
 )

@@ -1,0 +1,44 @@
+"""An Eagle3 drafter for SmolLM2-135M-Instruct, to be compared with the DSpark one.
+
+Command: dspark train configs/smollm2_135m_eagle3.py --set data=responses.jsonl
+Data: as for configs/smollm2_135m_dspark.py, with which it is to be compared: the target's own
+    answers, the same number of chains as there are blocks there.
+Hardware and time: not run yet.
+Result: not run yet.
+
+As the Eagle3 paper trains it: one layer, the cross-entropy with the target's distribution alone,
+the step k of a chain weighted 0.8^k.
+"""
+
+import math
+
+from dspark_jax.config import TrainConfig
+
+config = TrainConfig(
+    method="eagle3",
+    target="default",
+    data="responses.jsonl",
+    out="runs/smollm2_135m_eagle3",
+    num_layers=1,
+    block_size=4,
+    markov_rank=0,
+    confidence=False,
+    draft_vocab_size=10240,
+    max_length=448,
+    length_buckets=(224, 336, 448),
+    tokens_per_batch=17920,
+    num_anchors=52,
+    updates_per_batch=40,
+    sequences_per_update=8,
+    steps=16,
+    learning_rate=1e-3,
+    ce_weight=0.0,
+    l1_weight=0.0,
+    soft_weight=1.0,
+    confidence_weight=0.0,
+    loss_decay=-1 / math.log(0.8),
+    eval_sequences=24,
+    eval_every=4,
+    checkpoint_every=1,
+    log_every=1,
+)

@@ -1,0 +1,81 @@
+"""Drafters of other methods than DSpark, by what their ``config.json`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dspark_jax.checkpoints import eagle3, medusa
+from dspark_jax.checkpoints.tensors import Tensors
+from dspark_jax.config import DrafterConfig
+from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
+from dspark_jax.models.drafters.medusa import Config as MedusaConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the files of a method are read and written.
+
+    Attributes:
+        Config: of its drafters.
+        recognises: ``(config)``: whether a ``config.json``, flat or not, is of the method.
+        flat: ``(config, num_target_layers)``: the settings on one level.
+        names: ``(tensors)``: the tensors under the declared names.
+        completed: ``(flat, tensors)``: with the settings that the tensors tell.
+        config: ``(flat)``: the configuration.
+        config_dict: ``(cfg)``: what ``config.json`` says of the drafter alone.
+    """
+
+    Config: type[DrafterConfig]
+    recognises: Callable[[Mapping[str, Any]], bool]
+    flat: Callable[[Mapping[str, Any], int | None], dict[str, Any]]
+    names: Callable[[Tensors], Tensors]
+    completed: Callable[[Mapping[str, Any], Tensors], dict[str, Any]]
+    config: Callable[[Mapping[str, Any]], DrafterConfig]
+    config_dict: Callable[[Any], dict[str, Any]]
+
+
+METHODS = (
+    Method(
+        Eagle3Config,
+        eagle3.is_eagle3,
+        eagle3.flat_eagle3,
+        lambda tensors: tensors,
+        eagle3.completed_eagle3,
+        eagle3.eagle3_config,
+        eagle3.eagle3_config_dict,
+    ),
+    Method(
+        MedusaConfig,
+        medusa.is_medusa,
+        medusa.flat_medusa,
+        medusa.medusa_names,
+        medusa.completed_medusa,
+        medusa.medusa_config,
+        medusa.medusa_config_dict,
+    ),
+)
+
+
+def method_of(config: Mapping[str, Any]) -> Method | None:
+    """The method of a ``config.json``; None for DSpark and DFlash."""
+    return next((method for method in METHODS if method.recognises(config)), None)
+
+
+def check_layout(cfg: DrafterConfig, layout: str) -> None:
+    """Check that a layout says what a drafter computes; arguments as for
+    :func:`~dspark_jax.checkpoints.export.save_layout`.
+
+    Raises:
+        ValueError: it does not; names what it lacks.
+    """
+    if isinstance(cfg, MedusaConfig) and layout != "dspark":
+        raise ValueError(f"the format {layout} has no Medusa heads: choose the format dspark")
+    if isinstance(cfg, Eagle3Config) and layout == "deepspec":
+        eagle3.check_reference(cfg)
+
+
+def method_of_config(cfg: DrafterConfig) -> Method | None:
+    """The method of a configuration; None for DSpark and DFlash."""
+    return next((method for method in METHODS if isinstance(cfg, method.Config)), None)
