@@ -175,8 +175,8 @@ class Loop:
         for tenant in self._everybody():
             if tenant.mailbox.cancelled:
                 tenant.mailbox.cancel()
-                self._store.leave(tenant, self._sizes.slots)
                 self.drop(tenant)
+                self._store.leave(tenant, self._sizes.slots)
 
     def _everybody(self) -> list[Tenant]:
         return [*self._tenants, *(entry[-1] for entry in self._queue)]
@@ -208,8 +208,8 @@ class Loop:
             if tenant.reader.result.finish_reason:
                 tenant.reader.result.seconds = now_s - tenant.since_s
                 still = bool(report.stopped_B[slot]) or tenant.length >= room(tenant, 0)
-                self._store.leave(tenant, self._sizes.slots, still=still)
                 self._tenants.remove(tenant)
+                self._store.leave(tenant, self._sizes.slots, still=still)
         self._history = record(self._history, done.number, drafted)
 
     def _next_round_is_needed(self) -> bool:
