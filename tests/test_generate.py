@@ -295,7 +295,6 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         pytest.param("eagle3", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("eagle3", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("lookup", {"acceptance": "coupled"}, marks=pytest.mark.full),
-        pytest.param("lookup", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("reduced", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("rnn", {"acceptance": "coupled"}, marks=pytest.mark.full),
