@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspark_jax.config import DrafterConfig, TrainConfig
     from dspark_jax.engine.config import EngineConfig
     from dspark_jax.engine.engine import Engine
+    from dspark_jax.engine.grammar import Grammar
     from dspark_jax.engine.reader import Generation, RoundTrace
     from dspark_jax.engine.request import Request
     from dspark_jax.engine.round import decode_round, draft, plan_lengths, rank
@@ -35,6 +36,7 @@ __all__ = [
     "EngineConfig",
     "Event",
     "Generation",
+    "Grammar",
     "Model",
     "Request",
     "RoundTrace",
@@ -57,6 +59,7 @@ _HOMES = {
     "config": ("DrafterConfig", "TrainConfig"),
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
+    "engine.grammar": ("Grammar",),
     "engine.reader": ("Generation", "RoundTrace"),
     "engine.request": ("Request",),
     "engine.round": ("decode_round", "draft", "plan_lengths", "rank"),

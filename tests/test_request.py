@@ -70,6 +70,16 @@ def test_numbers_become_python_s_own():
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": 10**400}, "top_p is 1000"),
         ({"logprobs": 1}, "logprobs is 1"),
+        ({"presence_penalty": 2.5}, r"presence_penalty is 2.5: give a number in -2..2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ({"repetition_penalty": 0}, r"repetition_penalty is 0.0: give a number in 0.01..100"),
+        ({"logit_bias": [3]}, r"logit_bias is \[3\]: give a dict"),
+        ({"logit_bias": {3: 101}}, r"logit_bias\[3\] is 101: give a number in -100..100"),
+        ({"logit_bias": {"3": 1}}, r"logit_bias\[0\] is '3': give a whole number"),
+        ({"logit_bias": {-3: 1}}, r"logit_bias\[0\] is -3"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias has 301 ids: give 300 at most"),
+        ({"top_logprobs": 21}, r"top_logprobs is 21: give 0..20"),
+        ({"grammar": "[a-z]"}, r"grammar is '\[a-z\]': give a Grammar"),
         ({"key": 7}, "key is 7"),
         ({"key": [0.5, 1]}, "key is"),
         ({"key": [-1, 1]}, "key is"),
@@ -165,3 +175,11 @@ def test_texts_end_with_the_context_and_that_is_said_once(caplog):
         "max_new_tokens is 8, and the target's context of 10 leaves 2 of 4 texts less room "
         "(1 at least): they end there"
     ]
+
+
+def test_ids_of_a_bias_are_the_targets():
+    request = Request([1], logit_bias={np.int64(9): -100}, top_logprobs=1)
+    assert (request.logit_bias, request.logprobs) == ({9: -100.0}, True)
+    request.check(100, 10)
+    with pytest.raises(ValueError, match=r"logit_bias has the id 9, .* are 0\.\.8"):
+        request.check(100, 9)

@@ -54,8 +54,10 @@ class Generation:
             draft, or has no confidence head.
         undrafted_rounds: how many of these rounds did not draft at all.
         logprobs: log-probability of each new token where the request asks for it.
-        finish_reason: ``"stop"`` (a stop id or string), ``"length"``, ``"cancelled"`` or
-            ``"error"``; empty while it runs.
+        top_logprobs: ids and log-probabilities of the likeliest tokens at each new one, the best
+            first, as many as the request asks for.
+        finish_reason: ``"stop"`` (a stop id or string, or the end of the grammar), ``"length"``,
+            ``"cancelled"`` or ``"error"``; empty while it runs.
         end_id: the stop id that ended it; None where it ended otherwise.
         error: what went wrong, after ``"error"``.
         seed: with which the same request gives the same text again.
@@ -73,6 +75,7 @@ class Generation:
     confidence_logits: list[np.ndarray | None] = field(default_factory=list)
     undrafted_rounds: int = 0
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: str = ""
     end_id: int | None = None
     error: Exception | None = None

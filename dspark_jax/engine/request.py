@@ -6,12 +6,14 @@ import logging
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.characters import check_characters
+from dspark_jax.engine.grammar import Grammar
+from dspark_jax.engine.shaping import MOST_BIASES, MOST_TOP, check_penalties
 from dspark_jax.sampling import check_sampling
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,18 @@ class Request:
         prompt: a user's message, to which the engine applies the chat template.
         messages: the turns of a conversation (``role``, ``content``: a text or parts of one),
             likewise.
+        presence_penalty: is taken off the logits of tokens that are among the new ones, -2..2.
+        frequency_penalty: likewise, once for each time that they are, -2..2.
+        repetition_penalty: by which the logits of tokens of prompt and new text are divided where
+            they are positive, and multiplied where not; 0.01..100, 1 is off (Keskar et al. 2019,
+            section 4.1, in the form of transformers).
+        logit_bias: ids and what is added to their logits, -100..100; at most 300 of them.
+        top_logprobs: how many of the likeliest tokens are wanted at every new one, with their
+            log-probabilities as for ``logprobs``, which it implies; 0..20.
+        grammar: that the text follows; it ends where the grammar does.
+
+    Penalties and bias change the law before temperature and filters, in the order of these fields
+    but for the repetition penalty, which comes first; what ``logprobs`` reports they leave alone.
 
     Raises:
         ValueError: a value is of the wrong type or has no meaning; names the field and the remedy.
@@ -63,6 +77,12 @@ class Request:
     seed: InitVar[int | None] = None
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self, seed: int | None) -> None:
         def keep(name: str, value: Any) -> None:
@@ -70,9 +90,10 @@ class Request:
 
         for name in ("prompt_ids", "stop_ids"):
             keep(name, _ids(name, getattr(self, name)))
-        for name in ("max_new_tokens", "top_k"):
+        for name in ("max_new_tokens", "top_k", "top_logprobs"):
             keep(name, _integer(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "min_p"):
+        penalties = "presence_penalty", "frequency_penalty", "repetition_penalty"
+        for name in ("temperature", "top_p", "min_p", *penalties):
             keep(name, _number(name, getattr(self, name)))
         for name in ("logprobs", "trace"):
             if not isinstance(getattr(self, name), bool | np.bool_):
@@ -82,6 +103,13 @@ class Request:
         keep("key", key_of(seed) if self.key is None else _key(self.key))
         keep("stop_strings", _strings(self.stop_strings))
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        check_penalties(*(getattr(self, name) for name in penalties))
+        keep("logit_bias", _biases(self.logit_bias))
+        if not 0 <= self.top_logprobs <= MOST_TOP:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}: give 0..{MOST_TOP}")
+        keep("logprobs", bool(self.logprobs) or self.top_logprobs > 0)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar is {self.grammar!r:.40}: give a Grammar(kind, text)")
         if self.max_new_tokens < 1:
             raise ValueError(
                 f"max_new_tokens is {self.max_new_tokens}: ask for at least 1 new token"
@@ -137,7 +165,7 @@ class Request:
                 f"the prompt has {len(self.prompt_ids)} tokens and the target's context "
                 f"{max_positions}: shorten the prompt to at most {max_positions - 1} tokens"
             )
-        for name in ("prompt_ids", "stop_ids"):
+        for name in ("prompt_ids", "stop_ids", "logit_bias"):
             largest = max(getattr(self, name), default=0)
             if largest >= vocab_size:
                 raise ValueError(
@@ -251,6 +279,22 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r:.40}: give a number") from None
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Ids and what is added to their logits."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias is {value!r:.40}: give a dict of ids and numbers")
+    if len(value) > MOST_BIASES:
+        raise ValueError(
+            f"logit_bias has {len(value)} ids: give {MOST_BIASES} at most, or a grammar"
+        )
+    found = dict(zip(_ids("logit_bias", list(value)), value.values(), strict=True))
+    for token, bias in found.items():
+        found[token] = _number(f"logit_bias[{token}]", bias)
+        if not -100 <= found[token] <= 100:
+            raise ValueError(f"logit_bias[{token}] is {bias}: give a number in -100..100")
+    return found
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -22,12 +22,14 @@ class Event:
         token_ids: new tokens.
         logprobs: of these tokens, where the request asks for them.
         finish_reason: as in ``Generation``; empty while it runs.
+        top_logprobs: of these tokens, as in ``Generation``.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Mailbox:
@@ -69,9 +71,10 @@ class Mailbox:
         result = self.result
         tokens = tuple(result.token_ids[self._reported :])
         logprobs = tuple(result.logprobs[self._reported :])
+        tops = tuple(result.top_logprobs[self._reported :])
         self._reported = len(result.token_ids)
         if text or tokens or result.finish_reason:
-            self._events.append(Event(text, tokens, logprobs, result.finish_reason))
+            self._events.append(Event(text, tokens, logprobs, result.finish_reason, tops))
 
     def take(self) -> Event | None:
         """The oldest event that nobody has read."""
