@@ -171,12 +171,18 @@ class Buffer:
         shape: sizes in the order of ``axes``.
         dtype: of the array.
         fill: what an empty slot or position holds.
+        span: positions that each place of ``S`` is about. An array with so many places as the text
+            has spans holds each at its own place; one with fewer is a ring of the latest ones.
+        follows: whether it follows from the tokens of the text alone, and is made of them again
+            where a text is restored.
     """
 
     axes: str
     shape: tuple[int, ...]
     dtype: Any
     fill: float = 0
+    span: int = 1
+    follows: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dspark_jax.axes import abstract_buffers, place
+from dspark_jax.axes import abstract_buffers, empty_buffers, place
 from dspark_jax.engine.config import EngineConfig, Ladder
 from dspark_jax.engine.decoder import Decoder, state_config
 from dspark_jax.engine.executables import Executable, Program, program_of
 from dspark_jax.engine.inputs import ASKS, Asks, RoundConfig, RoundInput
 from dspark_jax.engine.pages import pages_for
 from dspark_jax.engine.plan import HostPlan, round_input
+from dspark_jax.engine.pool import Copies, Pool, PoolConfig, declare_pool, plan_pool
+from dspark_jax.engine.prefix import NOTHING, Kept, Prefix
 from dspark_jax.engine.programs import (
     BY_SLOT,
     EVERYWHERE,
@@ -25,8 +28,10 @@ from dspark_jax.engine.programs import (
     admit_program,
     block_shardings,
     draft_program,
+    keep_program,
     move_program,
     num_shards,
+    restore_program,
     round_program,
 )
 from dspark_jax.engine.request import Request
@@ -83,6 +88,8 @@ class Programs:
                 (self.draft, (size, n, kind)) for size in sizes for n in chunks for kind in ahead
             ]
         todo += [(self.admit, (size,)) for size in sizes]
+        if self.pool is not None:
+            todo += [(one, (size,)) for one in (self.keep, self.restore) for size in sizes]
         todo += [
             (self.move, (old, new))
             for old, new in itertools.permutations(sizes, 2)
@@ -158,6 +165,25 @@ class Programs:
 
         return self._once(sizes, build)
 
+    def keep(self, sizes: Sizes) -> Executable:
+        """``keep(state, pool, copies)``."""
+
+        def build() -> tuple[Any, ...]:
+            args = self._state(sizes), self._pool(), self.copies(sizes, 0, Kept())
+            return keep_program, (self.form(sizes), self.pool, self.decoder.mesh), args
+
+        return self._once(("keep", sizes), build)
+
+    def restore(self, sizes: Sizes) -> Executable:
+        """``restore(weights, state, pool, copies)``."""
+
+        def build() -> tuple[Any, ...]:
+            args = self._state(sizes), self._pool(), self.copies(sizes, 0, NOTHING)
+            parts = self.form(sizes), self.pool, self.decoder.mesh
+            return restore_program, parts, (self.decoder.weights, *args)
+
+        return self._once(("restore", sizes), build)
+
     def move(self, old: Sizes, new: Sizes) -> Executable:
         """``move(state, origin_B)``."""
 
@@ -218,6 +244,41 @@ class Programs:
         """A state without requests."""
         return make_state((), self.form(sizes), self.decoder.mesh)
 
+    @functools.cached_property
+    def pool(self) -> PoolConfig | None:
+        """The form of the memory for prefixes; None where none are stored."""
+        largest = self.form(self.sizes()[-1])
+        return plan_pool(largest, self.config.prefix_bytes, num_shards(self.decoder.mesh))
+
+    def new_pool(self) -> Pool:
+        """Memory in which no prefix is stored."""
+        assert self.pool is not None
+        pool: Pool = empty_buffers(declare_pool(self.pool), self.decoder.mesh)
+        return pool
+
+    def copies(self, sizes: Sizes, slot: int, what: Kept | Prefix) -> Copies:
+        """What is copied out of a slot, counted over all data shards, or into one."""
+        shards, longest = num_shards(self.decoder.mesh), pages_for(self.ladder.positions[-1])
+        shard = slot // sizes.slots
+        page_DX = np.zeros((shards, longest), np.int32)
+        page_DX[shard, : len(what.pages)] = what.pages
+
+        def only(value: int, others: int = 0) -> np.ndarray:
+            return np.where(np.arange(shards) == shard, value, others).astype(np.int32)
+
+        first, count = (what.first, 0) if isinstance(what, Kept) else (0, what.count)
+        return self.put(
+            Copies(
+                slot_D=only(slot % sizes.slots),
+                first_D=only(first),
+                count_D=only(len(what.pages)),
+                page_DX=page_DX,
+                snapshot_D=only(what.snapshot, -1),
+                read_D=only(count),
+            ),
+            BY_SLOT,
+        )
+
     def put(self, values: Any, spec: PartitionSpec = EVERYWHERE) -> Any:
         """Small values of the host on the devices, explicitly."""
         mesh = self.decoder.mesh
@@ -273,6 +334,11 @@ class Programs:
         parts = self._config(self.policy.num_draft, kind), self.form(sizes), self.decoder.mesh
         args = self.decoder.weights, self._state(sizes), given, self.put(steps_per_s_T)
         return draft_program, parts, args
+
+    def _pool(self) -> Pool:
+        assert self.pool is not None
+        pool: Pool = abstract_buffers(declare_pool(self.pool), self.decoder.mesh)
+        return pool
 
     def _state(self, sizes: Sizes) -> DecodeState:
         state: DecodeState = abstract_buffers(declare_state(self.form(sizes)), self.decoder.mesh)

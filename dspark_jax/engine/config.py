@@ -56,6 +56,8 @@ class EngineConfig:
         pages: how many there are, over all data shards; 0 for as many as all slots could need, or
             fit into the memory. Where they are used up, the requests that came last wait until
             there are some again, and go on from what they have.
+        prefix_bytes: memory, over all devices, for what was read of texts that are over, so that
+            requests that begin like them need not read it again; 0 stores nothing.
         min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
@@ -79,6 +81,7 @@ class EngineConfig:
     memory_bytes: int = 0
     paged: bool | None = None
     pages: int = 0
+    prefix_bytes: int = 0
     min_tokens_per_s_user: float = 0.0
     recalibrate: bool = False
     kernels: Kernels = "auto"
@@ -88,10 +91,11 @@ class EngineConfig:
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field} is {value!r}: it must be a positive integer")
-        for field in ("chunk_rows", "pages"):
+        for field, zero in (("chunk_rows", "to choose"), ("pages", "to choose"),
+                            ("prefix_bytes", "for no store")):  # fmt: skip
             value = getattr(self, field)
             if type(value) is not int or value < 0:
-                raise ValueError(f"{field} is {value!r}: give a positive integer, or 0 to choose")
+                raise ValueError(f"{field} is {value!r}: give a positive integer, or 0 {zero}")
         if self.pages and self.paged is False:
             raise ValueError(f"pages is {self.pages} and paged is False: leave one of them out")
         for field in ("chunk_buckets", "slot_buckets", "row_buckets", "position_buckets"):
@@ -198,10 +202,11 @@ def make_ladder(cfg: EngineConfig, policy: Policy, num_shards: int) -> Ladder:
             f"position_buckets is {ladder.positions}: the last must hold positions and a block, "
             f"{cfg.positions + columns}"
         )
-    if cfg.pages and ladder.positions[-1] % POSITION_STEP:
+    in_pages = cfg.pages or cfg.prefix_bytes
+    if in_pages and any(positions % POSITION_STEP for positions in ladder.positions):
         raise ValueError(
-            f"position_buckets is {ladder.positions}: pages have {POSITION_STEP} positions, give a "
-            "multiple"
+            f"position_buckets is {ladder.positions}: pages have {POSITION_STEP} positions, give "
+            "multiples"
         )
     return ladder
 

@@ -227,7 +227,8 @@ class Engine:
     def update_params(self, weights: Weights) -> None:
         """Other weights from the next round on, without a new compilation.
 
-        Requests under way go on with caches that the old weights wrote.
+        Requests under way go on with caches that the old weights wrote. Stored prefixes are
+        forgotten.
 
         Raises:
             ValueError: shapes, dtypes or structure differ, or the mesh has devices of several
@@ -240,6 +241,7 @@ class Engine:
         with self._lock:
             launcher = self._loop.launcher
             launcher.weights = replace_weights(launcher.weights, weights)
+            self._loop.forget_prefixes()
 
     def close(self) -> None:
         """Cancel everything and give the memory back; other processes are told."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from dspark_jax.engine.compiled import Programs
 from dspark_jax.engine.inputs import Asks, RoundInput, RoundReport, Weights
-from dspark_jax.engine.plan import Admission, HostPlan
+from dspark_jax.engine.plan import Admission, HostPlan, Keep
+from dspark_jax.engine.pool import Pool
 from dspark_jax.engine.programs import BY_SLOT
 from dspark_jax.engine.state import DecodeState, slot_values
 from dspark_jax.models.drafters.heads import DraftBlock
@@ -30,15 +31,19 @@ class Launcher:
     Attributes:
         weights: arguments of every round.
         state: None before the first plan.
+        pool: stored prefixes; None before there is one.
     """
 
     def __init__(self, programs: Programs, weights: Weights) -> None:
         """Nothing is allocated before there is a plan."""
         self.programs, self.weights = programs, weights
         self.state: DecodeState | None = None
+        self.pool: Pool | None = None
 
     def begin(self, plan: HostPlan) -> None:
-        """The state in the sizes of a plan."""
+        """The state in the sizes of a plan, after what is to be stored of it was copied."""
+        for keep in plan.keeps:
+            self._keep(keep, plan.sizes_before)
         if plan.start is not None:
             self.state = self.programs.new_state(plan.start)
         state, self.state = self.state, None  # which is not kept beside the one that it becomes
@@ -47,12 +52,23 @@ class Launcher:
             state = self.programs.move(move.old, move.new)(state, origin_B)
         self.state = state
 
+    def _keep(self, keep: Keep, sizes: Sizes) -> None:
+        """A text out of its slot."""
+        if self.pool is None:
+            self.pool = self.programs.new_pool()
+        copies = self.programs.copies(sizes, keep.slot, keep.kept)
+        self.pool = self.programs.keep(sizes)(self.state, self.pool, copies)
+
     def admit(self, admission: Admission, sizes: Sizes) -> None:
-        """A request into its slot."""
+        """A request into its slot, with what is stored of its prompt."""
         form = self.programs.form(sizes)
         values = slot_values(admission.request, admission.generation, form)
         put = self.programs.put((np.int32(admission.slot), values))
         self.state = self.programs.admit(sizes)(self.state, *put)
+        if admission.prefix.count:
+            copies = self.programs.copies(sizes, admission.slot, admission.prefix)
+            restore = self.programs.restore(sizes)
+            self.state = restore(self.weights, self.state, self.pool, copies)
 
     def draft(
         self, plan: HostPlan, given: RoundInput, steps_per_s_T: np.ndarray

@@ -15,20 +15,21 @@ from collections import deque
 from collections.abc import Callable, Sequence, Set
 
 import jax
-import numpy as np
 
 from dspark_jax.engine.config import Ladder, fit
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.launch import IN_FLIGHT, Launcher
+from dspark_jax.engine.outlook import seats_of, temperatures_of
 from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import num_shards
 from dspark_jax.engine.reader import drafted_by
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.stats import Tally
+from dspark_jax.engine.store import Store
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
-from dspark_jax.scheduler.choice import Outlook, Seat, choose_rows
-from dspark_jax.scheduler.history import Drafted, History, Kind, Promise, advance, record
+from dspark_jax.scheduler.choice import Outlook, choose_rows
+from dspark_jax.scheduler.history import Drafted, History, advance, record
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -66,6 +67,7 @@ class Loop:
         self._block_size = 0 if drafter is None else drafter.block_size
         self._ladder: Ladder = self._programs.ladder
         self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
+        self._store = Store(self._programs.pool, self._shards)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         self._queue: list[tuple[int, int, Tenant]] = []
         self._tenants: list[Tenant] = []
@@ -119,13 +121,18 @@ class Loop:
         while self._in_flight:
             self._read_oldest()
 
+    def forget_prefixes(self) -> None:
+        """Other weights: what these have read is of no use to later requests."""
+        self._store.clear(self._tenants)
+
     def close(self, error: Exception | None = None) -> None:
         """Cancel everything, or end it with an error, and let go of the state."""
         for tenant in self._everybody():
             if error is not None:
                 tenant.mailbox.fail(error)
             tenant.mailbox.cancel()
-        self._queue, self._tenants, self.launcher.state, self._plan = [], [], None, None
+        self._queue, self._tenants, self._plan = [], [], None
+        self.launcher.state = self.launcher.pool = None
         self._in_flight.clear()
 
     def start_over(self) -> None:
@@ -135,7 +142,9 @@ class Loop:
         what they would have been; under rejection they keep their distribution.
         """
         self._in_flight.clear()
-        self.launcher.state, self._plan, self._waited = None, None, False
+        self._store.clear()
+        self.launcher.state = self.launcher.pool = self._plan = None
+        self._waited = False
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         for tenant in self._tenants:
             tenant.leave()
@@ -158,6 +167,7 @@ class Loop:
         for tenant in self._everybody():
             if tenant.mailbox.cancelled:
                 tenant.mailbox.cancel()
+                self._store.leave(tenant, self._sizes.slots)
                 self.drop(tenant)
 
     def _everybody(self) -> list[Tenant]:
@@ -189,6 +199,8 @@ class Loop:
                 tenant.mailbox.fail(error)
             if tenant.reader.result.finish_reason:
                 tenant.reader.result.seconds = now_s - tenant.since_s
+                still = bool(report.stopped_B[slot]) or tenant.length >= room(tenant, 0)
+                self._store.leave(tenant, self._sizes.slots, still=still)
                 self._tenants.remove(tenant)
         self._history = record(self._history, done.number, drafted)
 
@@ -201,6 +213,7 @@ class Loop:
         about: tuple[int, float],
     ) -> None:
         tenant.length = int(report.length_B[slot])
+        tenant.committed += report.token_BC[slot, : report.count_B[slot]].tolist()
         if tenant.reader.request.trace:
             tenant.reader.note(report, slot, first, *about)
         tenant.mailbox.report(tenant.reader.read(report, slot, first))
@@ -239,13 +252,14 @@ class Loop:
         return HostPlan(
             number,
             moves,
-            tuple(Admission(t.slot, t.generation, t.request) for t in joining),
+            tuple(Admission(t.slot, t.generation, t.request, t.prefix) for t in joining),
             frozenset(tenant.slot for tenant in self._tenants),
             chunks,
             self._shape(num_rows, num_chunks),
             self._pages.table(self._tenants, self._sizes, self._shards),
             asked_by(tenant.request for tenant in self._tenants if tenant.decoding),
             start,
+            self._store.take(),
         )
 
     def _give_pages(self) -> None:
@@ -258,6 +272,7 @@ class Loop:
                     continue
                 last = max(part, key=lambda tenant: tenant.arrival)
                 self._tenants.remove(last)
+                self._store.leave(last, self._sizes.slots)
                 last.leave()
                 heapq.heappush(self._queue, (FIRST, last.arrival, last))
 
@@ -279,7 +294,9 @@ class Loop:
             self.one_by_one = max(0, self.one_by_one - 1)
             heapq.heappop(self._queue)
             self._tenants.append(tenant)
-            tenant.enter(next(self._generations))
+            tenant.enter(next(self._generations), self._store.find(tenant, shards.index(part)))
+            if self._programs.pool is not None:
+                self.tally.looked_up(tenant.prefix.count)
             joining.append(tenant)
         self.suspects = joining
         return joining
@@ -314,19 +331,7 @@ class Loop:
     def _outlook(self, number: int, drafted: Set[Tenant], num_chunks: int) -> Outlook:
         """What the choice of the rows of a round is made from."""
         self._history = advance(self._history, number, [t.generation for t in self._tenants])
-        history, temperatures = self._history, self._temperatures()
-        seats = [
-            Seat(
-                tenant.slot // self._sizes.slots,
-                tenant in drafted,
-                temperatures[tenant.kind],
-                history.logits.get(tenant.generation),
-                tenant.generation in history.fresh,
-                history.promises.get(tenant.kind, Promise()).kept,
-            )
-            for tenant in self._tenants
-            if tenant.decoding
-        ]
+        seats = seats_of(self._history, self._tenants, drafted, self._sizes.slots)
         rows = self._drafted_rows(self._shape(0, num_chunks))
         costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
         return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
@@ -340,7 +345,10 @@ class Loop:
     def _launch(self, plan: HostPlan) -> None:
         """Run a plan on the devices, without waiting for them."""
         launcher, joined, sizes = self.launcher, self.suspects, plan.shape.sizes
-        temperature_BG, steps_per_s_T = self._temperature_BG(), None
+        temperature_BG = steps_per_s_T = None
+        if self._block_size:
+            slots, block_size = sizes.slots * self._shards, self._block_size
+            temperature_BG = temperatures_of(self._history, self._tenants, slots, block_size)
         if self._policy.kind == "causal" and plan.shape.num_draft:
             costs = self._costs(plan.number, self._drafted_rows(plan.shape), num_shards=1)
             assert costs is not None
@@ -366,26 +374,12 @@ class Loop:
             if tenant.decoding:
                 tenant.pending += columns
                 members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
-        steady = ready and bool(self._in_flight) and not (plan.moves or plan.admissions)
+        alone = not (plan.moves or plan.admissions or plan.keeps)
+        steady = ready and bool(self._in_flight) and alone
         launched_s = time.perf_counter()
         self._in_flight.append(
             InFlight(plan.number, report, shape, steady, launched_s, tuple(members))
         )
-
-    def _temperatures(self) -> dict[Kind, np.ndarray]:
-        """float32 [G]: of the confidences of each kind of requests."""
-        kinds = {tenant.kind for tenant in self._tenants}
-        return {kind: self._history.temperature_G(kind) for kind in kinds}
-
-    def _temperature_BG(self) -> np.ndarray | None:
-        """float32: of everybody's confidences; None without a drafter."""
-        if not self._block_size:
-            return None
-        temperatures, num_slots = self._temperatures(), self._sizes.slots * self._shards
-        temperature_BG = np.ones((num_slots, self._block_size), np.float32)
-        for tenant in self._tenants:
-            temperature_BG[tenant.slot] = temperatures[tenant.kind]
-        return temperature_BG
 
     def _drafted_rows(self, shape: Shape) -> tuple[int, ...]:
         """The rows that there are programs for, of such rounds with a draft."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.engine.inputs import ASKS, Asks, Chunks, RoundInput
+from dspark_jax.engine.prefix import NOTHING, Kept, Prefix
 from dspark_jax.engine.request import Request
 from dspark_jax.scheduler.shape import Shape, Sizes
 
@@ -29,12 +30,22 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """What is copied out of a slot, whose text is over, before somebody else has it."""
+
+    slot: int
+    kept: Kept
+
+
+@dataclass(frozen=True)
 class Admission:
-    """A request that takes a slot, under a number that no other request has."""
+    """A request that takes a slot, under a number that no other request has, and what is stored of
+    the beginning of its prompt."""
 
     slot: int
     generation: int
     request: Request
+    prefix: Prefix = NOTHING
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class HostPlan:
         page_BX: int32 pages of every slot, counted within its data shard; None without pages.
         asks: the most that anybody who decodes asks for.
         start: sizes of a new state, which takes the place of the one there is; None goes on.
+        keeps: texts to be stored, before anything else.
     """
 
     number: int
@@ -76,6 +88,12 @@ class HostPlan:
     page_BX: np.ndarray | None = None
     asks: Asks = "greedy"
     start: Sizes | None = None
+    keeps: tuple[Keep, ...] = ()
+
+    @property
+    def sizes_before(self) -> Sizes:
+        """Of the state before the moves."""
+        return self.moves[0].old if self.moves else self.shape.sizes
 
     @property
     def beginning(self) -> frozenset[int]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.axes import declared_shardings, partition, spans_processes
 from dspark_jax.engine.inputs import RoundConfig, RoundInput, RoundReport
+from dspark_jax.engine.pool import PoolConfig, declare_pool, keep, restore
 from dspark_jax.engine.round import decode_round, draft_ahead
 from dspark_jax.engine.state import (
     DecodeState,
@@ -102,11 +103,36 @@ def move_program(form: StateConfig, mesh: Mesh | None) -> Callable[..., DecodeSt
     return jax.jit(step)
 
 
-def _by_data(declared: DecodeState, mesh: Mesh) -> DecodeState:
-    """How a state is split over the data shards."""
+def keep_program(form: StateConfig, cfg: PoolConfig, mesh: Mesh | None) -> Callable[..., Any]:
+    """``keep(state, pool, copies)``."""
+    step = functools.partial(keep, cfg=cfg)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=1)
+    declared = declare_pool(cfg)
+    pool = _by_data(declared, mesh)
+    takes = _by_data(declare_state(form), mesh), pool, BY_SLOT
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=takes, out_specs=pool, axis_names={"data"}, check_vma=False
+    )
+    lies = declared_shardings(declared, mesh)
+    return jax.jit(sharded, donate_argnums=1, out_shardings=lies)
+
+
+def restore_program(form: StateConfig, cfg: PoolConfig, mesh: Mesh | None) -> Callable[..., Any]:
+    """``restore(weights, state, pool, copies)``."""
+    step = functools.partial(restore, form=form, cfg=cfg)
+    if mesh is not None:
+        declared = declare_state(form)
+        split = _by_data(declared, mesh)
+        takes = EVERYWHERE, split, _by_data(declare_pool(cfg), mesh), BY_SLOT
+        step = _by_shard(step, declared, mesh, takes, split)
+    return jax.jit(step, donate_argnums=1)
+
+
+def _by_data(declared: Any, mesh: Mesh) -> Any:
+    """How a state, or a pool, is split over the data shards."""
     shardings = declared_shardings(declared, mesh, unused=("fsdp", "tensor"))
-    split: DecodeState = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    return split
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
 def _by_shard(step: Any, declared: DecodeState, mesh: Mesh, takes: Any, gives: Any) -> Any:

@@ -63,6 +63,8 @@ class Generation:
         seed: with which the same request gives the same text again.
         lossless: whether its text keeps the target's distribution, by all rules that made it.
         seconds: since the request got a slot, until its last round was read.
+        cached_tokens: tokens of the prompt that were not read again, since an engine had stored
+            what it knows of them.
         trace: every round, where the request asks for it.
     """
 
@@ -82,6 +84,7 @@ class Generation:
     seed: int | None = None
     lossless: bool = True
     seconds: float = 0.0
+    cached_tokens: int = 0
     trace: list[RoundTrace] = field(default_factory=list)
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.plan import Chunk, Move
+from dspark_jax.engine.prefix import NOTHING, Prefix
 from dspark_jax.engine.reader import Reader
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Mailbox
@@ -33,6 +34,10 @@ class Tenant:
         read: positions of the prompt that were given to a round.
         decoding: whether the prompt was read to the end.
         pages: that it holds of its data shard's, in the order of its positions.
+        prefix: what was stored of its text when it entered.
+        committed: tokens behind the request's prompt that rounds which were read have committed,
+            whatever of them is shown.
+        current: whether the weights of now have read all of it.
         since_s: when it entered first, on a monotonic clock.
     """
 
@@ -48,15 +53,22 @@ class Tenant:
     read: int = 0
     decoding: bool = False
     pages: list[int] = field(default_factory=list)
+    prefix: Prefix = NOTHING
+    committed: list[int] = field(default_factory=list)
+    current: bool = True
     since_s: float = 0.0
 
-    def enter(self, generation: int) -> None:
-        """Wait for a slot no longer."""
+    def enter(self, generation: int, prefix: Prefix) -> None:
+        """Wait for a slot no longer; what is stored of the text need not be read."""
+        if not self.since_s:
+            self.reader.result.cached_tokens = prefix.count
         self.generation, self.since_s = generation, self.since_s or time.perf_counter()
+        self.prefix, self.read, self.current = prefix, prefix.count, True
 
     def leave(self) -> None:
         """Give up slot and pages, with all tokens so far behind the prompt of what is left."""
         self.slot, self.pending, self.read, self.decoding, self.pages = -1, 0, 0, False, []
+        self.committed = []
         asked, new_ids = self.reader.request, self.reader.result.token_ids
         if new_ids:
             left = self.reader.limit - len(new_ids)

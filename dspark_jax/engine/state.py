@@ -214,14 +214,19 @@ def move(state: DecodeState, origin_B: jax.Array, cfg: StateConfig) -> DecodeSta
 
     def place(buffer: Buffer, leaf: jax.Array) -> jax.Array:
         leaf = jnp.take(leaf, origin_B, axis=buffer.axes.index("B"), mode="clip")
-        if "S" not in buffer.axes:
-            return leaf
-        axis = buffer.axes.index("S")
-        old, new = leaf.shape[axis], buffer.shape[axis]
-        if new <= old:
-            return jax.lax.slice_in_dim(leaf, 0, new, axis=axis)
-        widths = [(0, new - old if place == axis else 0) for place in range(leaf.ndim)]
-        return jnp.pad(leaf, widths, constant_values=buffer.fill)
+        return fitted(leaf, buffer)
 
     moved: DecodeState = jax.tree.map(place, without_pages(declare_state(cfg)), state)
     return moved.replace(active_B=moved.active_B & (origin_B >= 0))  # type: ignore[attr-defined]
+
+
+def fitted(leaf: jax.Array, buffer: Buffer) -> jax.Array:
+    """A leaf of some slots with its positions cut or extended to those of a declared one."""
+    if "S" not in buffer.axes:
+        return leaf
+    axis = buffer.axes.index("S")
+    old, new = leaf.shape[axis], buffer.shape[axis]
+    if new <= old:
+        return jax.lax.slice_in_dim(leaf, 0, new, axis=axis)
+    widths = [(0, new - old if place == axis else 0) for place in range(leaf.ndim)]
+    return jnp.pad(leaf, widths, constant_values=buffer.fill)

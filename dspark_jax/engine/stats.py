@@ -23,6 +23,9 @@ class Stats:
             round of each request aside; 0 before there is one.
         accept_rate_by_position: of the drafts of each position that were decided about, the share
             that was accepted; as far as there were any.
+        prefix_queries: prompts that were looked up among the stored prefixes; 0 without a store.
+        prefix_hits: those of which something was stored.
+        prefix_tokens: tokens of prompts that were not read again.
     """
 
     running: int
@@ -30,6 +33,9 @@ class Stats:
     tokens_per_s: float
     accepted_length: float
     accept_rate_by_position: tuple[float, ...]
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
 
 
 class Tally:
@@ -37,10 +43,11 @@ class Tally:
 
     Attributes:
         tokens: committed by all requests.
+        prefix_queries, prefix_hits, prefix_tokens: see :class:`Stats`.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.prefix_queries = self.prefix_hits = self.prefix_tokens = 0
         self._recent: deque[tuple[float, int]] = deque()
         self._committed = self._rounds = 0
         self._decided, self._accepted = Counter[int](), Counter[int]()
@@ -59,6 +66,12 @@ class Tally:
         self._decided.update(range(decided))
         self._accepted.update(range(accepted))
 
+    def looked_up(self, count: int) -> None:
+        """A prompt of which so many tokens were stored."""
+        self.prefix_queries += 1
+        self.prefix_hits += count > 0
+        self.prefix_tokens += count
+
     def stats(self, running: int, waiting: int, now_s: float) -> Stats:
         """All of it."""
         self._forget(now_s)
@@ -73,6 +86,9 @@ class Tally:
             round(sum(count for _, count in self._recent) / seconds, 2),
             round(self._committed / max(self._rounds, 1), 4),
             tuple(rates),
+            self.prefix_queries,
+            self.prefix_hits,
+            self.prefix_tokens,
         )
 
     def _forget(self, now_s: float) -> None:

@@ -151,10 +151,10 @@ def declare_context(cfg: Config, room: Room) -> Context:
     """
 
     def numbers(dtype: Any, axes: str = "B", *sizes: int) -> Any:
-        return Buffer(axes, (room.slots, *sizes), dtype)
+        return Buffer(axes, (room.slots, *sizes), dtype, follows=True)
 
     num_places = 4 << (cfg.max_positions - 1).bit_length()
-    index = Buffer("BX", (room.slots, num_places), jnp.int32, EMPTY)
+    index = Buffer("BX", (room.slots, num_places), jnp.int32, EMPTY, follows=True)
     return Context(
         first_BX=(index,) * len(cfg.lengths),
         token_BG=numbers(jnp.int32, "BG", cfg.block_size),

@@ -74,13 +74,14 @@ class LayerState:
 def declare_layers_state(cfg: Config, kind: Kind, num_layers: int, room: Room) -> LayerState:
     """Declaration of what the layers of a stack keep."""
 
-    def buffer(length: int, width: int, dtype: Any) -> Buffer:
-        return Buffer("LBSH", (num_layers, room.slots, length, width), dtype)
+    def buffer(length: int, width: int, dtype: Any, span: int = 1) -> Buffer:
+        return Buffer("LBSH", (num_layers, room.slots, length, width), dtype, span=span)
 
     def entries(width: int) -> Entries:
         span, halves = kind.ratio + overlap(kind), 2 if kind.sparse else 1
         raw = buffer(room.tail(span), 2 * halves * width, jnp.float32)
-        return Entries(raw, buffer(max(1, room.positions // kind.ratio), width, room.dtype))
+        length = max(1, room.positions // kind.ratio)
+        return Entries(raw, buffer(length, width, room.dtype, kind.ratio))
 
     return LayerState(
         buffer(room.length(kind.attention.window), cfg.head_dim, room.dtype),
