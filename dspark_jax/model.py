@@ -20,7 +20,7 @@ import platformdirs
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.load import default_drafter, load_drafter_for, load_target
-from dspark_jax.checkpoints.template import check_rendering
+from dspark_jax.checkpoints.template import check_rendering, free_variables
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
@@ -48,12 +48,15 @@ class Model:
         decoder: weights, sizes, tokenizer and calibration.
         target, drafter: names; the drafter's is ``"none"`` for plain decoding.
         kernels: the implementation of the operations of ``pallas_kernels``.
+        template_variables: that the chat template looks at and that are free; none where it is not
+            applied.
     """
 
     decoder: Decoder = dataclasses.field(repr=False)
     target: str
     drafter: str
     kernels: Kernels = "auto"
+    template_variables: frozenset[str] = frozenset()
 
     def generate(
         self,
@@ -266,7 +269,8 @@ def load(
     decoder = make_decoder(target_weights, bound, found.tokenizer, mesh, calibration, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     decoder = dataclasses.replace(decoder, encode=encode, stop_ids=found.stop_ids)
-    return Model(decoder, found.name, name, choose_kernels(decoder, kernels))
+    variables = free_variables(found.tokenizer, rendering)
+    return Model(decoder, found.name, name, choose_kernels(decoder, kernels), variables)
 
 
 def use_compilation_cache() -> None:

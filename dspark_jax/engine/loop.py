@@ -8,7 +8,6 @@ still has every token that it has read: :meth:`Loop.start_over` needs nothing el
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from dspark_jax.engine.reader import drafted_by
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.stats import Tally
 from dspark_jax.engine.store import Store
+from dspark_jax.engine.waiting import Waiting
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
 from dspark_jax.scheduler.choice import Outlook, choose_rows
 from dspark_jax.scheduler.history import Drafted, History, advance, record
@@ -35,7 +35,6 @@ from dspark_jax.scheduler.shape import Shape, Sizes
 
 SHORTEST_WAIT_S = 1e-4  # below that the host found a round over
 SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there
-FIRST = -(2**63)  # in the queue: before every priority
 
 
 class Loop:
@@ -69,7 +68,7 @@ class Loop:
         self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
         self._store = Store(self._programs.pool, self._shards)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
-        self._queue: list[tuple[int, int, Tenant]] = []
+        self._queue = Waiting()
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
         self._plan: HostPlan | None = None
@@ -80,13 +79,13 @@ class Loop:
 
     @property
     def running(self) -> int:
-        """Requests that have slots."""
-        return len(self._tenants)
+        """Requests that have slots and that somebody waits for; from any thread."""
+        return sum(not tenant.mailbox.cancelled for tenant in list(self._tenants))
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
-        return len(self._queue)
+        """Requests that have none yet and that somebody waits for; from any thread."""
+        return self._queue.wanted
 
     @property
     def busy(self) -> bool:
@@ -94,8 +93,8 @@ class Loop:
         return bool(self._in_flight or self._queue or self._tenants or self._plan)
 
     def add(self, tenant: Tenant, priority: int) -> None:
-        """Queue a request: higher priorities first, then by arrival."""
-        heapq.heappush(self._queue, (-priority, tenant.arrival, tenant))
+        """Queue a request: higher priorities first, then by arrival; from any thread."""
+        self._queue.add(tenant, priority)
 
     def step(self) -> None:
         """Plan and launch a round, after reading the round before the last."""
@@ -131,7 +130,8 @@ class Loop:
             if error is not None:
                 tenant.mailbox.fail(error)
             tenant.mailbox.cancel()
-        self._queue, self._tenants, self._plan = [], [], None
+        self._queue.clear()
+        self._tenants, self._plan = [], None
         self.launcher.state = self.launcher.pool = None
         self._in_flight.clear()
 
@@ -148,18 +148,17 @@ class Loop:
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         for tenant in self._tenants:
             tenant.leave()
-            heapq.heappush(self._queue, (FIRST, tenant.arrival, tenant))
+            self._queue.put_back(tenant)
         self._tenants = []
 
     def drop(self, tenant: Tenant) -> None:
         """Forget a request, which must be over."""
         self._tenants = [other for other in self._tenants if other is not tenant]
-        self._queue = [entry for entry in self._queue if entry[-1] is not tenant]
-        heapq.heapify(self._queue)
+        self._queue.drop(tenant)
 
     def newest(self) -> Tenant | None:
         """Who came last of all that have a slot, or had one before :meth:`start_over`."""
-        seated = [*self._tenants, *(entry[-1] for entry in self._queue if entry[0] == FIRST)]
+        seated = [*self._tenants, *self._queue.returned()]
         return max(seated, key=lambda tenant: tenant.arrival, default=None)
 
     def drop_cancelled(self) -> None:
@@ -171,7 +170,7 @@ class Loop:
                 self.drop(tenant)
 
     def _everybody(self) -> list[Tenant]:
-        return [*self._tenants, *(entry[-1] for entry in self._queue)]
+        return [*self._tenants, *self._queue]
 
     # Reading.
 
@@ -274,7 +273,7 @@ class Loop:
                 self._tenants.remove(last)
                 self._store.leave(last, self._sizes.slots)
                 last.leave()
-                heapq.heappush(self._queue, (FIRST, last.arrival, last))
+                self._queue.put_back(last)
 
     def _part(self, shard: int) -> list[Tenant]:
         """The tenants of a data shard."""
@@ -287,12 +286,12 @@ class Loop:
         while self._queue and len(self._tenants) < self._config.slots:
             if self.one_by_one and joining:
                 break
-            part, tenant = min(shards, key=len), self._queue[0][-1]
+            part, tenant = min(shards, key=len), self._queue.first
             if not self._pages.enter(tenant, part):
                 break
             part.append(tenant)
             self.one_by_one = max(0, self.one_by_one - 1)
-            heapq.heappop(self._queue)
+            self._queue.pop()
             self._tenants.append(tenant)
             tenant.enter(next(self._generations), self._store.find(tenant, shards.index(part)))
             if self._programs.pool is not None:

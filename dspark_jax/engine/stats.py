@@ -73,9 +73,9 @@ class Tally:
         self.prefix_tokens += count
 
     def stats(self, running: int, waiting: int, now_s: float) -> Stats:
-        """All of it."""
-        self._forget(now_s)
-        seconds = max(now_s - self._recent[0][0], 1e-3) if self._recent else 1.0
+        """All of it; from any thread."""
+        recent = [entry for entry in list(self._recent) if entry[0] >= now_s - WINDOW_S]
+        seconds = max(now_s - recent[0][0], 1e-3) if recent else 1.0
         rates = (
             round(self._accepted[place] / self._decided[place], 4)
             for place in sorted(self._decided)
@@ -83,7 +83,7 @@ class Tally:
         return Stats(
             running,
             waiting,
-            round(sum(count for _, count in self._recent) / seconds, 2),
+            round(sum(count for _, count in recent) / seconds, 2),
             round(self._committed / max(self._rounds, 1), 4),
             tuple(rates),
             self.prefix_queries,
