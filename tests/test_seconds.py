@@ -97,3 +97,26 @@ def test_no_round_is_chosen_by_what_is_newer_than_two_rounds(later):
     clock.run(drafted(4), 7.0)
     assert clock.costs(later=later).verify_s_K[0] == 1.0  # two, then three of the three are known
     assert clock.costs(later=2).verify_s_K[0] == 7.0
+
+
+def test_prompts_are_read_in_as_many_pieces_as_take_no_longer_than_others_shall_wait():
+    counts, clock = (1, 4, 16), Clock()
+
+    def within(limit_s, sizes=SMALL):
+        return clock.seconds.chunks_within(clock.number + 2, sizes, counts, limit_s)
+
+    def reading(count, num_draft=0):
+        return Shape(SMALL, num_draft, 2, count)
+
+    assert within(0.1) == counts  # whatever is not known is tried
+    clock.run(plain(SMALL), 1.0)
+    assert within(0.1) == counts
+    clock.run(reading(1), 1.5)
+    assert within(2.9) == within(0.1) == (1,)
+    assert within(3.0) == (1, 4)  # 1.0 and four times 0.5
+    clock.run(reading(4), 2.0)
+    assert within(2.9) == (1, 4)  # they were cheaper than that
+    assert within(5.0) == counts  # 1.0 and four times 1.0
+    clock.run(reading(4, num_draft=3), 3.0)
+    assert within(2.9) == (1,)  # while others draft
+    assert within(0.1, LARGE) == counts

@@ -266,7 +266,11 @@ class Programs:
         def only(value: int, others: int = 0) -> np.ndarray:
             return np.where(np.arange(shards) == shard, value, others).astype(np.int32)
 
-        first, count = (what.first, 0) if isinstance(what, Kept) else (0, what.count)
+        first, count, copy = 0, 0, NOTHING.copy
+        if isinstance(what, Kept):
+            first = what.first
+        else:
+            count, copy = what.count, what.copy
         return self.put(
             Copies(
                 slot_D=only(slot % sizes.slots),
@@ -275,6 +279,8 @@ class Programs:
                 page_DX=page_DX,
                 snapshot_D=only(what.snapshot, -1),
                 read_D=only(count),
+                from_D=only(copy[0], -1),
+                to_D=only(copy[1], -1),
             ),
             BY_SLOT,
         )

@@ -58,6 +58,8 @@ class EngineConfig:
             there are some again, and go on from what they have.
         prefix_bytes: memory, over all devices, for what was read of texts that are over, so that
             requests that begin like them need not read it again; 0 stores nothing.
+        max_stall_s: seconds that a round may take that reads prompts while others decode, as far as
+            it is known what rounds take: fewer pieces are read then, but one at least.
         min_tokens_per_s_user: tokens a second that the delayed policy keeps up for every request,
             where that is possible, before it looks for the best total; 0 for the best total.
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
@@ -82,6 +84,7 @@ class EngineConfig:
     paged: bool | None = None
     pages: int = 0
     prefix_bytes: int = 0
+    max_stall_s: float = 0.5
     min_tokens_per_s_user: float = 0.0
     recalibrate: bool = False
     kernels: Kernels = "auto"
@@ -110,7 +113,7 @@ class EngineConfig:
         ):
             raise ValueError(f"acceptance is {self.acceptance!r}: choose 'rejection' or 'coupled'")
         dispatch.check_setting(self.kernels)
-        for field in ("memory_bytes", "min_tokens_per_s_user"):
+        for field in ("memory_bytes", "max_stall_s", "min_tokens_per_s_user"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}: give 0 or more")
 

@@ -54,10 +54,8 @@ class Launcher:
 
     def _keep(self, keep: Keep, sizes: Sizes) -> None:
         """A text out of its slot."""
-        if self.pool is None:
-            self.pool = self.programs.new_pool()
         copies = self.programs.copies(sizes, keep.slot, keep.kept)
-        self.pool = self.programs.keep(sizes)(self.state, self.pool, copies)
+        self.pool = self.programs.keep(sizes)(self.state, self._stored(), copies)
 
     def admit(self, admission: Admission, sizes: Sizes) -> None:
         """A request into its slot, with what is stored of its prompt."""
@@ -68,7 +66,13 @@ class Launcher:
         if admission.prefix.count:
             copies = self.programs.copies(sizes, admission.slot, admission.prefix)
             restore = self.programs.restore(sizes)
-            self.state = restore(self.weights, self.state, self.pool, copies)
+            self.state = restore(self.weights, self.state, self._stored(), copies)
+
+    def _stored(self) -> Pool:
+        """The pool, which is made when it is needed first."""
+        if self.pool is None:
+            self.pool = self.programs.new_pool()
+        return self.pool
 
     def draft(
         self, plan: HostPlan, given: RoundInput, steps_per_s_T: np.ndarray

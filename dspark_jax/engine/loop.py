@@ -237,12 +237,15 @@ class Loop:
             return None
         start, moves = self._seat(joining)
         drafted = frozenset(tenant for tenant in self._tenants if tenant.decoding)
+        number, num_rows, buckets = next(self._numbers), 0, self._ladder.chunks
+        if 0 < len(drafted) < len(self._tenants):
+            limit_s = self._config.max_stall_s
+            buckets = self.seconds.chunks_within(number, self._sizes, buckets, limit_s)
         chunks = tuple(
-            plan_chunks(part, self._sizes.slots, self._config.chunk_rows, self._ladder.chunks)
+            plan_chunks(part, self._sizes.slots, self._config.chunk_rows, buckets)
             for part in spread(self._tenants, (), self._sizes.slots, self._shards)
         )
-        num_chunks = fit(max(map(len, chunks)), (0, *self._ladder.chunks))
-        number, num_rows = next(self._numbers), 0
+        num_chunks = fit(max(map(len, chunks)), (0, *buckets))
         if self._policy.num_draft:
             if len(joining) == len(self._tenants):  # what is known is about texts that are over
                 self._switch = DraftSwitch()
@@ -265,7 +268,7 @@ class Loop:
         """Pages for what everybody's next round may write; where there are too few, those who came
         last wait until there are some again."""
         for shard in range(self._shards):
-            while not self._pages.grow(part := self._part(shard)):
+            while not self._pages.grow(part := self._part(shard), self._store.shards[shard]):
                 if self._in_flight:
                     self.settle()  # whoever is over gives his back, and the others need fewer
                     continue
@@ -287,15 +290,18 @@ class Loop:
             if self.one_by_one and joining:
                 break
             part, tenant = min(shards, key=len), self._queue.first
-            if not self._pages.enter(tenant, part):
+            stored = self._store.shards[shards.index(part)]
+            found = stored.find(tuple(tenant.request.prompt_ids))
+            prefix = self._pages.enter(tenant, part, found, stored)
+            if prefix is None:
                 break
             part.append(tenant)
             self.one_by_one = max(0, self.one_by_one - 1)
             self._queue.pop()
             self._tenants.append(tenant)
-            tenant.enter(next(self._generations), self._store.find(tenant, shards.index(part)))
-            if self._programs.pool is not None:
-                self.tally.looked_up(tenant.prefix.count)
+            if self._programs.pool is not None and not tenant.since_s:
+                self.tally.looked_up(prefix.count)
+            tenant.enter(next(self._generations), prefix)
             joining.append(tenant)
         self.suspects = joining
         return joining

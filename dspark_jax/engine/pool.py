@@ -24,7 +24,8 @@ from dspark_jax.models.drafters.table import drafter_of
 from pallas_kernels.ragged_attention.pages import PAGE
 
 Pool = tuple[Any, ...]  # an array or None for every leaf of the caches
-Form = Literal["paged", "snapshot", "left"]  # left: nothing of it is copied
+# Of a leaf: cut into pages, copied whole, made again from the tokens, or in pages of the slots.
+Form = Literal["paged", "snapshot", "made", "shared"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Copies:
         page_DX: int32 where they lie in the pool.
         snapshot_D: int32 where a snapshot lies; -1 for none.
         read_D: int32 positions of the text that are there now; 0 for none.
+        from_D, to_D: int32 pages of slots, of which the one is copied to the other; -1 for none.
     """
 
     slot_D: Any
@@ -60,6 +62,8 @@ class Copies:
     page_DX: Any
     snapshot_D: Any
     read_D: Any
+    from_D: Any
+    to_D: Any
 
 
 def pool_forms(largest: StateConfig) -> list[tuple[Buffer, Form]]:
@@ -68,8 +72,10 @@ def pool_forms(largest: StateConfig) -> list[tuple[Buffer, Form]]:
     in_pages = any("B" not in buffer.axes for buffer in declared)
 
     def form(buffer: Buffer) -> Form:
-        if buffer.follows or "B" not in buffer.axes:
-            return "left"
+        if "B" not in buffer.axes:
+            return "shared"
+        if buffer.follows:
+            return "made"
         span = buffer.span
         whole = "S" in buffer.axes and buffer.shape[buffer.axes.index("S")] == max(
             1, largest.num_positions // span
@@ -84,7 +90,7 @@ def declare_pool(cfg: PoolConfig) -> tuple[Buffer | None, ...]:
     """Declaration of the pool; its leaves have places (Q) where those of a state have slots."""
 
     def declare(buffer: Buffer, form: Form) -> Buffer | None:
-        if form == "left":
+        if form not in ("paged", "snapshot"):
             return None
         sizes = dict(zip(buffer.axes, buffer.shape, strict=True))
         sizes["B"] = cfg.pages if form == "paged" else cfg.snapshots
@@ -105,7 +111,7 @@ def plan_pool(largest: StateConfig, limit: int, num_shards: int) -> PoolConfig |
     """
     if not limit:
         return None
-    one = (_bytes(PoolConfig(largest, 1, 0)), _bytes(PoolConfig(largest, 0, 1)))
+    one = (_page_bytes(largest), _bytes(PoolConfig(largest, 0, 1)))
     share = limit // 2 if all(one) else limit
     pages, snapshots = (share // size // num_shards * num_shards if size else 0 for size in one)
     if any(size and not count for size, count in zip(one, (pages, snapshots), strict=True)):
@@ -114,9 +120,16 @@ def plan_pool(largest: StateConfig, limit: int, num_shards: int) -> PoolConfig |
             f"prefix_bytes is {limit}: a page of {PAGE} positions takes {one[0]} bytes and what "
             f"cannot be cut into pages {one[1]}, give at least {least}, or 0 for no store"
         )
+    pages = min(pages, largest.num_pages) if largest.num_pages else pages
     if not one[0]:  # snapshots alone: nothing bounds the bookkeeping but they
         pages = snapshots * -(-largest.num_positions // PAGE)
     return PoolConfig(largest, pages, snapshots)
+
+
+def _page_bytes(largest: StateConfig) -> int:
+    """Of a page in the pool, or of one of the slots'."""
+    shared = [buffer.nbytes for buffer, form in pool_forms(largest) if form == "shared"]
+    return sum(shared) // largest.num_pages if shared else _bytes(PoolConfig(largest, 1, 0))
 
 
 def _bytes(cfg: PoolConfig) -> int:
@@ -194,7 +207,16 @@ def restore(
 
         return _change(put, leaves, pool, forms, "snapshot")
 
+    def part_of_page(_: Any, leaves: Pool) -> Pool:
+        def put(_: Any, leaf: Any, buffer: Buffer) -> Any:
+            axis, start, end = buffer.axes.index("Q"), copies.from_D[0], copies.to_D[0]
+            held = jax.lax.dynamic_slice_in_dim(leaf, start, 1, axis)
+            return jax.lax.dynamic_update_slice_in_dim(leaf, held, end, axis)
+
+        return _change(put, leaves, pool, forms, "shared")
+
     leaves = jax.lax.fori_loop(0, copies.count_D[0], page, tuple(_caches(state)))
+    leaves = jax.lax.fori_loop(0, _once(copies.to_D[0] >= 0), part_of_page, leaves)
     leaves = jax.lax.fori_loop(0, _once(copies.snapshot_D[0] >= 0), snapshot, leaves)
     structure = jax.tree.structure((state.target_cache, state.context_cache))
     target_cache, context_cache = jax.tree.unflatten(structure, leaves)

@@ -12,7 +12,10 @@ than those behind it, and the oldest of all is a leaf: it goes first where pages
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from pallas_kernels.ragged_attention.pages import PAGE
 
@@ -49,11 +52,14 @@ class Prefix:
         count: positions.
         pages: that hold them, in their order.
         snapshot: of the state behind them; -1 where none is needed.
+        copy: where slots hold pages, the stored page that the text shares in part alone, and its
+            own page in the place of that; -1 for none.
     """
 
     count: int = 0
     pages: tuple[int, ...] = ()
     snapshot: int = -1
+    copy: tuple[int, int] = (-1, -1)
 
 
 NOTHING = Prefix()
@@ -65,7 +71,7 @@ class Kept:
 
     Attributes:
         first: page of the text that comes first.
-        pages: where it and those behind it shall lie.
+        pages: where it and those behind it shall lie, unless they do already.
         snapshot: where a snapshot shall lie; -1 for none.
     """
 
@@ -79,11 +85,18 @@ class Prefixes:
 
     Attributes:
         snapshots: how many there is room for; 0 where all state lies in pages.
+        held_Q: bool, the pages that are in use.
     """
 
-    def __init__(self, pages: int, snapshots: int = 0) -> None:
-        """Empty, with room for so many pages."""
-        self._most, self.snapshots = pages, snapshots
+    def __init__(self, pages: int, snapshots: int = 0, among: int = 0) -> None:
+        """Empty.
+
+        Args:
+            pages: that there is room for.
+            snapshots: likewise.
+            among: pages of the slots, which give the store theirs; 0 where it has its own.
+        """
+        self._most, self.snapshots, self._among = pages, snapshots, among
         self.clear()
 
     def __len__(self) -> int:
@@ -95,7 +108,7 @@ class Prefixes:
         self._root = Node(None, ())
         self._used: OrderedDict[Node, None] = OrderedDict()  # oldest first
         self._with_snapshot: OrderedDict[Node, None] = OrderedDict()
-        self._free = list(range(self._most))[::-1]
+        self.held_Q = np.zeros(self._among or self._most, bool)
         self._free_snapshots = list(range(self.snapshots))[::-1]
 
     def find(self, ids: Ids) -> Prefix:
@@ -119,13 +132,14 @@ class Prefixes:
         pages = tuple(node.page for node in path[: -(-count // PAGE)])
         return Prefix(count, pages, path[-1].snapshot if path else -1)
 
-    def keep(self, ids: Ids, anchor: int | None = None) -> Kept:
+    def keep(self, ids: Ids, anchor: int | None = None, own: Sequence[int] = ()) -> Kept:
         """Make room for the beginning of a text, or for as much of it as there can be.
 
         Args:
             ids: tokens whose positions were read.
             anchor: the token behind them, where the state is that of exactly these positions; None
                 where it has gone further.
+            own: pages of the slot, which lie where they are; empty for a store with its own.
         """
         path = self._whole_pages(ids)
         self._touch(path)
@@ -134,18 +148,26 @@ class Prefixes:
             before, part = _end(path, self._root), ids[at : at + PAGE]
             there = self._holding(before, part)
             if there is None:
-                page = self._take_page(path)
-                if page is None:
+                if len(self._used) == self._most and not self.give_up(path):
                     return Kept(first, tuple(pages))
+                page = own[at // PAGE] if own else int(self.held_Q.argmin())
                 there = before.children[part] = Node(before, part, page)
-                self._used[there] = None
-                pages.append(page)
+                self._used[there], self.held_Q[page] = None, True
+                pages += [] if own else [page]
             path.append(there)
         snapshot = -1
         if self.snapshots and anchor is not None and path:
             snapshot = self._take_snapshot(path[-1], anchor)
         self._touch(path)
         return Kept(first, tuple(pages), snapshot)
+
+    def give_up(self, but: Collection[Node] = ()) -> bool:
+        """Forget the oldest page, unless it is one of some; returns whether there was one."""
+        oldest = next(iter(self._used), None)
+        if oldest is None or oldest in but:
+            return False
+        self._drop(oldest)
+        return True
 
     def _whole_pages(self, ids: Ids) -> list[Node]:
         """The nodes that a text begins with and fills."""
@@ -181,15 +203,6 @@ class Prefixes:
                 self._drop(child)
         return None
 
-    def _take_page(self, path: list[Node]) -> int | None:
-        """A page, of the oldest leaf if there is no other; None where all belong to a path."""
-        if not self._free:
-            oldest = next(iter(self._used), None)
-            if oldest is None or oldest in path:
-                return None
-            self._drop(oldest)
-        return self._free.pop()
-
     def _take_snapshot(self, node: Node, anchor: int) -> int:
         """Where the snapshot of a node shall lie; -1 where there is the same already."""
         if node.snapshot >= 0 and node.anchor == anchor:
@@ -213,7 +226,7 @@ class Prefixes:
         """Forget a leaf."""
         assert leaf.parent is not None
         del leaf.parent.children[leaf.ids], self._used[leaf]
-        self._free.append(leaf.page)
+        self.held_Q[leaf.page] = False
         if leaf.snapshot >= 0:
             self._drop_snapshot(leaf)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dspark_jax.engine.plan import Keep
 from dspark_jax.engine.pool import PoolConfig
-from dspark_jax.engine.prefix import Prefix, Prefixes
+from dspark_jax.engine.prefix import Prefixes
 from dspark_jax.engine.seats import Tenant
 
 
@@ -14,21 +14,26 @@ class Store:
     """The prefixes of every data shard; where there is no pool, nothing is ever stored.
 
     Texts are copied out of their slots before the next round, while nobody else has taken these:
-    who enters before it finds them already.
+    who enters before it finds them already. Pages that slots hold stay where they are.
+
+    Attributes:
+        shards: what is stored in each.
     """
 
     def __init__(self, pool: PoolConfig | None, num_shards: int) -> None:
         """Empty."""
-        sizes = (0, 0) if pool is None else (pool.pages, pool.snapshots)
-        pages, snapshots = (size // num_shards for size in sizes)
+        sizes = 0, 0, 0
+        if pool is not None:
+            sizes = pool.pages, pool.snapshots, pool.largest.num_pages
+        pages, snapshots, among = (size // num_shards for size in sizes)
         self._there = pool is not None
-        self._shards = [Prefixes(pages, snapshots) for _ in range(num_shards)]
+        self.shards = [Prefixes(pages, snapshots, among) for _ in range(num_shards)]
         self._waiting: list[Keep] = []
 
     def clear(self, tenants: Sequence[Tenant] = ()) -> None:
         """Forget everything, and what these tenants have read besides."""
         self._waiting = []
-        for prefixes in self._shards:
+        for prefixes in self.shards:
             prefixes.clear()
         for tenant in tenants:
             tenant.current = False
@@ -52,13 +57,9 @@ class Store:
         else:
             still = True
         anchor = ids[count] if still else None
-        kept = self._shards[tenant.slot // num_slots].keep(ids[:count], anchor)
+        kept = self.shards[tenant.slot // num_slots].keep(ids[:count], anchor, tenant.pages)
         if kept.pages or kept.snapshot >= 0:
             self._waiting.append(Keep(tenant.slot, kept))
-
-    def find(self, tenant: Tenant, shard: int) -> Prefix:
-        """What is stored of the text of a request that gets a slot of a data shard."""
-        return self._shards[shard].find(tuple(tenant.request.prompt_ids))
 
     def take(self) -> tuple[Keep, ...]:
         """What the next plan has to copy."""

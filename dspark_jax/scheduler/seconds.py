@@ -67,9 +67,7 @@ class Seconds:
             The seconds of whole rounds, that of the draft among them; None while those of plain
             rounds are not known.
         """
-        while self._waiting and self._waiting[0][0] <= number - DELAY:
-            _, shape, seconds = self._waiting.popleft()
-            self._recent[shape].append(seconds)
+        self._take_in(number)
         seen_s = self.known_s()
         plain = Shape(sizes, 0, sizes.slots, 0)
         if plain not in seen_s:
@@ -86,6 +84,42 @@ class Seconds:
             draft_s=0.0,
             undrafted_s=known_s[plain],
         )
+
+    def chunks_within(
+        self, number: int, sizes: Sizes, counts: tuple[int, ...], limit_s: float
+    ) -> tuple[int, ...]:
+        """How many pieces of prompts a round may read without taking longer than a limit.
+
+        What a number costs that was never seen follows from those below it, as if every piece cost
+        the same; where none was seen, all may be tried.
+
+        Args:
+            number: of the round that is planned.
+            sizes: of the state.
+            counts: ascending numbers of pieces.
+            limit_s: seconds.
+
+        Returns:
+            Those numbers; the first in any case, or prompts would never be read.
+        """
+        self._take_in(number)
+        dearest_s: dict[int, float] = {}
+        for shape, seconds in self.known_s().items():
+            if shape.sizes == sizes:
+                dearest_s[shape.num_chunks] = max(seconds, dearest_s.get(shape.num_chunks, 0.0))
+        plain_s = dearest_s.pop(0, 0.0)
+
+        def expected_s(count: int) -> float:
+            seen = max((known for known in dearest_s if known <= count), default=0)
+            return plain_s + (dearest_s[seen] - plain_s) * count / seen if seen else 0.0
+
+        return (counts[0], *(count for count in counts[1:] if expected_s(count) <= limit_s))
+
+    def _take_in(self, number: int) -> None:
+        """The rounds that count for the choices of a round."""
+        while self._waiting and self._waiting[0][0] <= number - DELAY:
+            _, shape, seconds = self._waiting.popleft()
+            self._recent[shape].append(seconds)
 
     def known_s(self) -> dict[Shape, float]:
         """Lower quartile of the seconds of the rounds of every size that is known."""
