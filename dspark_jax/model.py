@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.load import default_drafter, load_drafter_for, load_target
 from dspark_jax.checkpoints.template import check_rendering, free_variables
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
@@ -164,8 +165,6 @@ class Model:
     ) -> Iterator[Engine]:
         """An engine that holds these requests, and no more slots than they need.
 
-        What rounds cost is read from the user's cache directory and kept there for the next one.
-
         Args:
             requests: of :meth:`requests`.
             policy, acceptance, draft_law: as for :meth:`generate`.
@@ -180,6 +179,13 @@ class Model:
             kernels=self.kernels,
             slots=slots,
         )
+        with self.engine_of(config) as engine:
+            yield engine
+
+    @contextlib.contextmanager
+    def engine_of(self, config: EngineConfig) -> Iterator[Engine]:
+        """An engine of this configuration. What rounds cost is read from the user's cache
+        directory and kept there for the next one."""
         setting, profile = setting_of(self.decoder, config), None
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
         path = cache_directory() / "rounds" / f"{digest[:16]}.json"

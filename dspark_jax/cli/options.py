@@ -144,8 +144,13 @@ def add_rendering(command: argparse.ArgumentParser) -> None:
 
 def add_decoding(command: argparse.ArgumentParser) -> None:
     """How prompts are continued, the policy of drafting included."""
-    add = command.add_argument
-    add(
+    add_policy(command)
+    add_limits(command)
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """Which drafts are verified."""
+    command.add_argument(
         "--policy",
         type=policy,
         default="",
@@ -154,7 +159,6 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
         "causal or delayed (as many as pay), or none (default: delayed; block for a drafter "
         "without confidences)",
     )
-    add_limits(command)
 
 
 def add_limits(command: argparse.ArgumentParser) -> None:
@@ -170,6 +174,12 @@ def add_rule(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add_acceptance(command)
+
+
+def add_acceptance(command: argparse.ArgumentParser) -> None:
+    """How drafts are accepted, and by which operations."""
+    add = command.add_argument
     add(
         "--acceptance",
         choices=("rejection", "coupled"),

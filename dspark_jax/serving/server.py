@@ -83,3 +83,20 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
         self._service.end_all()
         self.should_exit = True
+
+
+def run(service: Service, sock: socket.socket, drain_s: float) -> None:
+    """Serve until a signal comes and the answers on their way are over.
+
+    Args:
+        service: that answers.
+        sock: of :func:`listen`.
+        drain_s: for these answers.
+
+    Raises:
+        RuntimeError: the server did not start.
+    """
+    server = Server(service, drain_s)
+    asyncio.run(server.serve([sock]))
+    if not server.started:
+        raise RuntimeError("the server did not start")
