@@ -104,7 +104,7 @@ class Bell:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._waiting: dict[Mailbox, asyncio.Future[None]] = {}
+        self._waiting: dict[asyncio.Future[None], Mailbox] = {}
         self._rung = False
 
     def ring(self) -> None:
@@ -119,15 +119,16 @@ class Bell:
         mailbox.bell = self
         if mailbox.has_news:  # or whoever reports sees the bell
             return
-        future = self._waiting[mailbox] = self.loop.create_future()
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._waiting[future] = mailbox
         try:
             await future
         finally:
-            self._waiting.pop(mailbox, None)
+            del self._waiting[future]
 
     def _answer(self) -> None:
         self._rung = False  # before looking: what is reported from here on rings again
-        for mailbox, future in self._waiting.items():
+        for future, mailbox in self._waiting.items():
             if mailbox.has_news and not future.done():
                 future.set_result(None)
 

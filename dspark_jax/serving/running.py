@@ -102,8 +102,8 @@ class Running:
             either: set[asyncio.Future[Any]] = {task, self._ended}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not task.done():
-                task.cancel()
+            task.cancel()
+            await asyncio.wait({task})
         if not self._ended.done():
             task.result()  # its exception, if there is one
             return self._error()
