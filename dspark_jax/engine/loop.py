@@ -18,7 +18,7 @@ import jax
 from dspark_jax.engine.config import Ladder, fit
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.launch import IN_FLIGHT, Launcher
-from dspark_jax.engine.outlook import seats_of, temperatures_of
+from dspark_jax.engine.outlook import predicted_s, seats_of, temperatures_of
 from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import num_shards
@@ -73,6 +73,7 @@ class Loop:
         self._in_flight: deque[InFlight] = deque()
         self._plan: HostPlan | None = None
         self._switch = DraftSwitch()
+        self._chosen_from: RoundCosts | None = None
         self._history = History(self._config.recalibrate)
         self._numbers, self._generations = itertools.count(), itertools.count()
         self._roomy_rounds, self._waited, self._read_s = 0, False, 0.0
@@ -184,6 +185,8 @@ class Loop:
         self._waited, steady = waited, done.steady and waited and before
         self.seconds.read(done.number, done.shape, steady, now_s)
         round_s, self._read_s = now_s - max(self._read_s, done.launched_s), now_s
+        if steady and done.predicted_s:
+            self.tally.timed(done.predicted_s, round_s)
         drafted: dict[int, Drafted] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.shape.num_draft + 1
@@ -201,6 +204,7 @@ class Loop:
                 still = bool(report.stopped_B[slot]) or tenant.length >= room(tenant, 0)
                 self._store.leave(tenant, self._sizes.slots, still=still)
                 self._tenants.remove(tenant)
+        self.tally.judge(drafted.values(), self._history)
         self._history = record(self._history, done.number, drafted)
 
     def _read_one(
@@ -339,6 +343,7 @@ class Loop:
         seats = seats_of(self._history, self._tenants, drafted, self._sizes.slots)
         rows = self._drafted_rows(self._shape(0, num_chunks))
         costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
+        self._chosen_from = costs
         return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
 
     def _costs(self, number: int, rows: tuple[int, ...], num_shards: int) -> RoundCosts | None:
@@ -381,9 +386,10 @@ class Loop:
                 members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
         alone = not (plan.moves or plan.admissions or plan.keeps)
         steady = ready and bool(self._in_flight) and alone
+        about_s = predicted_s(self._chosen_from, shape, self._shards)
         launched_s = time.perf_counter()
         self._in_flight.append(
-            InFlight(plan.number, report, shape, steady, launched_s, tuple(members))
+            InFlight(plan.number, report, shape, steady, launched_s, about_s, tuple(members))
         )
 
     def _drafted_rows(self, shape: Shape) -> tuple[int, ...]:
