@@ -355,16 +355,19 @@ def test_a_full_queue_and_time_that_is_up_are_told(model):
 
 
 def test_a_server_that_stops_lets_answers_end(model):
-    with made_service(model) as service:
-        with listening(service) as address, httpx.Client(base_url=address, timeout=20) as client:
-            assert client.post(CHAT, json={"messages": SAY} | SHORT).status_code == 200
-            with client.stream("POST", CHAT, json=LONG | {"stream": True}) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                service.draining = True
-                refused = httpx.post(f"{address}{CHAT}", json={"messages": SAY})
-                assert refused.status_code == 503
-                assert "retry-after" in refused.headers
-                assert httpx.get(f"{address}/ready").status_code == 503
-                assert httpx.get(f"{address}/health").status_code == 200
-                assert [*lines][-2] == "data: [DONE]"
+    with (
+        made_service(model) as service,
+        listening(service) as address,
+        httpx.Client(base_url=address, timeout=20) as client,
+    ):
+        assert client.post(CHAT, json={"messages": SAY} | SHORT).status_code == 200
+        with client.stream("POST", CHAT, json=LONG | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            service.draining = True
+            refused = httpx.post(f"{address}{CHAT}", json={"messages": SAY})
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            assert httpx.get(f"{address}/ready").status_code == 503
+            assert httpx.get(f"{address}/health").status_code == 200
+            assert [*lines][-2] == "data: [DONE]"

@@ -48,12 +48,7 @@ class Loop:
         tally: of what was read.
     """
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        seconds: Seconds,
-        tell: Callable[..., None],
-    ) -> None:
+    def __init__(self, launcher: Launcher, seconds: Seconds, tell: Callable[..., None]) -> None:
         """Nothing is allocated before there is a request. What is launched goes to ``tell`` first,
         for :func:`~dspark_jax.engine.launch.follow`."""
         self.launcher, self._tell, self._programs = launcher, tell, launcher.programs
