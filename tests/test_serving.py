@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import httpx
 import openai
@@ -243,131 +242,71 @@ def test_only_those_with_the_key_come_in_and_only_so_much(model):
         assert answer.status_code == 413
 
 
-class Client:
-    """Speaks ASGI itself, so that it can go away, or be slow, at any moment."""
-
-    def __init__(self, service, fields, path=CHAT, body=None):
-        self._service, self._path = service, path
-        self._incoming, self.sent = asyncio.Queue(), []
-        self.news = asyncio.Event()
-        if body is None:
-            body = json.dumps(fields).encode()
-        self.give({"type": "http.request", "body": body, "more_body": fields is None})
-
-    def give(self, message):
-        self._incoming.put_nowait(message)
-
-    def go_away(self):
-        self.give({"type": "http.disconnect"})
-
-    async def _send(self, message):
-        self.sent.append(message)
-        self.news.set()
-
-    async def run(self):
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": self._path,
-            "raw_path": self._path.encode(),
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        await self._service.app(scope, self._incoming.get, self._send)
-
-    @property
-    def status(self):
-        return self.sent[0]["status"]
-
-    @property
-    def text(self):
-        return b"".join(one.get("body", b"") for one in self.sent[1:]).decode()
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Ulm", "Bonn"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
-LONG = {"messages": SAY, "max_tokens": 200, "temperature": 2.0}
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_openai_client_calls_tools(client, stream):
+    pytest.importorskip("dspark_jax.engine.guided")
+    answer = client.chat.completions.create(
+        model=NAME, messages=SAY, tools=[WEATHER], tool_choice="required", stream=stream, n=2,
+        max_tokens=120, seed=1,
+    )  # fmt: skip
+    if stream:
+        pieces = [piece.choices[0] for piece in answer]
+        calls = [call for piece in pieces for call in piece.delta.tool_calls or ()]
+        texts = [piece.delta.content for piece in pieces if piece.delta.content]
+        reasons = [piece.finish_reason for piece in pieces if piece.finish_reason]
+    else:
+        calls = [call for choice in answer.choices for call in choice.message.tool_calls]
+        texts = [one.message.content for one in answer.choices if one.message.content]
+        reasons = [choice.finish_reason for choice in answer.choices]
+    assert len(calls) == 2
+    for call in calls:
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Ulm", "Bonn")
+    assert reasons == ["tool_calls"] * 2
+    assert texts == []
+    said = {"role": "assistant", "content": None, "tool_calls": [calls[0].model_dump()]}
+    said["tool_calls"][0].pop("index", None)
+    result = {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"}
+    turns = [*SAY, said, result]
+    given = {"model": NAME, "messages": turns, "tools": [WEATHER]} | SHORT
+    assert client.chat.completions.create(**given).usage.prompt_tokens > 40
 
 
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.002)
+def test_the_openai_client_asks_for_json(client):
+    pytest.importorskip("dspark_jax.engine.guided")
+    schema = {"name": "city", "schema": WEATHER["function"]["parameters"], "strict": True}
+    answer = client.chat.completions.create(
+        model=NAME, messages=SAY, response_format={"type": "json_schema", "json_schema": schema},
+        max_tokens=100,
+    )  # fmt: skip
+    assert json.loads(answer.choices[0].message.content)["city"] in ("Ulm", "Bonn")
+    assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("streams", [True, False])
-def test_who_goes_away_frees_the_slots(service, streams):
-    async def scenario():
-        engine = service.served.engine
-        await service._warm_up()
-        clients = [Client(service, LONG | {"stream": streams, "n": 2}) for _ in range(3)]
-        tasks = [asyncio.ensure_future(client.run()) for client in clients]
-        await until(lambda: engine.stats().running + engine.stats().waiting == 6)
-        tokens = engine._loop.tally.tokens
-        for client in clients[:2]:
-            client.go_away()
-        tasks[2].cancel()  # the server itself may give up, too
-        await until(lambda: not service.running)
-        # Two rounds are in flight, of four slots with four tokens at most each.
-        assert engine._loop.tally.tokens - tokens <= 3 * 16
-        assert engine.stats().running == engine.stats().waiting == 0
-        await asyncio.gather(*tasks, return_exceptions=True)
+def test_thoughts_and_tools_reach_the_template(service):
+    def told(fields):
+        return ask(service, "POST", "/tokenize", json={"messages": SAY} | fields).json()["count"]
 
-    asyncio.run(scenario())
-
-
-def test_a_full_queue_and_time_that_is_up_are_told(model):
-    settings = Settings(timeout_s=0.3, body_s=0.2)
-    with made_service(model, settings, slots=1, slot_buckets=(1,), queue=1) as service:
-
-        async def scenario():
-            engine = service.served.engine
-            await service._warm_up()
-            with pytest.MonkeyPatch.context() as patch:
-                read = engine._loop._read_oldest
-                patch.setattr(engine._loop, "_read_oldest", lambda: (time.sleep(0.05), read()))
-                first = Client(service, LONG)
-                second = Client(service, LONG | {"stream": True})
-                tasks = [asyncio.ensure_future(first.run())]
-                await until(lambda: engine.stats().running == 1)
-                tasks.append(asyncio.ensure_future(second.run()))
-                await until(lambda: engine.stats().waiting == 1)
-                third = Client(service, LONG)
-                await third.run()
-                assert third.status == 429
-                assert (b"retry-after", b"1") in third.sent[0]["headers"]
-                await asyncio.gather(*tasks)
-            assert first.status == 504
-            assert json.loads(first.text)["error"]["code"] == "timeout"
-            assert second.status == 200
-            *_, told, done = second.text.strip().split("\n\n")
-            assert json.loads(told.removeprefix("data: "))["error"]["code"] == "timeout"
-            assert done == "data: [DONE]"
-            slow = Client(service, None, body=b"{")
-            await slow.run()
-            assert slow.status == 408
-            await until(lambda: not service.running)
-            again = Client(service, {"messages": SAY} | SHORT)
-            await again.run()
-            assert again.status == 200
-
-        asyncio.run(scenario())
-
-
-def test_a_server_that_stops_lets_answers_end(model):
-    with (
-        made_service(model) as service,
-        listening(service) as address,
-        httpx.Client(base_url=address, timeout=20) as client,
-    ):
-        assert client.post(CHAT, json={"messages": SAY} | SHORT).status_code == 200
-        with client.stream("POST", CHAT, json=LONG | {"stream": True}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            service.draining = True
-            refused = httpx.post(f"{address}{CHAT}", json={"messages": SAY})
-            assert refused.status_code == 503
-            assert "retry-after" in refused.headers
-            assert httpx.get(f"{address}/ready").status_code == 503
-            assert httpx.get(f"{address}/health").status_code == 200
-            assert [*lines][-2] == "data: [DONE]"
+    plain = told({})
+    assert told({"tools": [WEATHER]}) == plain + len("weather; ")
+    assert told({"chat_template_kwargs": {"enable_thinking": True}}) == plain + len("<think>")
+    body = {"messages": SAY, "chat_template_kwargs": {"enable_thinking": True}} | SHORT
+    message = ask(service, "POST", CHAT, json=body).json()["choices"][0]["message"]
+    assert len(message["reasoning_content"]) == 12
+    assert message["content"] is None
+    strict = {**WEATHER, "function": WEATHER["function"] | {"strict": True}}
+    assert refused(service, {"messages": SAY, "tools": [strict]})["param"] == "tools"

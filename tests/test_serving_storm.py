@@ -1,6 +1,7 @@
 """The server under hostile requests, and under many clients that come and go."""
 
 import asyncio
+import json
 import random
 import resource
 import socket
@@ -26,8 +27,13 @@ LIMITS = Settings(max_body_bytes=100_000, body_s=0.5, timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    with made_service(load_tiny(tmp_path_factory.mktemp("model")), LIMITS) as made:
+def model(tmp_path_factory):
+    return load_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    with made_service(model, LIMITS) as made:
         yield made
 
 
@@ -216,3 +222,133 @@ def test_no_slot_is_lost_under_load(service, address, said, record_property, cli
         time.sleep(0.01)
     assert engine.stats().running == engine.stats().waiting == len(engine._loop._tenants) == 0
     assert grown < 64e6
+
+
+class Client:
+    """Speaks ASGI itself, so that it can go away, or be slow, at any moment."""
+
+    def __init__(self, service, fields, path=CHAT, body=None):
+        self._service, self._path = service, path
+        self._incoming, self.sent = asyncio.Queue(), []
+        self.news = asyncio.Event()
+        if body is None:
+            body = json.dumps(fields).encode()
+        self.give({"type": "http.request", "body": body, "more_body": fields is None})
+
+    def give(self, message):
+        self._incoming.put_nowait(message)
+
+    def go_away(self):
+        self.give({"type": "http.disconnect"})
+
+    async def _send(self, message):
+        self.sent.append(message)
+        self.news.set()
+
+    async def run(self):
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": self._path,
+            "raw_path": self._path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await self._service.app(scope, self._incoming.get, self._send)
+
+    @property
+    def status(self):
+        return self.sent[0]["status"]
+
+    @property
+    def text(self):
+        return b"".join(one.get("body", b"") for one in self.sent[1:]).decode()
+
+
+LONG = {"messages": SAY, "max_tokens": 200, "temperature": 2.0}
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_goes_away_frees_the_slots(service, streams):
+    async def scenario():
+        engine = service.served.engine
+        await service._warm_up()
+        clients = [Client(service, LONG | {"stream": streams, "n": 2}) for _ in range(3)]
+        tasks = [asyncio.ensure_future(client.run()) for client in clients]
+        await until(lambda: engine.stats().running + engine.stats().waiting == 6)
+        tokens = engine._loop.tally.tokens
+        for client in clients[:2]:
+            client.go_away()
+        tasks[2].cancel()  # the server itself may give up, too
+        await until(lambda: not service.running)
+        # Two rounds are in flight, of four slots with four tokens at most each.
+        assert engine._loop.tally.tokens - tokens <= 3 * 16
+        assert engine.stats().running == engine.stats().waiting == 0
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_and_time_that_is_up_are_told(model):
+    settings = Settings(timeout_s=0.3, body_s=0.2)
+    with made_service(model, settings, slots=1, slot_buckets=(1,), queue=1) as service:
+
+        async def scenario():
+            engine = service.served.engine
+            await service._warm_up()
+            with pytest.MonkeyPatch.context() as patch:
+                read = engine._loop._read_oldest
+                patch.setattr(engine._loop, "_read_oldest", lambda: (time.sleep(0.05), read()))
+                first = Client(service, LONG)
+                second = Client(service, LONG | {"stream": True})
+                tasks = [asyncio.ensure_future(first.run())]
+                await until(lambda: engine.stats().running == 1)
+                tasks.append(asyncio.ensure_future(second.run()))
+                await until(lambda: engine.stats().waiting == 1)
+                third = Client(service, LONG)
+                await third.run()
+                assert third.status == 429
+                assert (b"retry-after", b"1") in third.sent[0]["headers"]
+                await asyncio.gather(*tasks)
+            assert first.status == 504
+            assert json.loads(first.text)["error"]["code"] == "timeout"
+            assert second.status == 200
+            *_, told, done = second.text.strip().split("\n\n")
+            assert json.loads(told.removeprefix("data: "))["error"]["code"] == "timeout"
+            assert done == "data: [DONE]"
+            slow = Client(service, None, body=b"{")
+            await slow.run()
+            assert slow.status == 408
+            await until(lambda: not service.running)
+            again = Client(service, GREEDY)
+            await again.run()
+            assert again.status == 200
+
+        asyncio.run(scenario())
+
+
+def test_a_server_that_stops_lets_answers_end(model):
+    with (
+        made_service(model) as service,
+        listening(service) as address,
+        httpx.Client(base_url=address, timeout=20) as client,
+    ):
+        assert client.post(CHAT, json=GREEDY).status_code == 200
+        with client.stream("POST", CHAT, json=LONG | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            service.draining = True
+            refused = httpx.post(f"{address}{CHAT}", json={"messages": SAY})
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            assert httpx.get(f"{address}/ready").status_code == 503
+            assert httpx.get(f"{address}/health").status_code == 200
+            assert [*lines][-2] == "data: [DONE]"
