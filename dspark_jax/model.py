@@ -26,8 +26,9 @@ from dspark_jax.checkpoints.load import (
     load_drafter_for,
     load_target,
 )
-from dspark_jax.checkpoints.template import check_rendering
+from dspark_jax.checkpoints.template import check_rendering, free_variables
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
+from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, make_decoder, with_drafter
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.generate import MOST_SLOTS, config_for, serve
@@ -54,12 +55,15 @@ class Model:
         decoder: weights, sizes, tokenizer and calibration.
         target, drafter: names; the drafter's is ``"none"`` for plain decoding.
         kernels: the implementation of the operations of ``pallas_kernels``.
+        template_variables: that the chat template looks at and that are free; none where it is not
+            applied.
     """
 
     decoder: Decoder = dataclasses.field(repr=False)
     target: str
     drafter: str
     kernels: Kernels = "auto"
+    template_variables: frozenset[str] = frozenset()
 
     def generate(
         self,
@@ -168,8 +172,6 @@ class Model:
     ) -> Iterator[Engine]:
         """An engine that holds these requests, and no more slots than they need.
 
-        What rounds cost is read from the user's cache directory and kept there for the next one.
-
         Args:
             requests: of :meth:`requests`.
             policy, acceptance, draft_law: as for :meth:`generate`.
@@ -184,6 +186,13 @@ class Model:
             kernels=self.kernels,
             slots=slots,
         )
+        with self.engine_of(config) as engine:
+            yield engine
+
+    @contextlib.contextmanager
+    def engine_of(self, config: EngineConfig) -> Iterator[Engine]:
+        """An engine of this configuration. What rounds cost is read from the user's cache
+        directory and kept there for the next one."""
         setting, profile = setting_of(self.decoder, config), None
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
         path = cache_directory() / "rounds" / f"{digest[:16]}.json"
@@ -283,14 +292,14 @@ def load_each(
     plain = make_decoder((found.cfg, found.params), None, found.tokenizer, mesh, donate=True)
     encode = partial(chat_prompt_ids, found.tokenizer, rendering=rendering)
     plain = dataclasses.replace(plain, encode=encode, stop_ids=found.stop_ids)
-    models = []
+    variables, models = free_variables(found.tokenizer, rendering), []
     for loaded in bound:
         decoder, name = plain, "none"
         if loaded is not None:
             name, parts = loaded.name, (loaded.cfg, loaded.params, loaded.vocab)
             calibration = _calibration_of(loaded)
             decoder = with_drafter(plain, parts, found.params.vocab, calibration, donate=True)
-        models.append(Model(decoder, found.name, name, choose_kernels(decoder, kernels)))
+        models.append(Model(decoder, found.name, name, choose_kernels(decoder, kernels), variables))
     return models
 
 

@@ -1,13 +1,18 @@
-"""What an engine and its results say of themselves: seeds, traces, statistics."""
+"""What an engine and its results say of themselves: seeds, traces, statistics, metrics."""
 
+import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import dspark_jax
 from dspark_jax import Engine, EngineConfig, Request
+from dspark_jax.engine import loop
 from dspark_jax.evaluation.results import accept_rates, mean_accepted_length
+from dspark_jax.serving.metrics import Metrics
 from tests.tiny_model import BLOCK, write_drafter, write_target
 
 CONFIG = EngineConfig(
@@ -120,3 +125,90 @@ def test_a_started_engine_works_by_itself(engine):
     assert early.result.text == late.result.text == expected
     assert list(early)[-1].finish_reason == "length"
     assert "".join(event.text for event in late) == expected
+
+
+def read(metrics):
+    """Every sample but those of when something began: {(name, labels): value}."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics.text().decode())
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def test_metrics_are_those_of_the_generations(engine):
+    metrics = Metrics(engine)
+    Metrics(engine)  # a registry of its own: no name is taken twice
+    empty = read(metrics)
+    assert math.isnan(empty.pop(("dspark:confidence_calibration_error",)))
+    assert set(empty.values()) == {0}
+    asked = [Request(prompt="hi", max_new_tokens=20, temperature=2.0, seed=i) for i in range(5)]
+    streams = [engine.submit(request) for request in asked]
+    for _ in streams:
+        metrics.queued()
+    assert read(metrics)["vllm:num_requests_waiting",] == 5
+    engine.step()
+    streams[-1].cancel()
+    assert read(metrics)["vllm:num_requests_running",] == 2
+    engine.run()
+    results = [stream.result for stream in streams]
+    for result in results:
+        metrics.finished(result)
+    found, stats = read(metrics), engine.stats()
+    rounds = sum(result.rounds for result in results)
+    accepted = [drafts for result in results for drafts in result.accepted_drafts]
+    verified = sum(sum(result.verified_lengths) for result in results)
+    per_position = [
+        found["vllm:spec_decode_num_accepted_tokens_per_pos_total", str(place)]
+        for place in range(BLOCK)
+    ]
+    assert per_position == [sum(drafts > place for drafts in accepted) for place in range(BLOCK)]
+    assert found["vllm:spec_decode_num_accepted_tokens_total",] == sum(accepted) > 0
+    assert found["vllm:spec_decode_num_draft_tokens_total",] == verified
+    assert found["vllm:spec_decode_num_drafts_total",] == found["dspark:rounds_total",] == rounds
+    assert found["dspark:verification_length",] == verified / rounds == BLOCK
+    assert found["dspark:undrafted_share",] == 0
+    assert found["dspark:accepted_length",] == stats.accepted_length
+    committed = sum(sum(result.accepted_lengths) for result in results)
+    started = sum(bool(result.token_ids) for result in results)  # the first comes with the prompt
+    assert found["vllm:generation_tokens_total",] == committed + started
+    assert found["vllm:prompt_tokens_total",] == sum(result.prompt_tokens for result in results)
+    ended = {word: found["vllm:request_success_total", word] for word in ("length", "abort")}
+    assert ended == {"length": 4, "abort": 1}
+    assert found["dspark:requests_total",] == 5
+    assert found["vllm:prefix_cache_queries_total",] == 0
+    survival = [
+        (share, drafts > place)
+        for result in results
+        for logit_G, drafts in zip(result.confidence_logits, result.accepted_drafts, strict=True)
+        for place, share in enumerate(np.cumprod(1 / (1 + np.exp(-np.float64(logit_G)))))
+    ]
+    gap = np.zeros(20)
+    for share, kept in survival:
+        gap[min(int(share * 20), 19)] += share - kept
+    expected = abs(gap).sum() / len(survival)
+    assert found["dspark:confidence_calibration_error",] == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_have_the_seconds_that_they_are_told(engine):
+    metrics = Metrics(engine)
+    metrics.first_token(0.03)
+    metrics.token(0.002)
+    metrics.token(3.0)
+    found = read(metrics)
+    assert found["vllm:time_to_first_token_seconds_count",] == 1
+    assert found["vllm:time_to_first_token_seconds_bucket", "0.02"] == 0
+    assert found["vllm:time_to_first_token_seconds_bucket", "0.04"] == 1
+    assert found["vllm:inter_token_latency_seconds_sum",] == 3.002
+    assert found["vllm:inter_token_latency_seconds_bucket", "0.0025"] == 1
+
+
+@pytest.mark.full
+def test_an_engine_that_weighs_seconds_says_what_it_predicted(model, monkeypatch):
+    monkeypatch.setattr(loop, "SHORTEST_WAIT_S", -1.0)  # every round counts, however short
+    with Engine(model, replace(CONFIG, policy="delayed")) as engine:
+        engine.submit(Request(prompt="hi", max_new_tokens=40)).wait()
+        found = engine.stats()
+    assert 0 < found.taken_s < 60
+    assert 0 < found.predicted_s < 60

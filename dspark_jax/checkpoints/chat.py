@@ -11,7 +11,6 @@ An answer whose own token ids are known is not rendered: they follow the rendere
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.checkpoints.conversations import Conversation, Turn
-from dspark_jax.checkpoints.template import apply_template, is_plain
+from dspark_jax.checkpoints.template import apply_template, is_plain, with_written_calls
 from dspark_jax.checkpoints.tensors import LoadError
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.rendering import PLAIN, Rendering
@@ -265,18 +264,8 @@ def _turns_with_tools(
     Raises:
         LoadError: it takes neither.
     """
-
-    def written(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": arguments}}
-
     objects = conversation.turns
-    texts: tuple[Turn, ...] = tuple(
-        {**turn, "tool_calls": [*map(written, turn["tool_calls"])]}
-        if "tool_calls" in turn
-        else turn
-        for turn in objects
-    )
+    texts: Any = tuple(with_written_calls(objects))
     try:
         _check_tools(objects, conversation.tools, tokenizer, chat, rendering)
     except LoadError as error:

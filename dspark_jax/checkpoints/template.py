@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,22 @@ def apply_template(
     return text
 
 
+def with_written_calls(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The turns with the arguments of their calls as JSON texts, which some templates take in the
+    place of objects."""
+
+    def written(call: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    return [
+        {**turn, "tool_calls": [*map(written, turn["tool_calls"])]}
+        if turn.get("tool_calls")
+        else turn
+        for turn in turns
+    ]
+
+
 def is_plain(tokenizer: Any, rendering: Rendering) -> bool:
     """Whether conversations are rendered without a template."""
     return not rendering.chat_template or not tokenizer.chat_template
@@ -92,15 +109,29 @@ def check_rendering(tokenizer: Any, rendering: Rendering, name: str) -> None:
     _check_turns(tokenizer, rendering, name)
 
 
-def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
-    """Warn of arguments that a template never looks at: to it, they are no error."""
+def free_variables(tokenizer: Any, rendering: Rendering) -> frozenset[str]:
+    """The variables that a template looks at and that are not set for each text; none where it is
+    not applied, or broken: every prompt says so."""
+    known = None if is_plain(tokenizer, rendering) else _variables(tokenizer, rendering)
+    return frozenset(n for n in (known or set()) - RESERVED if not GIVEN.fullmatch(n))
+
+
+def _variables(tokenizer: Any, rendering: Rendering) -> set[str] | None:
+    """All that a template looks at; None where it is broken."""
     try:
         template = tokenizer.get_chat_template(tools=rendering.template_args.get("tools"))
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # to parse it only
-        known = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
+        return meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
     except (ValueError, TemplateSyntaxError):
+        return None
+
+
+def _check_names(tokenizer: Any, rendering: Rendering, name: str) -> None:
+    """Warn of arguments that a template never looks at: to it, they are no error."""
+    known = _variables(tokenizer, rendering)
+    if known is None:
         return  # every prompt says so
-    free = sorted(n for n in known - RESERVED if not GIVEN.fullmatch(n))
+    free = sorted(free_variables(tokenizer, rendering))
     for unknown in rendering.template_args.keys() - known:
         logger.warning(
             "the chat template of %s does not know the argument %s, which changes nothing "

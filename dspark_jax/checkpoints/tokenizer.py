@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dspark_jax.checkpoints.gguf import open_gguf
 from dspark_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
 from dspark_jax.checkpoints.library import quiet
 from dspark_jax.checkpoints.pieces import make_cutter, piece_tokenizer, read_pieces
-from dspark_jax.checkpoints.template import apply_template, is_plain
+from dspark_jax.checkpoints.template import apply_template, is_plain, with_written_calls
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.rendering import PLAIN, Rendering
 
@@ -81,7 +83,10 @@ def _of_pieces(directory: Path, config: dict[str, Any], fast: Any) -> Any:
 
 
 def chat_prompt_ids(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], rendering: Rendering = PLAIN
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    rendering: Rendering = PLAIN,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
@@ -90,9 +95,11 @@ def chat_prompt_ids(
             prompt as plain text.
         prompt: the user's message, or turns with ``role`` and ``content``.
         rendering: how it becomes text.
+        variables: of the template, ``tools`` for instance; they go before those of ``rendering``.
 
     Raises:
-        ValueError: the prompt is empty or no text, or the template refuses it.
+        ValueError: the prompt is empty or no text, or the template refuses it, or there is none for
+            the variables.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     texts = [turn["content"] or "" for turn in rendering.turns(turns)]
@@ -100,9 +107,23 @@ def chat_prompt_ids(
         raise ValueError("the prompt is empty: write some text")
     for text in texts:
         check_characters("the prompt", text)
+    if variables:
+        args = {**rendering.template_args, **variables}
+        rendering = replace(rendering, template_args=args)
     if is_plain(tokenizer, rendering):
+        if variables:
+            raise LoadError(f"there is no chat template, which {', '.join(variables)} would be of")
         return list(tokenizer.encode("\n".join(texts)))
-    text = apply_template(tokenizer, turns, rendering, open_answer=True)
+    render = partial(apply_template, tokenizer, rendering=rendering, open_answer=True)
+    try:
+        text = render(turns)
+    except LoadError as error:
+        if not any(turn.get("tool_calls") for turn in turns):
+            raise
+        try:
+            text = render(with_written_calls(turns))
+        except LoadError:
+            raise error from None
     if not text:
         raise LoadError("the chat template makes nothing of the prompt: decode it as plain text")
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -9,6 +9,7 @@ import argparse
 from typing import Any, NoReturn
 
 from dspark_jax.cli.options import (
+    add_acceptance,
     add_decoder,
     add_decoding,
     add_filters,
@@ -37,6 +38,7 @@ examples:
   dspark generate "Why is the sky blue?"
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
+  dspark serve --slots 8
   dspark doctor --concurrency 1,8,32
   dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7 --mesh data=8 --batch 256
@@ -65,6 +67,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
+    _add_serve(commands, "serve OpenAI's interface over HTTP")
     bench = _add_command(commands, "bench", "measure speed and acceptance")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
@@ -112,6 +115,40 @@ def _add_generate(commands: Any, summary: str) -> None:
     add("--json-schema", metavar="FILE.json", help="every text is JSON that follows this schema")
     add("--batch", type=count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def _add_serve(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "serve", summary)
+    command.set_defaults(command="serve")
+    add = command.add_argument
+    add("--host", default="127.0.0.1", metavar="NAME", help="to listen at; default %(default)s, "
+        "which other machines cannot reach")  # fmt: skip
+    add("--port", type=int, default=8000, metavar="N", help="default %(default)s; 0 takes a free "
+        "one")  # fmt: skip
+    add("--name", default="", metavar="NAME", help="of the model (default: the target's)")
+    keys = command.add_mutually_exclusive_group()
+    keys.add_argument("--api-key", default="", metavar="KEY", help="that clients must show; others "
+        "on this machine can see it, which they cannot of a file")  # fmt: skip
+    keys.add_argument("--api-key-file", metavar="FILE", help="whose first line it is")
+    add("--slots", type=count, default=8, metavar="N", help="answers at once; default %(default)s")
+    add("--positions", type=count, default=2048, metavar="N", help="most tokens of a prompt and "
+        "its answer; default %(default)s")  # fmt: skip
+    add("--queue", type=count, default=256, metavar="N", help="most requests that wait; default "
+        "%(default)s")  # fmt: skip
+    add("--prefix-bytes", type=int, default=0, metavar="N", help="memory for what was read of "
+        "earlier texts, which later ones may begin with (default 0: none)")  # fmt: skip
+    add("--timeout", type=float, default=600.0, metavar="S", help="for an answer; default "
+        "%(default)g s")  # fmt: skip
+    add("--drain-s", type=float, default=30.0, metavar="S", help="for answers on their way when "
+        "the server is told to stop; default %(default)g")  # fmt: skip
+    add("--max-body-bytes", type=count, default=4 << 20, metavar="N", help="of a request; default "
+        "%(default)s")  # fmt: skip
+    add("--cors-origin", default="", metavar="ORIGIN", help="whose pages may call the server "
+        "(default: nobody's)")  # fmt: skip
+    add_decoder(command)
+    add_rendering(command)
+    add_policy(command)
+    add_acceptance(command)
 
 
 def _add_speed(commands: Any, summary: str) -> None:

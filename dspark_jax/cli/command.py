@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspark_jax
-from dspark_jax.cli import measuring, training
+from dspark_jax.cli import measuring, serving, training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(dspark_jax.__version__).parse_args(argv)
     run = {
         "generate": generate,
+        "serve": serving.serve,
         "bench speed": measuring.speed,
         "bench compare": measuring.compare,
         "bench load": measuring.load,

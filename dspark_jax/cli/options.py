@@ -222,6 +222,12 @@ def add_rule(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="each prompt gets its own key from it")
+    add_acceptance(command)
+
+
+def add_acceptance(command: argparse.ArgumentParser) -> None:
+    """How drafts are accepted, and by which operations."""
+    add = command.add_argument
     add(
         "--acceptance",
         choices=("rejection", "coupled"),

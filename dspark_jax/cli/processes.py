@@ -17,7 +17,11 @@ import jax
 from jax.extend.backend import clear_backends
 
 SHARED = ("prepare", "cache write")  # commands whose processes each do a share
-TOGETHER = ("prepare", "generate")  # commands that decode over the devices of several processes
+TOGETHER = (
+    "prepare",
+    "generate",
+    "serve",
+)  # commands that decode over the devices of several processes
 HEARTBEAT_S = 30  # without a word, after which JAX ends the others
 
 

@@ -15,7 +15,6 @@ from dspark_jax.config import TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.inputs import Weights
-from dspark_jax.engine.request import Prompt
 from dspark_jax.engine.state import StateConfig
 from dspark_jax.models.by_outputs import matrices_by_outputs
 from dspark_jax.models.drafters.table import drafter_of
@@ -40,7 +39,8 @@ class Decoder:
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
         calibration: of the drafter's confidences; None leaves them as they are.
-        encode: a message or a conversation -> ids, by the chat template; None takes ids alone.
+        encode: a message or a conversation -> ids, by the chat template, whose arguments may be
+            given as ``variables``; None takes ids alone.
         stop_ids: ids that end every text.
     """
 
@@ -50,7 +50,7 @@ class Decoder:
     tokenizer: Any
     mesh: Mesh | None
     calibration: Calibration | None = None
-    encode: Callable[[Prompt], Sequence[int]] | None = None
+    encode: Callable[..., Sequence[int]] | None = None
     stop_ids: tuple[int, ...] = ()
 
 

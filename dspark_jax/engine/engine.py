@@ -37,7 +37,7 @@ from dspark_jax.engine.seats import Tenant
 from dspark_jax.engine.setting import setting_of
 from dspark_jax.engine.shaping import is_shaped
 from dspark_jax.engine.stats import Stats
-from dspark_jax.engine.stream import Mailbox, Stream
+from dspark_jax.engine.stream import Bell, Mailbox, Stream
 from dspark_jax.rules import known_acceptance
 from dspark_jax.scheduler.calibration import confidence_temperatures
 from dspark_jax.scheduler.policy import make_policy
@@ -107,9 +107,11 @@ class Engine:
         tell = nobody if self._peers is None else self._peers.tell
         self._loop = Loop(launcher, Seconds(before_s), tell)
         self._arrivals = itertools.count()
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # of the rounds: held for as long as one takes
+        self._door = threading.Lock()  # of all that is told to their thread: never held for long
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dspark-engine")
         self._stepping: asyncio.Future[Any] | None = None
+        self._bell: Bell | None = None
         self._started = self._closed = False
         self._next: Future[None] | None = None
         self._tokens_at_fault = -1
@@ -159,11 +161,10 @@ class Engine:
         sampled = known_acceptance(self.config.acceptance), request.temperature
         temperature_G = confidence_temperatures(self._calibration, *sampled, self._block_size)
         kind = (request.temperature == 0, is_shaped(request)), tuple(temperature_G.tolist())
-        stream = Stream(mailbox, self.step, self._step_async, self._lock)
-        with self._lock:
+        stream = Stream(mailbox, self.step, self._news, self._lock)
+        with self._door:
             if self._closed:
                 raise ValueError("the engine is closed: start another one")
-            self._loop.drop_cancelled()
             if self._loop.waiting >= self.config.queue:
                 raise queue.Full(
                     f"{self.config.queue} requests wait already: try again later, or start the "
@@ -180,7 +181,7 @@ class Engine:
         Returns:
             The engine itself.
         """
-        with self._lock:
+        with self._door:
             self._started = True
             self._go_on()
         return self
@@ -191,7 +192,7 @@ class Engine:
         Returns:
             Whether anything is left to do.
         """
-        with self._lock:
+        with self._door:
             if self._closed:
                 return False
             turn = self._thread.submit(self._step)
@@ -204,18 +205,17 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for the rounds in flight and read them."""
-        with self._lock:
+        with self._door:
             if self._closed:
                 return
             turn = self._thread.submit(self._guarded, self._loop.settle)
         turn.result()
 
     def stats(self) -> Stats:
-        """How many requests run and wait, and how fast and how well it goes."""
-        with self._lock:
-            self._loop.drop_cancelled()
-            running, waiting = self._loop.running, self._loop.waiting
-            return self._loop.tally.stats(running, waiting, time.perf_counter())
+        """How many requests run and wait, and how fast and how well it goes; at once, whatever the
+        engine is doing."""
+        running, waiting = self._loop.running, self._loop.waiting
+        return self._loop.tally.stats(running, waiting, time.perf_counter())
 
     def profile(self) -> Profile | None:
         """What rounds cost, as far as it was given or learnt, for later engines of this setting;
@@ -246,13 +246,14 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything and give the memory back; other processes are told."""
+        with self._door:
+            was_open, self._closed = not self._closed, True
         with self._lock:
-            if self._peers is not None and not self._closed:
+            if self._peers is not None and was_open:
                 if not self.follows:
                     with contextlib.suppress(RuntimeError):  # one is gone before us
                         self._peers.tell()
                 self._peers.close()
-            self._closed = True
             self._loop.close()
         self._thread.shutdown(wait=False)
 
@@ -324,7 +325,7 @@ class Engine:
         self._tokens_at_fault = loop.tally.tokens
 
     def _go_on(self) -> None:
-        """One more step of a started engine, and then the next."""
+        """One more step of a started engine, and then the next. Behind the door."""
         waits = self._next is None or self._next.done()
         if self._started and waits and self._loop.busy and not self._closed:
             self._next = self._thread.submit(self._turn)
@@ -333,13 +334,24 @@ class Engine:
         try:
             self._step()
         finally:
-            with self._lock:
+            with self._door:
                 self._next = None
                 self._go_on()
 
-    async def _step_async(self) -> None:
-        """One step, shared by all who wait for it in this event loop."""
+    # In event loops.
+
+    async def _news(self, mailbox: Mailbox) -> None:
+        """Wait until there may be news of a request: a started engine tells, others are driven."""
         loop = asyncio.get_running_loop()
+        if not self._started:
+            await self._step_async(loop)
+            return
+        if self._bell is None or self._bell.loop is not loop:
+            self._bell = Bell(loop)
+        await self._bell.wait(mailbox)
+
+    async def _step_async(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One step, shared by all who wait for it in this event loop."""
         turn = self._stepping
         if turn is None or turn.done() or turn.get_loop() is not loop:
             turn = self._stepping = asyncio.wrap_future(self._thread.submit(self._step), loop=loop)

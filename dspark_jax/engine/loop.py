@@ -8,7 +8,6 @@ still has every token that it has read: :meth:`Loop.start_over` needs nothing el
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import time
 from collections import deque
@@ -19,7 +18,7 @@ import jax
 from dspark_jax.engine.config import Ladder, fit
 from dspark_jax.engine.guided import end_with_grammars, masks_by, shaping_by
 from dspark_jax.engine.launch import IN_FLIGHT, Launcher
-from dspark_jax.engine.outlook import seats_of, temperatures_of
+from dspark_jax.engine.outlook import predicted_s, seats_of, temperatures_of
 from dspark_jax.engine.pages import Pages
 from dspark_jax.engine.plan import Admission, HostPlan, Move, asked_by
 from dspark_jax.engine.programs import num_shards
@@ -27,6 +26,7 @@ from dspark_jax.engine.reader import drafted_by
 from dspark_jax.engine.seats import InFlight, Tenant, plan_chunks, plan_moves, room, spread
 from dspark_jax.engine.stats import Tally
 from dspark_jax.engine.store import Store
+from dspark_jax.engine.waiting import Waiting
 from dspark_jax.scheduler.budget import DraftSwitch, RoundCosts, bucket_for, steps_per_s
 from dspark_jax.scheduler.choice import Outlook, choose_rows
 from dspark_jax.scheduler.history import Drafted, History, advance, record
@@ -35,7 +35,6 @@ from dspark_jax.scheduler.shape import Shape, Sizes
 
 SHORTEST_WAIT_S = 1e-4  # below that the host found a round over
 SHRINK_AFTER = 16  # rounds that a smaller state must have sufficed before it is moved there
-FIRST = -(2**63)  # in the queue: before every priority
 
 
 class Loop:
@@ -49,12 +48,7 @@ class Loop:
         tally: of what was read.
     """
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        seconds: Seconds,
-        tell: Callable[..., None],
-    ) -> None:
+    def __init__(self, launcher: Launcher, seconds: Seconds, tell: Callable[..., None]) -> None:
         """Nothing is allocated before there is a request. What is launched goes to ``tell`` first,
         for :func:`~dspark_jax.engine.launch.follow`."""
         self.launcher, self._tell, self._programs = launcher, tell, launcher.programs
@@ -69,24 +63,25 @@ class Loop:
         self._pages = Pages(self._config.pages // self._shards, self._policy.num_draft + 1)
         self._store = Store(self._programs.pool, self._config.pages, self._shards)
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
-        self._queue: list[tuple[int, int, Tenant]] = []
+        self._queue = Waiting()
         self._tenants: list[Tenant] = []
         self._in_flight: deque[InFlight] = deque()
         self._plan: HostPlan | None = None
         self._switch = DraftSwitch()
+        self._chosen_from: RoundCosts | None = None
         self._history = History(self._config.recalibrate)
         self._numbers, self._generations = itertools.count(), itertools.count()
         self._roomy_rounds, self._waited, self._read_s, self._in_turn = 0, False, 0.0, False
 
     @property
     def running(self) -> int:
-        """Requests that have slots."""
-        return len(self._tenants)
+        """Requests that have slots and that somebody waits for; from any thread."""
+        return sum(not tenant.mailbox.cancelled for tenant in list(self._tenants))
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
-        return len(self._queue)
+        """Requests that have none yet and that somebody waits for; from any thread."""
+        return self._queue.wanted
 
     @property
     def busy(self) -> bool:
@@ -99,8 +94,8 @@ class Loop:
         return self._sizes.slots * self._shards
 
     def add(self, tenant: Tenant, priority: int) -> None:
-        """Queue a request: higher priorities first, then by arrival."""
-        heapq.heappush(self._queue, (-priority, tenant.arrival, tenant))
+        """Queue a request: higher priorities first, then by arrival; from any thread."""
+        self._queue.add(tenant, priority)
 
     def step(self) -> None:
         """Plan and launch a round, after reading the round before the last."""
@@ -139,7 +134,8 @@ class Loop:
             if error is not None:
                 tenant.mailbox.fail(error)
             tenant.mailbox.cancel()
-        self._queue, self._tenants, self._plan = [], [], None
+        self._queue.clear()
+        self._tenants, self._plan = [], None
         self.launcher.state = self.launcher.pool = None
         self._in_flight.clear()
 
@@ -156,18 +152,17 @@ class Loop:
         self._sizes = Sizes(self._ladder.slots[0], self._ladder.positions[0])
         for tenant in (one for one in self._tenants if not one.mailbox.finished):
             tenant.leave()
-            heapq.heappush(self._queue, (FIRST, tenant.arrival, tenant))
+            self._queue.put_back(tenant)
         self._tenants = []
 
     def drop(self, tenant: Tenant) -> None:
         """Forget a request, which must be over."""
         self._tenants = [other for other in self._tenants if other is not tenant]
-        self._queue = [entry for entry in self._queue if entry[-1] is not tenant]
-        heapq.heapify(self._queue)
+        self._queue.drop(tenant)
 
     def newest(self) -> Tenant | None:
         """Who came last of all that have a slot, or had one before :meth:`start_over`."""
-        seated = [*self._tenants, *(entry[-1] for entry in self._queue if entry[0] == FIRST)]
+        seated = [*self._tenants, *self._queue.returned()]
         return max(seated, key=lambda tenant: tenant.arrival, default=None)
 
     def drop_cancelled(self) -> None:
@@ -179,7 +174,7 @@ class Loop:
                 self._store.leave(tenant, self._sizes.slots)
 
     def _everybody(self) -> list[Tenant]:
-        return [*self._tenants, *(entry[-1] for entry in self._queue)]
+        return [*self._tenants, *self._queue]
 
     # Reading.
 
@@ -193,6 +188,8 @@ class Loop:
         self._waited, steady = waited, done.steady and waited and before
         self.seconds.read(done.number, done.shape, steady, now_s)
         round_s, self._read_s = now_s - max(self._read_s, done.launched_s), now_s
+        if steady and done.predicted_s:
+            self.tally.timed(done.predicted_s, round_s)
         drafted: dict[int, Drafted] = {}
         for tenant, slot, first in done.members:
             tenant.pending -= done.shape.num_draft + 1
@@ -210,6 +207,7 @@ class Loop:
                 still = bool(report.stopped_B[slot]) or tenant.length >= room(tenant, 0)
                 self._tenants.remove(tenant)
                 self._store.leave(tenant, self._sizes.slots, still=still)
+        self.tally.judge(drafted.values(), self._history)
         self._history = record(self._history, done.number, drafted)
 
     def _next_round_is_needed(self) -> bool:
@@ -274,7 +272,7 @@ class Loop:
                 self._store.leave(last, self._sizes.slots)
                 self._tenants.remove(last)
                 last.leave()
-                heapq.heappush(self._queue, (FIRST, last.arrival, last))
+                self._queue.put_back(last)
 
     def _parts(self) -> list[list[Tenant]]:
         """The tenants of every data shard."""
@@ -287,7 +285,7 @@ class Loop:
         while self._queue and len(self._tenants) < self._config.slots:
             if self.one_by_one and joining:
                 break
-            part, tenant = min(shards, key=len), self._queue[0][-1]
+            part, tenant = min(shards, key=len), self._queue.first
             stored = self._store.shards[shards.index(part)]
             found = stored.find(tuple(tenant.request.prompt_ids))
             prefix = self._pages.enter(tenant, part, found, stored)
@@ -295,7 +293,7 @@ class Loop:
                 break
             part.append(tenant)
             self.one_by_one = max(0, self.one_by_one - 1)
-            heapq.heappop(self._queue)
+            self._queue.pop()
             self._tenants.append(tenant)
             if self._programs.pool is not None and not tenant.since_s:
                 self.tally.looked_up(prefix.count)
@@ -337,6 +335,7 @@ class Loop:
         seats = seats_of(self._history, self._tenants, drafted, self._sizes.slots)
         rows = self._drafted_rows(self._shape(0, num_chunks))
         costs = self._costs(number, rows, self._shards) if self._policy.needs_seconds else None
+        self._chosen_from = costs
         return Outlook(seats, rows, self._shards, costs, self._config.min_tokens_per_s_user)
 
     def _costs(self, number: int, rows: tuple[int, ...], num_shards: int) -> RoundCosts | None:
@@ -384,7 +383,8 @@ class Loop:
                 members.append((tenant, tenant.slot, tenant.slot in plan.beginning))
         follows = bool(self._in_flight) or self._in_turn  # at once upon the round before it
         steady = ready and follows and not (plan.moves or plan.admissions or plan.keeps)
-        told = steady, time.perf_counter(), tuple(members)
+        about_s = predicted_s(self._chosen_from, shape, self._shards)
+        told = steady, time.perf_counter(), about_s, tuple(members)
         self._in_flight.append(InFlight(plan.number, report, shape, *told))
 
     def _drafted_rows(self, shape: Shape) -> tuple[int, ...]:

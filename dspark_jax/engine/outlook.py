@@ -7,8 +7,10 @@ from collections.abc import Collection, Set
 import numpy as np
 
 from dspark_jax.engine.seats import Tenant
+from dspark_jax.scheduler.budget import RoundCosts
 from dspark_jax.scheduler.choice import Seat
 from dspark_jax.scheduler.history import History, Kind, Promise
+from dspark_jax.scheduler.shape import Shape
 
 
 def seats_of(
@@ -35,6 +37,14 @@ def seats_of(
         for tenant in tenants
         if tenant.decoding
     ]
+
+
+def predicted_s(costs: RoundCosts | None, shape: Shape, num_shards: int) -> float:
+    """Seconds of a round by what it was chosen from; 0 where that says nothing of it, as of one
+    that reads prompts."""
+    if costs is None or shape.num_chunks:
+        return 0.0
+    return costs.round_s(shape.num_rows * num_shards if shape.num_draft else 0)
 
 
 def temperatures_of(

@@ -14,6 +14,7 @@ import numpy as np
 from dspark_jax.characters import check_characters
 from dspark_jax.engine.grammar import Grammar
 from dspark_jax.engine.shaping import MOST_BIASES, MOST_TOP, check_penalties
+from dspark_jax.rendering import Rendering
 from dspark_jax.sampling import check_sampling
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ class Request:
         top_logprobs: how many of the likeliest tokens are wanted at every new one, with their
             log-probabilities as for ``logprobs``, which it implies; 0..20.
         grammar: that the text follows; it ends where the grammar does.
+        tools: that the model may call, for the chat template: JSON objects as OpenAI's interface
+            has them, ``{"type": "function", "function": {...}}``.
+        template_kwargs: further arguments of the chat template, JSON values by name; they go before
+            those that the model was loaded with.
 
     Penalties and bias change the law before temperature and filters, in the order of these fields
     but for the repetition penalty, which comes first; what ``logprobs`` reports they leave alone.
@@ -83,6 +88,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = 0
     grammar: Grammar | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self, seed: int | None) -> None:
         def keep(name: str, value: Any) -> None:
@@ -120,6 +127,11 @@ class Request:
             keep("prompt", _text("prompt", self.prompt))
         if self.messages is not None:
             keep("messages", _turns(self.messages))
+        tools = {"tools": list(_list("tools", self.tools, "JSON objects"))}
+        keep("tools", tuple(Rendering(template_args=tools).template_args["tools"]))
+        keep("template_kwargs", Rendering(template_args=self.template_kwargs).template_args)
+        if (self.tools or self.template_kwargs) and self.prompt is None and self.messages is None:
+            raise ValueError("tools and template_kwargs are the chat template's: give messages")
         given = [self.prompt_ids or None, self.prompt, self.messages]
         if sum(value is not None for value in given) > 1:
             raise ValueError("give one of prompt_ids, prompt and messages, and not several")
@@ -127,12 +139,13 @@ class Request:
             raise ValueError("the prompt is empty: write some text")
 
     def resolve(
-        self, encode: Callable[[Prompt], Sequence[int]] | None, stop_ids: Sequence[int]
+        self, encode: Callable[..., Sequence[int]] | None, stop_ids: Sequence[int]
     ) -> Request:
         """The request in ids.
 
         Args:
-            encode: the chat template and the tokenizer; None where there is none.
+            encode: the chat template and the tokenizer; ``variables`` are the template's.
+                None where there is none.
             stop_ids: of the model, besides the request's own.
 
         Raises:
@@ -144,11 +157,20 @@ class Request:
         elif encode is None:
             raise ValueError("the engine has no tokenizer: give prompt_ids, or load a model")
         else:
-            ids = encode(text)
+            variables = dict(self.template_kwargs) | (
+                {"tools": [*self.tools]} if self.tools else {}
+            )
+            ids = encode(text, variables=variables) if variables else encode(text)
         stop_ids = tuple(dict.fromkeys((*self.stop_ids, *stop_ids)))
         if text is None and stop_ids == self.stop_ids:
             return self
-        return replace(self, prompt_ids=ids, stop_ids=stop_ids, prompt=None, messages=None)
+        done: dict[str, Any] = {
+            "prompt": None,
+            "messages": None,
+            "tools": (),
+            "template_kwargs": {},
+        }
+        return replace(self, prompt_ids=ids, stop_ids=stop_ids, **done)
 
     def check(self, max_positions: int, vocab_size: int) -> None:
         """Refuse what a target cannot decode.

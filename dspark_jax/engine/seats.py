@@ -97,14 +97,15 @@ class Tenant:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A round that was launched and not read: who decodes in which slot, and who for the first
-    time."""
+    """A round that was launched and not read: what it was to take, who decodes in which slot, and
+    who for the first time."""
 
     number: int
     report: RoundReport
     shape: Shape
     steady: bool
     launched_s: float
+    predicted_s: float
     members: tuple[tuple[Tenant, int, bool], ...]
 
 

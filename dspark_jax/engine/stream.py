@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.engine.reader import Generation, Reader
+from dspark_jax.engine.reader import Generation, Reader, RoundTrace
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Event:
         logprobs: of these tokens, where the request asks for them.
         finish_reason: as in ``Generation``; empty while it runs.
         top_logprobs: of these tokens, as in ``Generation``.
+        trace: the rounds that brought them, where the request asks for a trace.
     """
 
     text: str
@@ -30,6 +32,7 @@ class Event:
     logprobs: tuple[float, ...]
     finish_reason: str
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    trace: tuple[RoundTrace, ...] = ()
 
 
 class Mailbox:
@@ -37,13 +40,15 @@ class Mailbox:
 
     Attributes:
         cancelled: whether nobody wants the rest; the engine ends the request before its next round.
+        bell: of the event loop in which somebody waits for news.
     """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._events: deque[Event] = deque()
-        self._reported = 0
+        self._reported = self._traced = 0
         self.cancelled = False
+        self.bell: Bell | None = None
 
     @property
     def result(self) -> Generation:
@@ -72,17 +77,65 @@ class Mailbox:
         tokens = tuple(result.token_ids[self._reported :])
         logprobs = tuple(result.logprobs[self._reported :])
         tops = tuple(result.top_logprobs[self._reported :])
-        self._reported = len(result.token_ids)
+        trace = tuple(result.trace[self._traced :])
+        self._reported, self._traced = len(result.token_ids), len(result.trace)
         if text or tokens or result.finish_reason:
-            self._events.append(Event(text, tokens, logprobs, result.finish_reason, tops))
+            self._events.append(Event(text, tokens, logprobs, result.finish_reason, tops, trace))
+            if self.bell is not None:
+                self.bell.ring()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is an event that nobody has read, or will be none any more."""
+        return bool(self._events) or self.finished
 
     def take(self) -> Event | None:
         """The oldest event that nobody has read."""
         return self._events.popleft() if self._events else None
 
 
+class Bell:
+    """Wakes those who wait in an event loop for news of requests: once for all of a round, however
+    many they are.
+
+    Attributes:
+        loop: that they wait in.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: dict[asyncio.Future[None], Mailbox] = {}
+        self._rung = False
+
+    def ring(self) -> None:
+        """Some mailbox has news; from any thread."""
+        if not self._rung:
+            self._rung = True
+            with contextlib.suppress(RuntimeError):  # the event loop is over, and all who waited
+                self.loop.call_soon_threadsafe(self._answer)
+
+    async def wait(self, mailbox: Mailbox) -> None:
+        """Until a mailbox has news."""
+        mailbox.bell = self
+        if mailbox.has_news:  # or whoever reports sees the bell
+            return
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._waiting[future] = mailbox
+        try:
+            await future
+        finally:
+            del self._waiting[future]
+
+    def _answer(self) -> None:
+        self._rung = False  # before looking: what is reported from here on rings again
+        for future, mailbox in self._waiting.items():
+            if mailbox.has_news and not future.done():
+                future.set_result(None)
+
+
 class Stream:
-    """Iterates over the events of a request, and drives the engine where there are none yet.
+    """Iterates over the events of a request, and where there are none yet drives the engine, or
+    waits in an event loop for one that was started.
 
     ``for event in stream`` and ``async for event in stream`` end after the event with a finish
     reason. Events that nobody reads wait, at most as many as the request has tokens; the engine
@@ -94,15 +147,14 @@ class Stream:
         self,
         mailbox: Mailbox,
         drive: Callable[[], Any],
-        drive_async: Callable[[], Awaitable[Any]],
+        news: Callable[[Mailbox], Awaitable[Any]],
         lock: threading.RLock,
     ) -> None:
         self._mailbox, self._lock = mailbox, lock
-        self._drive, self._drive_async = drive, drive_async
+        self._drive, self._news = drive, news
 
     def __del__(self) -> None:
-        # Without the lock, which some other thread may hold: the engine sees to the rest.
-        self._mailbox.cancelled = True
+        self.abandon()
 
     @property
     def result(self) -> Generation:
@@ -118,6 +170,11 @@ class Stream:
         """End the request, wherever it is; what it had said stays. No harm once it is over."""
         with self._lock:
             self._mailbox.cancel()
+
+    def abandon(self) -> None:
+        """Nobody wants the rest: the engine ends the request before its next round. Returns at
+        once, which :meth:`cancel` does not while there is a round."""
+        self._mailbox.cancelled = True
 
     def wait(self, timeout_s: float | None = None) -> Generation:
         """Drive the engine until the request is over; returns all of its text.
@@ -157,7 +214,7 @@ class Stream:
             if self.finished:
                 raise StopAsyncIteration
             try:
-                await self._drive_async()
+                await self._news(self._mailbox)
             except asyncio.CancelledError:
                 self._mailbox.cancelled = True
                 raise

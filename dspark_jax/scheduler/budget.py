@@ -69,6 +69,12 @@ class RoundCosts:
         if not (np.isfinite(self.draft_s) and self.draft_s >= 0):
             raise ValueError(f"draft_s is {self.draft_s}: give seconds >= 0")
 
+    def round_s(self, rows: int) -> float:
+        """Seconds of a whole round with a bucket of so many rows; 0 for one without drafts."""
+        if not rows:
+            return self.undrafted_s
+        return self.draft_s + self.verify_s_K[self.buckets.index(rows)]
+
 
 def bucket_for(rows: int | np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     """The smallest bucket that holds so many rows, elementwise.
