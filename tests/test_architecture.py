@@ -49,6 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.characters": set(),
     "dspark_jax.config": {"dspark_jax.axes", "dspark_jax.rendering"},
     "dspark_jax.drafting": set(),
+    "dspark_jax.client": set(),
     "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
@@ -68,6 +69,7 @@ LAYERS: dict[str, set[str]] = {
         f"dspark_jax.{name}"
         for name in (
             "checkpoints",
+            "client",
             "engine",
             "model",
             "models",
@@ -80,6 +82,7 @@ LAYERS: dict[str, set[str]] = {
         f"dspark_jax.{name}"
         for name in ("checkpoints", "engine", "rendering", "rules", "scheduler")
     },
+    "dspark_jax.serving": {f"dspark_jax.{name}" for name in ("engine", "model")},
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.cli.arguments": {"dspark_jax.cli.options"},
     "dspark_jax.cli.options": {"dspark_jax.characters", "dspark_jax.scheduler.policy"},
@@ -95,6 +98,7 @@ PURE = {
     "dspark_jax.scheduler": {"flax", "jax", "numpy"},
 }
 CONFINED = {
+    "httpx": {"dspark_jax.client"},
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},
     "sentencepiece": {"dspark_jax.checkpoints.pieces"},
@@ -107,7 +111,7 @@ CONFINED = {
         "dspark_jax.checkpoints.tokenizer",
     },
 }
-OPTIONAL = {"matplotlib"}
+OPTIONAL = {"matplotlib", "prometheus_client"}
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

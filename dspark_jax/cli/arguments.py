@@ -19,6 +19,7 @@ from dspark_jax.cli.options import (
     add_prompt_files,
     add_rendering,
     add_rule,
+    add_server,
     add_target,
     count,
     counts,
@@ -31,6 +32,7 @@ LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
+  dspark chat --url http://127.0.0.1:8000
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark doctor --concurrency 1,8,32
@@ -61,12 +63,13 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dspark {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
+    _add_chat(commands, "talk to a model, or to a server")
     bench = _add_command(commands, "bench", "measure speed and acceptance")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     _add_speed(measurements, "plain against speculative decoding of the same prompts")
     _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
     _add_quality(measurements, "how far quantised weights are from plain ones")
-    _add_load(measurements, "policies against each other, with more and more requests at once")
+    _add_load(measurements, "policies, or a server, with more and more requests at once")
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
     _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
@@ -106,6 +109,19 @@ def _add_generate(commands: Any, summary: str) -> None:
         "may be repeated")  # fmt: skip
     add("--batch", type=count, default=1, metavar="N", help="prompts decoded together, unstreamed")
     add("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def _add_chat(commands: Any, summary: str) -> None:
+    command = _add_command(commands, "chat", summary)
+    command.set_defaults(command="chat")
+    add_server(command)
+    add_decoder(command)
+    add_rendering(command)
+    add_decoding(command)
+    add_filters(command)
+    command.add_argument("--stop", type=plain_text, action="append", default=[], metavar="TEXT",
+        help="end answers there; may be repeated")  # fmt: skip
+    command.set_defaults(max_new_tokens=512)
 
 
 def _add_speed(commands: Any, summary: str) -> None:
@@ -164,6 +180,7 @@ def _add_load(commands: Any, summary: str) -> None:
         help="of each client, on average (default %(default)s)")  # fmt: skip
     add("--repeats", type=count, default=5, metavar="N", help="default %(default)s")
     add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
+    add_server(command)
     add_decoder(command)
     add_rendering(command)
     add_limits(command)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspark_jax
-from dspark_jax.cli import training
+from dspark_jax.cli import clients, training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(dspark_jax.__version__).parse_args(argv)
     run = {
         "generate": generate,
+        "chat": clients.chat,
         "bench speed": bench_speed,
         "bench load": bench_load,
         "bench quality": bench_quality,
@@ -71,11 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if args.command not in UNCOMPILED:
+            here = getattr(args, "url", None) is None  # or the models are elsewhere
+            if here and args.command not in UNCOMPILED:
                 from dspark_jax.model import use_compilation_cache
 
                 use_compilation_cache()
-            if hasattr(args, "distributed") and args.command != "train":
+            if here and hasattr(args, "distributed") and args.command != "train":
                 from dspark_jax.cli.processes import find_share
 
                 find_share(args)
@@ -184,7 +186,9 @@ def bench_acceptance(args: argparse.Namespace) -> int:
 
 
 def bench_load(args: argparse.Namespace) -> int:
-    """Measure policies under load."""
+    """Measure policies under load, or a server."""
+    if clients.at_server(args):
+        return clients.bench_server(args)
     if drafter_of(args) == "none":
         raise ValueError("bench load compares policies of drafting: give --drafter")
     from dspark_jax.evaluation import load, pictures

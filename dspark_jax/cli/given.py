@@ -53,14 +53,19 @@ def _stdin() -> str:
 
 def limits_of(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
-    from dspark_jax.engine.request import Request
     from pallas_kernels import random
+
+    random.seed_key(args.seed)
+    return request_of(args, **changes)
+
+
+def request_of(args: argparse.Namespace, **changes: float) -> Request:
+    """The same but for the seed; leaves accelerators alone, for those who talk to a server."""
+    from dspark_jax.engine.request import Request
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
-    request = Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
-    random.seed_key(args.seed)
-    return request
+    return Request((0,), **given, stop_strings=tuple(getattr(args, "stop", ())))
 
 
 def drafter_of(args: argparse.Namespace) -> str:

@@ -73,6 +73,14 @@ def add_prompt_files(command: argparse.ArgumentParser) -> None:
     add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
 
 
+def add_server(command: argparse.ArgumentParser) -> None:
+    """A server in place of a model."""
+    add = command.add_argument
+    add("--url", help="of a server with OpenAI's interface, for instance http://127.0.0.1:8000, in "
+        "place of a model")  # fmt: skip
+    add("--api-key-file", metavar="FILE", help="whose first line is the key that the server wants")
+
+
 def add_models(command: argparse.ArgumentParser) -> None:
     """A target with its drafter."""
     add_target(command)
