@@ -12,6 +12,7 @@ from dspark_jax.cli import clients
 from dspark_jax.cli import command as cli
 from dspark_jax.client import Client, Events, ServerError
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.stream import Event
 from dspark_jax.evaluation import load_server
 from dspark_jax.evaluation.prompts import Prompt
 
@@ -104,6 +105,31 @@ def test_a_chat_with_a_server_has_a_history(server, monkeypatch, capsys, tmp_pat
     assert set(server.keys) == {"Bearer secret"}
     shown = answer.replace("\x1b", "\ufffd")  # a text moves no cursor
     assert capsys.readouterr().out == f"{shown}\n" * 3
+
+
+class FakeModel:
+    """Answers with how much was said to it."""
+
+    def __init__(self):
+        self.options = []
+
+    def stream(self, turns, **options):
+        self.options.append(options)
+        yield Event(f"{len(turns)} ", (1,), (), "")
+        yield Event("turns", (2,), (), "error" if turns[-1]["content"] == "fail" else "stop")
+
+
+def test_a_chat_with_a_model_has_a_history(monkeypatch, capsys):
+    model = FakeModel()
+    monkeypatch.setattr(clients, "load_model", lambda args: model)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+    words = ["--temperature", "0.5", "--policy", "block", "--stop", "end", "--seed", "3"]
+    assert talk(monkeypatch, "one\ntwo\nthree\n/reset\nfour", *words) == 0
+    assert capsys.readouterr().out == "1 turns\n3 turns\n5 turns\n1 turns\n"
+    asked = {"temperature": 0.5, "policy": "block", "stop_strings": ("end",), "seed": 3}
+    assert asked.items() <= model.options[0].items()
+    assert talk(monkeypatch, "fail\n") == 2
+    assert capsys.readouterr().err == "dspark: the model could not go on with this text\n"
 
 
 @pytest.mark.parametrize(
