@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,7 +116,7 @@ class Model:
         acceptance: AcceptanceRule = "rejection",
         draft_law: Rule | None = None,
         **limits: Any,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Continue one prompt and give its text out as it is verified; arguments as for
         :meth:`generate`. Whoever stops reading ends the request.
         """
@@ -209,7 +209,9 @@ class Model:
                     if learnt is not None:
                         write_profile(path, learnt)
 
-    def _events(self, requests: Sequence[Request], rules: dict[str, Any]) -> Iterator[Event]:
+    def _events(
+        self, requests: Sequence[Request], rules: dict[str, Any]
+    ) -> Generator[Event, None, None]:
         with self.engine_for(requests, **rules) as engine:
             if engine.follows:
                 engine.follow()

@@ -50,6 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.characters": set(),
     "dspark_jax.config": {f"dspark_jax.{name}" for name in ("axes", "recipe_rules", "rendering")},
     "dspark_jax.drafting": set(),
+    "dspark_jax.client": set(),
     "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
@@ -70,6 +71,7 @@ LAYERS: dict[str, set[str]] = {
         f"dspark_jax.{name}"
         for name in (
             "checkpoints",
+            "client",
             "engine",
             "model",
             "models",
@@ -86,7 +88,8 @@ LAYERS: dict[str, set[str]] = {
         f"dspark_jax.{name}" for name in ("__version__", "characters", "engine", "model")
     },
     "dspark_jax.cli": set(PACKAGES),
-    "dspark_jax.cli.arguments": {"dspark_jax.cli.options"},
+    "dspark_jax.cli.arguments": {"dspark_jax.cli.measurements", "dspark_jax.cli.options"},
+    "dspark_jax.cli.measurements": {"dspark_jax.cli.options"},
     "dspark_jax.cli.options": {"dspark_jax.characters", "dspark_jax.scheduler.policy"},
     "dspark_jax": {"dspark_jax"},  # the package's __init__: names, imported when they are used
 }
@@ -101,6 +104,7 @@ PURE = {
 }
 CONFINED = {
     **{key: {"dspark_jax.serving"} for key in ("prometheus_client", "starlette", "uvicorn")},
+    "httpx": {"dspark_jax.client"},
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "llguidance": {"dspark_jax.engine.grammar"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},

@@ -20,8 +20,9 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax import model
 from dspark_jax.checkpoints import load
 from dspark_jax.cli import command as cli
-from dspark_jax.cli.arguments import LOAD_POLICIES, make_parser
+from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import rendering_of
+from dspark_jax.cli.measurements import LOAD_POLICIES
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate
 from dspark_jax.engine.reader import Generation

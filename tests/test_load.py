@@ -11,6 +11,7 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import load, pictures
+from dspark_jax.evaluation.latency import median_interval
 from dspark_jax.evaluation.load import Run
 from tests.tiny_model import BLOCK
 
@@ -24,6 +25,8 @@ ROW = {
     "accepted_length",
     "verification_length",
     "undrafted_share",
+    "first_token_s",
+    "between_tokens_s",
 }
 RATIO = {"concurrency", "policy", "over", "ratio", "ratio_low", "ratio_high"}
 
@@ -49,6 +52,8 @@ def test_bench_load_reports_every_policy_at_every_concurrency(
         assert set(row) == ROW
         assert 0 < row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"]
         assert row["tokens_per_s_user"] > 0
+        for name in ("first_token_s", "between_tokens_s"):
+            assert 0 < row[name]["p50"] <= row[name]["p95"] <= row[name]["p99"]
     plain, threshold = report["rows"]
     assert (plain["accepted_length"], plain["verification_length"]) == (1, 0)
     assert (plain["undrafted_share"], threshold["undrafted_share"]) == (1, 0)
@@ -125,6 +130,10 @@ def test_clients_send_their_next_request_when_the_last_is_over(monkeypatch):
     assert run.tokens_per_s_user == (2 + 6 + 4) / (0.5 + 1.5 + 1.0)
     assert (run.accepted_length, run.verification_length) == (2, 3)
     assert run.undrafted_share == 1 / 6
+    # Every request had news with every step, the first of them after one.
+    assert {watch.first_s - watch.began_s for watch in run.watches if watch.tokens} == {0.5}
+    assert [watch.tokens for watch in run.watches] == [2, 6, 4, 0, 0]
+    assert [watch.between_s for watch in run.watches] == [[], [0.5, 0.5], [0.5], [], []]
 
 
 def test_logits_that_are_not_finite_are_no_measurement(monkeypatch):
@@ -170,13 +179,13 @@ def test_without_anything_to_compare_to_there_are_no_ratios():
 
 
 def test_the_interval_holds_the_true_median():
-    assert load.median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     rng, held = np.random.default_rng(0), 0
     for _ in range(1000):
-        _, low, high = load.median_interval(rng.exponential(1, 20).tolist())
+        _, low, high = median_interval(rng.exponential(1, 20).tolist())
         held += low <= np.log(2) <= high
     assert held >= 950
-    assert load.median_interval(list(range(20)))[1:] == (5, 14)
+    assert median_interval(list(range(20)))[1:] == (5, 14)
 
 
 def test_the_picture_has_a_line_a_policy():

@@ -8,34 +8,30 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from dspark_jax.cli.measurements import add_bench
 from dspark_jax.cli.options import (
     add_acceptance,
+    add_command,
     add_decoder,
     add_decoding,
     add_filters,
-    add_limits,
     add_models,
     add_output,
     add_policy,
+    add_prefix_store,
     add_processes,
-    add_prompt_files,
     add_rendering,
-    add_rule,
+    add_server,
     add_target,
-    add_weights,
     count,
     counts,
-    drafters,
-    names,
-    places,
     plain_text,
 )
 
-LOADS = "1,2,4,8,16,32,64"
-LOAD_POLICIES = "none,fixed:2,fixed:4,fixed:7,causal,delayed"
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
+  dspark chat --url http://127.0.0.1:8000
   dspark generate --prompts prompts.jsonl --temperature 0.7 --seed 1 --json
   dspark bench speed --prompts prompts.jsonl --limit 8
   dspark serve --slots 8
@@ -68,13 +64,8 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, "continue a prompt, showing text as soon as it is verified")
     _add_serve(commands, "serve OpenAI's interface over HTTP")
-    bench = _add_command(commands, "bench", "measure speed and acceptance")
-    measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
-    _add_speed(measurements, "plain against speculative decoding of the same prompts")
-    _add_acceptance(measurements, "how many drafts the target keeps, by prompts and temperature")
-    _add_compare(measurements, "drafters of one target against each other, and without any")
-    _add_quality(measurements, "how far quantised weights are from plain ones")
-    _add_load(measurements, "policies against each other, with more and more requests at once")
+    _add_chat(commands, "talk to a model, or to a server")
+    add_bench(add_command(commands, "bench", "measure speed and acceptance"))
     _add_doctor(commands, "say whether drafts pay on this machine, and with which policy")
     _add_calibrate(commands, "fit the drafter's confidences to what is accepted")
     _add_replay(commands, "compare policies on recorded rounds; needs no accelerator")
@@ -88,15 +79,8 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
-    )
-    return command
-
-
 def _add_generate(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "generate", summary)
+    command = add_command(commands, "generate", summary)
     command.set_defaults(command="generate")
     add = command.add_argument
     add("prompt", nargs="?", type=plain_text, metavar="PROMPT", help="the user's message; - or "
@@ -118,7 +102,7 @@ def _add_generate(commands: Any, summary: str) -> None:
 
 
 def _add_serve(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "serve", summary)
+    command = add_command(commands, "serve", summary)
     command.set_defaults(command="serve")
     add = command.add_argument
     add("--host", default="127.0.0.1", metavar="NAME", help="to listen at; default %(default)s, "
@@ -135,8 +119,6 @@ def _add_serve(commands: Any, summary: str) -> None:
         "its answer; default %(default)s")  # fmt: skip
     add("--queue", type=count, default=256, metavar="N", help="most requests that wait; default "
         "%(default)s")  # fmt: skip
-    add("--prefix-bytes", type=int, default=0, metavar="N", help="memory for what was read of "
-        "earlier texts, which later ones may begin with (default 0: none)")  # fmt: skip
     add("--timeout", type=float, default=600.0, metavar="S", help="for an answer; default "
         "%(default)g s")  # fmt: skip
     add("--drain-s", type=float, default=30.0, metavar="S", help="for answers on their way when "
@@ -145,104 +127,28 @@ def _add_serve(commands: Any, summary: str) -> None:
         "%(default)s")  # fmt: skip
     add("--cors-origin", default="", metavar="ORIGIN", help="whose pages may call the server "
         "(default: nobody's)")  # fmt: skip
+    add_prefix_store(command)
     add_decoder(command)
     add_rendering(command)
     add_policy(command)
     add_acceptance(command)
 
 
-def _add_speed(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "speed", summary)
-    command.set_defaults(command="bench speed")
-    add = command.add_argument
-    add_prompt_files(command)
-    add("--repeats", type=count, default=3, metavar="N", help="default %(default)s")
+def _add_chat(commands: Any, summary: str) -> None:
+    command = add_command(commands, "chat", summary)
+    command.set_defaults(command="chat")
+    add_server(command)
     add_decoder(command)
     add_rendering(command)
     add_decoding(command)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_acceptance(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "acceptance", summary)
-    command.set_defaults(command="bench acceptance")
-    add = command.add_argument
-    add_prompt_files(command)
-    add(
-        "--temperature",
-        type=float,
-        action="append",
-        metavar="F",
-        help="may be repeated (default: 0 and 1)",
-    )
-    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
-    add("--by", type=places, default=[], metavar="position,context,turn", help="tell the rounds of "
-        "whole conversations apart by the tokens before them and by their turn")  # fmt: skip
-    add_decoder(command)
-    add_rendering(command)
-    add_rule(command)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_compare(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "compare", summary)
-    command.set_defaults(command="bench compare")
-    add = command.add_argument
-    add("--drafters", type=drafters, required=True, metavar="NAME=DRAFTER,...", help="each as for "
-        "generate --drafter, under a name of its own; lookup alone names itself")  # fmt: skip
-    add("--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be repeated; "
-        'all "turns" of a line are played, and a "category" in it counts by itself')  # fmt: skip
-    add("--limit", type=count, metavar="N", help="use the first N lines of each category")
-    add("--temperature", type=float, action="append", metavar="F", help="may be repeated "
-        "(default: 0)")  # fmt: skip
-    add("--concurrency", type=counts, default=[1], metavar="N,N,...", help="conversations that are "
-        "played at the same time (default: 1)")  # fmt: skip
-    add("--repeats", type=count, default=1, metavar="N", help="default %(default)s")
-    add("--synthetic-acceptance", type=float, metavar="P", help="accept every draft with this "
-        "chance, whatever it is: for throughput alone, the texts are not the target's")  # fmt: skip
-    add("--plot", metavar="FILE.png", help="speedups by category")
-    add("--html", metavar="FILE.html", help="a page with the picture and the table")
-    add_target(command)
-    add_weights(command)
-    add_rendering(command)
-    add_policy(command)
-    add_rule(command)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_quality(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "quality", summary)
-    command.set_defaults(command="bench quality")
-    add = command.add_argument
-    add_prompt_files(command)
-    add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
-    add_decoder(command)
-    add_rendering(command)
-    add_rule(command)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_load(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "load", summary)
-    command.set_defaults(command="bench load")
-    add = command.add_argument
-    add_prompt_files(command)
-    add("--concurrency", type=counts, default=LOADS, metavar="N,N,...", help="clients that each "
-        "have one request under way (default: %(default)s)")  # fmt: skip
-    add("--policies", type=names, default=LOAD_POLICIES, metavar="NAME,NAME,...", help="a fixed "
-        "length beyond the block is the whole block (default: %(default)s)")  # fmt: skip
-    add("--requests", type=count, default=2, metavar="N", dest="requests_per_client",
-        help="of each client, on average (default %(default)s)")  # fmt: skip
-    add("--repeats", type=count, default=5, metavar="N", help="default %(default)s")
-    add("--plot", metavar="FILE.png", help="throughput against interactivity, and lengths")
-    add_decoder(command)
-    add_rendering(command)
-    add_limits(command)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add_filters(command)
+    command.add_argument("--stop", type=plain_text, action="append", default=[], metavar="TEXT",
+        help="end answers there; may be repeated")  # fmt: skip
+    command.set_defaults(max_new_tokens=512)
 
 
 def _add_doctor(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "doctor", summary)
+    command = add_command(commands, "doctor", summary)
     command.set_defaults(command="doctor")
     add = command.add_argument
     add("--concurrency", type=counts, default=[1, 8, 32], metavar="N,N,...", help="requests at "
@@ -254,7 +160,7 @@ def _add_doctor(commands: Any, summary: str) -> None:
 
 
 def _add_profile(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "profile", summary)
+    command = add_command(commands, "profile", summary)
     command.set_defaults(command="profile")
     add = command.add_argument
     add("--out", metavar="FILE.json", help="where the profile goes, for engines on this machine")
@@ -266,7 +172,7 @@ def _add_profile(commands: Any, summary: str) -> None:
 
 
 def _add_plan(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "plan", summary)
+    command = add_command(commands, "plan", summary)
     command.set_defaults(command="plan")
     add = command.add_argument
     add("--slots", type=count, default=8, metavar="N", help="requests at once; default %(default)s")
@@ -278,7 +184,7 @@ def _add_plan(commands: Any, summary: str) -> None:
 
 
 def _add_calibrate(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "calibrate", summary)
+    command = add_command(commands, "calibrate", summary)
     command.set_defaults(command="calibrate")
     add = command.add_argument
     rounds = command.add_mutually_exclusive_group(required=True)
@@ -305,7 +211,7 @@ def _add_calibrate(commands: Any, summary: str) -> None:
 
 
 def _add_replay(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "replay", summary)
+    command = add_command(commands, "replay", summary)
     command.set_defaults(command="replay")
     add = command.add_argument
     add("record", metavar="RECORD", help="of dspark calibrate --record")
@@ -320,7 +226,7 @@ def _add_replay(commands: Any, summary: str) -> None:
 
 
 def _add_prepare(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "prepare", summary)
+    command = add_command(commands, "prepare", summary)
     command.set_defaults(command="prepare")
     add = command.add_argument
     add(
@@ -340,7 +246,7 @@ def _add_prepare(commands: Any, summary: str) -> None:
 
 
 def _add_train(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "train", summary)
+    command = add_command(commands, "train", summary)
     command.set_defaults(command="train")
     add = command.add_argument
     add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
@@ -349,26 +255,26 @@ def _add_train(commands: Any, summary: str) -> None:
 
 
 def _add_cache(commands: Any) -> None:
-    cache = _add_command(commands, "cache", "target features on disk, for training")
+    cache = add_command(commands, "cache", "target features on disk, for training")
     verbs = cache.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb, summary in (
         ("estimate", "print how many bytes a cache takes, and write nothing"),
         ("write", "run the target over the data of a configuration, or go on with it"),
     ):
-        command = _add_command(verbs, verb, summary)
+        command = add_command(verbs, verb, summary)
         command.set_defaults(command=f"cache {verb}")
         add = command.add_argument
         add("config", metavar="CONFIG.py", help="as for train")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
     add("--out", required=True, metavar="DIR", help="where the cache goes")
     add_processes(command)
-    check = _add_command(verbs, "check", "read all of a cache and say what it holds")
+    check = add_command(verbs, "check", "read all of a cache and say what it holds")
     check.set_defaults(command="cache check")
     check.add_argument("directory", metavar="DIR")
 
 
 def _add_export(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "export", summary)
+    command = add_command(commands, "export", summary)
     command.set_defaults(command="export")
     add = command.add_argument
     add("--format", choices=("deepspec", "speculators"), required=True, help="of the reference "
@@ -380,7 +286,7 @@ def _add_export(commands: Any, summary: str) -> None:
 
 
 def _add_convert(commands: Any, summary: str) -> None:
-    command = _add_command(commands, "convert", summary)
+    command = add_command(commands, "convert", summary)
     command.set_defaults(command="convert")
     add = command.add_argument
     add("source", metavar="DRAFTER", help="directory or hub id, in any known layout")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspark_jax
-from dspark_jax.cli import measuring, serving, training
+from dspark_jax.cli import clients, measuring, serving, training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "generate": generate,
         "serve": serving.serve,
+        "chat": clients.chat,
         "bench speed": measuring.speed,
         "bench compare": measuring.compare,
         "bench load": measuring.load,
@@ -73,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if args.command not in UNCOMPILED:
+            here = getattr(args, "url", None) is None  # or the models are elsewhere
+            if here and args.command not in UNCOMPILED:
                 from dspark_jax.model import use_compilation_cache
 
                 use_compilation_cache()
-            if hasattr(args, "distributed") and args.command != "train":
+            if here and hasattr(args, "distributed") and args.command != "train":
                 from dspark_jax.cli.processes import find_share
 
                 find_share(args)

@@ -56,15 +56,20 @@ def _stdin() -> str:
 
 def limits_of(args: argparse.Namespace, **changes: float) -> Request:
     """All of a request that needs no model, checked before one is loaded."""
-    from dspark_jax.engine.request import Request
     from pallas_kernels import random
+
+    random.seed_key(args.seed)
+    return request_of(args, **changes)
+
+
+def request_of(args: argparse.Namespace, **changes: float) -> Request:
+    """The same but for the seed; leaves accelerators alone, for those who talk to a server."""
+    from dspark_jax.engine.request import Request
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)} | changes
     stops, grammar = tuple(getattr(args, "stop", ())), grammar_of(args)
-    request = Request((0,), **given, stop_strings=stops, grammar=grammar)
-    random.seed_key(args.seed)
-    return request
+    return Request((0,), **given, stop_strings=stops, grammar=grammar)
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
@@ -135,3 +140,11 @@ def kind_of(args: argparse.Namespace) -> dict[str, str]:
 def names_of(model: Model) -> dict[str, str]:
     """The models' names, for reports."""
     return {"target": model.target, "drafter": model.drafter}
+
+
+def key_in(path: Path) -> str:
+    """The first line of a file, which must say something."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines or not lines[0].strip():
+        raise ValueError(f"{path}: the first line is empty: write the API key there")
+    return lines[0].strip()

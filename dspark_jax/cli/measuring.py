@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark_jax.cli import clients
 from dspark_jax.cli.given import (
     drafter_of,
     limits_of,
@@ -78,7 +79,9 @@ def _acceptance_by(args: argparse.Namespace, limits: Request, temperatures: list
 
 
 def load(args: argparse.Namespace) -> int:
-    """Measure policies under load."""
+    """Measure policies under load, or a server."""
+    if clients.at_server(args):
+        return clients.bench_server(args)
     if drafter_of(args) == "none":
         raise ValueError("bench load compares policies of drafting: give --drafter")
     from dspark_jax.evaluation import pictures

@@ -6,6 +6,7 @@ Imports nothing that takes time.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from dspark_jax.characters import check_characters
 from dspark_jax.scheduler.policy import check_name
@@ -94,6 +95,14 @@ def plain_text(value: str) -> str:
     return value
 
 
+def add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """A command, or a verb of one."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    return command
+
+
 def add_output(command: argparse.ArgumentParser) -> None:
     """Where a checkpoint is written."""
     command.add_argument("--out", required=True, metavar="DIR", help="where to; must not exist")
@@ -113,6 +122,14 @@ def add_prefix_store(command: argparse.ArgumentParser) -> None:
     add("--prefix-bytes", type=memory_size, default=one, metavar="SIZE",
         help="memory for what was read, so that texts that begin alike need not be read again; 0 "
         "for none, default 1G")  # fmt: skip
+
+
+def add_server(command: argparse.ArgumentParser) -> None:
+    """A server in place of a model."""
+    add = command.add_argument
+    add("--url", help="of a server with OpenAI's interface, for instance http://127.0.0.1:8000, in "
+        "place of a model")  # fmt: skip
+    add("--api-key-file", metavar="FILE", help="whose first line is the key that the server wants")
 
 
 def add_models(command: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 from pathlib import Path
 
-from dspark_jax.cli.given import load_model
+from dspark_jax.cli.given import key_in, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def serve(args: argparse.Namespace) -> int:
 
     if not 0 <= args.drain_s < math.inf:
         raise ValueError(f"--drain-s is {args.drain_s}: give 0 or more")
-    key = args.api_key if args.api_key_file is None else _key_of(Path(args.api_key_file))
+    key = args.api_key if args.api_key_file is None else key_in(Path(args.api_key_file))
     settings = app.Settings(
         api_key=key,
         max_body_bytes=args.max_body_bytes,
@@ -48,11 +48,3 @@ def serve(args: argparse.Namespace) -> int:
             logger.warning("anybody who reaches %s may use it: --api-key-file asks for a key", name)
         server.run(service, socket, args.drain_s)
     return 0
-
-
-def _key_of(path: Path) -> str:
-    """The first line of a file, which must say something."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines or not lines[0].strip():
-        raise ValueError(f"{path}: the first line is empty: write the API key there")
-    return lines[0].strip()

@@ -30,7 +30,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.timing import measure_profiles
-from dspark_jax.evaluation.load import median_interval
+from dspark_jax.evaluation.latency import median_interval
 from dspark_jax.evaluation.results import accept_rates, format_rates, mean_accepted_length
 from dspark_jax.evaluation.talks import Played, Talk, groups, longest_request, play
 from dspark_jax.progress import progress

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from scipy.stats import binom
 from tqdm import tqdm
 
 from dspark_jax.engine.config import EngineConfig, round_up
@@ -32,6 +31,13 @@ from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.stream import Stream
 from dspark_jax.engine.timing import measure_profile
+from dspark_jax.evaluation.latency import (
+    LATENCY,
+    Watch,
+    client_row,
+    format_latency,
+    median_interval,
+)
 from dspark_jax.evaluation.prompts import Prompt, make_request_sets
 from dspark_jax.evaluation.results import sound
 from dspark_jax.progress import progress
@@ -55,6 +61,7 @@ class Run:
         accepted_length: tokens that a request committed in a round.
         verification_length: drafts that it verified in a round.
         undrafted_share: of these rounds, those that did not draft.
+        watches: of all requests, those that were not over too.
     """
 
     tokens_per_s: float
@@ -62,6 +69,7 @@ class Run:
     accepted_length: float
     verification_length: float
     undrafted_share: float
+    watches: tuple[Watch, ...] = ()
 
 
 def bench_load(
@@ -210,14 +218,18 @@ def serve(engine: Engine, requests: Iterator[Request], clients: int, count: int)
         FloatingPointError: the target's logits are not finite.
     """
     began = now = time.perf_counter()
-    since = {engine.submit(next(requests)): began for _ in range(clients)}
+    since = {engine.submit(next(requests)): Watch(began) for _ in range(clients)}
     over: list[tuple[Stream, float]] = []
+    watches = list(since.values())
     while len(over) < count:
         engine.step()
         now = time.perf_counter()
+        for stream, watch in since.items():
+            watch.news(now, len(stream.result.token_ids))
         for stream in [stream for stream in since if stream.finished]:
-            over.append((stream, now - since.pop(stream)))
-            since[engine.submit(next(requests))] = now
+            over.append((stream, now - since.pop(stream).began_s))
+            since[engine.submit(next(requests))] = watch = Watch(now)
+            watches.append(watch)
     for stream in since:
         stream.cancel()
     engine.run()
@@ -232,29 +244,16 @@ def serve(engine: Engine, requests: Iterator[Request], clients: int, count: int)
         accepted_length=sum(sum(result.accepted_lengths) for result in results) / rounds,
         verification_length=sum(sum(result.verified_lengths) for result in results) / rounds,
         undrafted_share=sum(result.undrafted_rounds for result in results) / rounds,
+        watches=tuple(watches),
     )
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and an interval that holds the true one with a probability of 95 %.
-
-    The interval is that of order statistics, whatever the distribution; of fewer than six values
-    it is their whole range, which holds it with a probability of 94 % (five) or less.
-    """
-    ordered = sorted(values)
-    rank = max(1, int(binom.ppf(0.025, len(ordered), 0.5)))
-    return statistics.median(ordered), ordered[rank - 1], ordered[-rank]
 
 
 def summarise(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     """The row of a policy: medians of speeds, means of the rest."""
-    middle, low, high = median_interval([run.tokens_per_s for run in runs])
+    speeds = [run.tokens_per_s for run in runs], [run.tokens_per_s_user for run in runs]
     return {
         "policy": name,
-        "tokens_per_s": round(middle, 2),
-        "tokens_per_s_low": round(low, 2),
-        "tokens_per_s_high": round(high, 2),
-        "tokens_per_s_user": round(statistics.median(run.tokens_per_s_user for run in runs), 2),
+        **client_row(*speeds, [watch for run in runs for watch in run.watches]),
         "accepted_length": round(statistics.fmean(run.accepted_length for run in runs), 4),
         "verification_length": round(statistics.fmean(run.verification_length for run in runs), 4),
         "undrafted_share": round(statistics.fmean(run.undrafted_share for run in runs), 4),
@@ -305,10 +304,10 @@ def format_load(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['target']} + {report['drafter']} on {report['device']}, jax {report['jax']}",
         f"{report['prompts']} prompts, {report['max_new_tokens']} new tokens, temperature "
-        f"{report['temperature']:g}, {report['repeats']} repeats",
+        f"{report['temperature']:g}, {report['repeats']} repeats; latencies in ms",
         "",
         f"{'clients':>7}  {'policy':<14}{'tokens/s':>9}{'95 %':>22}{'a user':>8}{'length':>8}"
-        f"{'verified':>9}{'undrafted':>10}{'/ none':>8}{'/ best':>8}",
+        f"{'verified':>9}{'undrafted':>10}{'/ none':>8}{'/ best':>8}{LATENCY}",
     ]
     for row in report["rows"]:
         key = row["concurrency"], row["policy"]
@@ -318,6 +317,7 @@ def format_load(report: Mapping[str, Any]) -> str:
             f"{interval:>22}{row['tokens_per_s_user']:>8.1f}{row['accepted_length']:>8.2f}"
             f"{row['verification_length']:>9.2f}{row['undrafted_share']:>10.0%}"
             f"{ratios.get(('to_none', *key), '-'):>8}{ratios.get(('to_best', *key), '-'):>8}"
+            f"{format_latency(row)}"
         )
     means = ", ".join(f"{name} {value:.3f}" for name, value in report["mean_to_none"].items())
     return "\n".join([*lines, "", f"mean over concurrencies of the ratio to none: {means}"])

@@ -370,14 +370,11 @@ def _message(value: Any, place: int) -> dict[str, Any]:
 
 def _content(value: Any) -> str:
     """A text, or parts of one."""
-    if isinstance(value, str):
-        return value
-    parts = []
-    for one in body.some_list(value):
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else body.some_list(value)
+    for one in parts:
         if not isinstance(one, dict) or one.get("type") != "text" or len(one) != 2:
             raise ValueError(f'has {one!r:.60}: give parts {{"type": "text", "text": ...}}')
-        parts.append(body.text(one.get("text")))
-    return "".join(parts)
+    return "".join(body.text(one.get("text")) for one in parts)
 
 
 def _calls(value: Any, place: int) -> list[dict[str, Any]]:
@@ -397,6 +394,6 @@ def _calls(value: Any, place: int) -> list[dict[str, Any]]:
             known = body.parse(arguments.encode())
         except ApiError as error:
             raise inner.error("arguments", f"are not understood: {error}") from None
-        call = {"id": number, "type": "function", "function": {"name": name, "arguments": known}}
-        found.append(call)
+        function = {"name": name, "arguments": known}
+        found.append({"id": number, "type": "function", "function": function})
     return found
