@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import dspark_jax
+from dspark_jax import __version__
 from dspark_jax.serving.protocol import (
     DEFAULT_TOKENS,
     LABELS,
@@ -62,7 +62,7 @@ def document(name: str) -> dict[str, Any]:
     streamed = {"text/event-stream": {"schema": TEXT}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "dspark", "version": dspark_jax.__version__},
+        "info": {"title": "dspark", "version": __version__},
         "paths": {
             "/v1/chat/completions": _post(_chat(name), ANY_OBJECT, streamed),
             "/v1/completions": _post(_completion(name), ANY_OBJECT, streamed),
