@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from dspark_jax import __version__
+from dspark_jax.engine.request import ROLES
 from dspark_jax.serving.protocol import (
     DEFAULT_TOKENS,
     LABELS,
     MOST_PROMPTS,
     MOST_SAMPLES,
-    ROLES,
 )
 from dspark_jax.serving.tools import MOST_TOOLS
 

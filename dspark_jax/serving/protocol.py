@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dspark_jax.engine.grammar import Grammar
-from dspark_jax.engine.request import Request
+from dspark_jax.engine.request import ROLES, Request
 from dspark_jax.serving import body
 from dspark_jax.serving.body import Fields
 from dspark_jax.serving.errors import ApiError, refused
@@ -23,7 +23,6 @@ from dspark_jax.serving.tools import Tool, ToolChoice, forced_grammar, read_choi
 MOST_SAMPLES = 16  # of a prompt
 MOST_PROMPTS = 64  # of a body
 DEFAULT_TOKENS = 16  # of a completion, OpenAI's default
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Labels, which change nothing of an answer.
 LABELS = ("user", "safety_identifier", "prompt_cache_key")
 # Of OpenAI's interface: null is as good as leaving them out.
@@ -104,8 +103,8 @@ def read_chat(value: dict[str, Any], served: Served) -> Asked:
     fields = Fields(value)
     shared = _shared(fields, served)
     messages = [_message(one, i) for i, one in enumerate(fields.need("messages", body.some_list))]
-    limits = [fields.take(name, body.integer, None) for name in ("max_completion_tokens",
-                                                                 "max_tokens")]  # fmt: skip
+    names = "max_completion_tokens", "max_tokens"
+    limits = [fields.take(name, body.integer, None) for name in names]
     if None not in limits and limits[0] != limits[1]:
         raise fields.error("max_tokens", "contradicts max_completion_tokens: give one of them")
     logprobs = fields.take("logprobs", body.boolean, False)
@@ -114,10 +113,8 @@ def read_chat(value: dict[str, Any], served: Served) -> Asked:
         raise fields.error("top_logprobs", 'needs "logprobs": true')
     tools: tuple[Tool, ...] = fields.take("tools", read_tools, ())
     choice = fields.take("tool_choice", lambda one: read_choice(one, tools), ToolChoice())
-    if not choice.forced:
-        fields.only("parallel_tool_calls", True)
-    else:  # a grammar has room for one
-        fields.only("parallel_tool_calls", True, False)
+    one_call = (False,) if choice.forced else ()  # a grammar has room for one
+    fields.only("parallel_tool_calls", True, *one_call)
     grammar = fields.take("response_format", _response_format, None)
     if choice.forced and grammar is not None:
         raise fields.error("response_format", "contradicts tool_choice: leave one of them out")
