@@ -19,6 +19,8 @@ from dspark_jax.serving.errors import ApiError
 from dspark_jax.serving.reasoning import longest_end
 
 MOST_TOOLS = 128
+# Of JSON in a call: as models were trained to write it, and nowhere without end.
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def forced_grammar(form: CallForm, tools: Sequence[Tool], choice: ToolChoice) ->
         schema = {**schema, "$defs": shared}
     if not form.opening:
         return Grammar("json_schema", json.dumps(schema))
+    schema = {**schema, "x-guidance": SPACES}
     start = f'"{form.opening}" "\\n"? call "\\n"? "{form.closing}"'
     return Grammar("lark", f"start: {start}\ncall: %json {json.dumps(schema)}\n")
 
