@@ -112,8 +112,10 @@ def test_a_request_that_cannot_be_admitted_fails_alone_and_says_why(monkeypatch)
     assert last.finish_reason == "error"
 
 
-def test_rounds_that_never_work_end_all_requests_one_by_one(monkeypatch):
-    monkeypatch.setattr(Programs, "round", failing(Programs.round, range(10**6)))
+@pytest.mark.parametrize(("owner", "name"), [(Programs, "round"), (Loop, "_make_plan")])
+def test_rounds_that_never_work_end_all_requests_one_by_one(monkeypatch, owner, name):
+    """Also where nobody ever gets a slot."""
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name), range(10**6)))
     streams = [engine().submit(request) for request in requests()]
     engine().run()
     assert {stream.result.finish_reason for stream in streams} == {"error"}

@@ -161,8 +161,9 @@ class Loop:
         self._queue.drop(tenant)
 
     def newest(self) -> Tenant | None:
-        """Who came last of all that have a slot, or had one before :meth:`start_over`."""
-        seated = [*self._tenants, *self._queue.returned()]
+        """Who came last of all that have a slot, or had one before :meth:`start_over`; of those who
+        wait where nobody has."""
+        seated = [*self._tenants, *self._queue.returned()] or self._queue
         return max(seated, key=lambda tenant: tenant.arrival, default=None)
 
     def drop_cancelled(self) -> None:
