@@ -331,6 +331,7 @@ def recipe(tmp_path_factory):
     )
 
 
+@pytest.mark.full
 def test_training_resumes_and_its_drafter_is_read(recipe):
     """A run that goes on from half its way is the same run; drafts stand more often after it."""
     out = fit.fit(recipe)

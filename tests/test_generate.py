@@ -151,6 +151,7 @@ def test_greedy_text_is_the_targets_own(target, kind):
         np.testing.assert_array_equal(found, result.token_ids)
 
 
+@pytest.mark.full
 def test_a_perfect_drafter_is_accepted_whole(target, monkeypatch):
     """With the target's text as drafts every block survives: accepted length G + 1."""
     (plain,) = generate(make_decoder(target), [Request([3], 21)])

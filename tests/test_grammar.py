@@ -205,6 +205,7 @@ def test_distribution_of_the_text(world):
     assert sum(sum(result.accepted_drafts) for result in results) > 0.1 * len(results)
 
 
+@pytest.mark.full
 def test_cutting_a_draft_because_it_is_forbidden_is_seen(world, monkeypatch):
     """Then the token in its place comes from the law itself and not from the residual."""
 

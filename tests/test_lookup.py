@@ -186,6 +186,7 @@ def target():
     ],
     ids=str,
 )
+@pytest.mark.full
 def test_greedy_text_is_the_targets_own(target, changes):
     config = dataclasses.replace(ENGINE, **changes)
     assert texts(make_decoder(target, lookup_of(target)), config) == greedy_texts(target)

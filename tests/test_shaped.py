@@ -95,6 +95,7 @@ def fit_of_the_text(world, count=1500, **rules):
     return stats.chisquare(observed, expected / expected.sum() * count).pvalue, results
 
 
+@pytest.mark.full
 def test_distribution_of_the_text(world):
     pvalue, results = fit_of_the_text(world)
     assert pvalue > 1e-4
