@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, without_drafter
@@ -30,7 +29,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.setting import device_name
 from dspark_jax.engine.timing import measure_profiles
-from dspark_jax.evaluation.latency import median_interval
+from dspark_jax.evaluation.latency import Watch, latencies, median_interval
 from dspark_jax.evaluation.results import accept_rates, format_rates, mean_accepted_length
 from dspark_jax.evaluation.talks import Played, Talk, groups, longest_request, play
 from dspark_jax.progress import progress
@@ -42,7 +41,6 @@ from pallas_kernels.dispatch import Kernels
 PLAIN = "none"
 REPLAYS = 8  # of a profile
 ALL = "all"  # the category of everything
-PERCENTILES = 50, 95, 99
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,11 @@ class Run:
     def results(self) -> list[Generation]:
         """Of all turns."""
         return [result for talk in self.played for result in talk.results]
+
+    @property
+    def watches(self) -> list[Watch]:
+        """Of all turns."""
+        return [watch for talk in self.played for watch in talk.watches]
 
     @property
     def tokens_per_s(self) -> float:
@@ -275,11 +278,8 @@ def _rows(
             "rows_per_token": round(_rows_per_token(results), 4),
             "same_text": _same_text(pairs) if greedy else None,
             "tokens_per_s": round(statistics.median(run.tokens_per_s for run in own), 2),
-            "first_token_ms": _percentiles([s for run in own for t in run.played
-                                            for s in t.first_token_s]),
-            "between_tokens_ms": _percentiles([s for run in own for t in run.played
-                                               for s in t.between_s]),
-        }  # fmt: skip
+            **latencies(watch for run in own for watch in run.watches),
+        }
 
 
 def _draft_share(runs: Sequence[Run], draft_s: float, clients: int) -> float:
@@ -298,14 +298,6 @@ def _rows_per_token(results: Sequence[Generation]) -> float:
 def _same_text(pairs: Sequence[tuple[Run, Run]]) -> float:
     same = [a == b for run, plain in pairs for a, b in zip(run.texts, plain.texts, strict=True)]
     return round(sum(same) / len(same), 4)
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Milliseconds; None where nothing was timed."""
-    if not seconds:
-        return {f"p{percent}": None for percent in PERCENTILES}
-    found = np.percentile(np.asarray(seconds) * 1000, PERCENTILES)
-    return {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, found, strict=True)}
 
 
 def format_compare(report: Mapping[str, Any]) -> str:

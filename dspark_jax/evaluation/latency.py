@@ -61,15 +61,22 @@ def client_row(
     Args:
         speeds: tokens of all requests a second, of every repeat.
         user_speeds: of one request.
-        watches: of the requests of all repeats; those without a token count for nothing.
+        watches: of the requests of all repeats.
     """
-    watches = [one for one in watches if one.first_s is not None]
     middle, low, high = median_interval(speeds)
     return {
         "tokens_per_s": round(middle, 2),
         "tokens_per_s_low": round(low, 2),
         "tokens_per_s_high": round(high, 2),
         "tokens_per_s_user": round(statistics.median(user_speeds), 2),
+        **latencies(watches),
+    }
+
+
+def latencies(watches: Iterable[Watch]) -> dict[str, Any]:
+    """Percentiles of what was watched, as JSON values; requests without a token do not count."""
+    watches = [one for one in watches if one.first_s is not None]
+    return {
         "first_token_s": percentiles([one.first_s - one.began_s for one in watches]),  # type: ignore[operator]
         "between_tokens_s": percentiles([s for one in watches for s in one.between_s]),
     }

@@ -19,6 +19,7 @@ from dspark_jax.engine.reader import Generation
 from dspark_jax.engine.request import Prompt as Messages
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Stream
+from dspark_jax.evaluation.latency import Watch
 from dspark_jax.evaluation.prompts import user_turns
 from dspark_jax.evaluation.results import sound
 from pallas_kernels import random
@@ -51,13 +52,11 @@ class Played:
 
     Attributes:
         results: of its turns; fewer than it has where the context had no room for more.
-        first_token_s: seconds from each turn's request until its first token was there.
-        between_s: seconds between the later tokens of a turn and those before them, as they came.
+        watches: how the tokens of each turn came.
     """
 
     results: list[Generation] = field(default_factory=list)
-    first_token_s: list[float] = field(default_factory=list)
-    between_s: list[float] = field(default_factory=list)
+    watches: list[Watch] = field(default_factory=list)
 
 
 def read_talks(paths: Sequence[str], limit: int | None = None) -> dict[str, list[Talk]]:
@@ -152,20 +151,14 @@ class _Part:
         self._messages: list[dict[str, Any]] = []
         self._turns = iter(talk.turns)
         self._stream: Stream | None = None
-        self._tokens, self._since_s = 0, 0.0
         self._ask()
 
     def go_on(self) -> bool:
         """Note what has come, and ask the next turn; returns whether there is anything to do."""
         if self._stream is None:
             return False
-        result, now_s = self._stream.result, time.perf_counter()
-        if len(result.token_ids) > self._tokens:
-            first = not self._tokens
-            (self.played.first_token_s if first else self.played.between_s).append(
-                now_s - self._since_s
-            )
-            self._tokens, self._since_s = len(result.token_ids), now_s
+        result = self._stream.result
+        self.played.watches[-1].news(time.perf_counter(), len(result.token_ids))
         if self._stream.finished:
             self.played.results.append(sound(result))
             self._messages.append({"role": "assistant", "content": result.text})
@@ -183,8 +176,9 @@ class _Part:
             self._limits, prompt_ids=(), messages=self._messages, key=self._key_N2[turn]
         )
         try:
-            self._tokens, self._since_s = 0, time.perf_counter()
+            watch = Watch(time.perf_counter())
             self._stream = self._engine.submit(asked)
+            self.played.watches.append(watch)
         except ValueError as error:
             if not turn:
                 raise ValueError(f"{self._talk.origin}: {error}") from None
