@@ -140,7 +140,7 @@ class Storm:
             kind = dice.choice(kinds)
             try:
                 outcome = await kind(dice)
-            except httpx.ReadTimeout:
+            except httpx.TimeoutException:  # of _give_up: while it connects, sends or reads
                 outcome = "gave up"
             self.told[kind.__name__.strip("_"), outcome] += 1
 
