@@ -8,6 +8,7 @@ from typing import Any
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.drafters import (
+    blockwise,
     deepseek_v4,
     deepseek_v4_mtp,
     draft_model,
@@ -16,6 +17,7 @@ from dspark_jax.models.drafters import (
     hybrid,
     lookup,
     medusa,
+    mtp,
 )
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
@@ -26,7 +28,9 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
     deepseek_v4,
     deepseek_v4_mtp,
     eagle3,
+    mtp,
     medusa,
+    blockwise,
     draft_model,
     lookup,
     hybrid,
@@ -36,12 +40,15 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
 INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], DrafterConfig | None]] = {
     "deepseek_v4": deepseek_v4_mtp.inside,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), mtp.inside),
 }
 # Methods of training -> the configurations of their drafters, of fields of a ``DrafterConfig``.
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
     "dspark": lambda fields: DrafterConfig(**fields),
     "eagle3": eagle3.of_recipe,
+    "mtp": mtp.of_recipe,
     "medusa": medusa.of_recipe,
+    "blockwise": blockwise.of_recipe,
 }
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
