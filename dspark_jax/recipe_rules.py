@@ -21,6 +21,7 @@ LACKS: Mapping[str, Mapping[str, Any]] = {
     "mtp": {"num_layers": 1, **_NO_BLOCKS},
     "medusa": _NO_BLOCKS,
     "blockwise": {"num_layers": 1, **_NO_BLOCKS},
+    "early_exit": _NO_BLOCKS,
 }
 
 

@@ -134,12 +134,12 @@ MAY_SPELL_FAMILIES = {
 
 # Who may know one kind of drafter: layouts of files, and ways to start the training of one.
 MAY_KNOW_A_DRAFTER = {
-    "dspark_jax.checkpoints.blockwise",
     "dspark_jax.checkpoints.deepspec",
     "dspark_jax.checkpoints.drafter_methods",
     "dspark_jax.checkpoints.eagle3",
     "dspark_jax.checkpoints.medusa",
     "dspark_jax.checkpoints.mtp",
+    "dspark_jax.checkpoints.own_layouts",
     "dspark_jax.checkpoints.speculators",
     "dspark_jax.models.drafters",
     "dspark_jax.training.bigram",

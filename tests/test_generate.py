@@ -21,7 +21,7 @@ from dspark_jax.engine.request import Request
 from dspark_jax.models.drafters import blockwise, chain, eagle3, hybrid, lookup, medusa, mtp
 from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
-from dspark_jax.models.drafters.table import of_draft_model
+from dspark_jax.models.drafters.table import of_draft_model, without_checkpoint
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
@@ -203,6 +203,9 @@ def fit_of_the_text(kind, **rules):
     if kind == "lookup":
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind == "first":
+        (sizes, weights), vocab = without_checkpoint("first:1", *target), target[1].vocab
+        drafter = dataclasses.replace(sizes, block_size=2), weights, vocab
     elif kind == "model":
         small = target_of(dataclasses.replace(cfg, num_layers=1), seed=6, scale=8.0)
         sizes, vocab = of_draft_model(small[0], small[1].vocab, cfg)
@@ -293,6 +296,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         pytest.param("mtp", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("blockwise", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("blockwise", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("first", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("first", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("model", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),

@@ -18,7 +18,8 @@ from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.config import TrainConfig
 from dspark_jax.models.cache import Room, Rows
-from dspark_jax.models.drafters import blockwise, mtp
+from dspark_jax.models.drafters import blockwise, early_exit, mtp
+from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.training import fit
 from tests.marks import rest_full
@@ -26,9 +27,15 @@ from tests.tiny_model import SIZES, TARGET, random_params, write_letters, write_
 
 V, D, LAYERS = SIZES["vocab_size"], SIZES["hidden_size"], TARGET.num_layers
 CFG = mtp.Config(**SIZES, num_layers=1, block_size=3, num_target_layers=LAYERS, owns_vocab=False)
-WIDE = blockwise.of_recipe(
-    {**SIZES, "block_size": 3, "num_target_layers": LAYERS, "owns_vocab": False, "num_layers": 1}
-)
+SMALL = {
+    **SIZES,
+    "num_layers": 1,
+    "block_size": 3,
+    "num_target_layers": LAYERS,
+    "owns_vocab": False,
+    "rms_norm_eps": 1e-6,
+}
+WIDE, EXIT = blockwise.of_recipe(SMALL), early_exit.of_recipe(SMALL)
 
 
 def rms(x, weight):
@@ -121,13 +128,12 @@ def test_a_chain_is_what_the_paper_says(norm_output):
 IDS = np.array([0, 3, 4, 9, 20, 21, 50], np.int32)
 
 
-@pytest.mark.parametrize("cfg", [CFG, dataclasses.replace(CFG, qk_norm=False), WIDE])
+@pytest.mark.parametrize("cfg", [CFG, dataclasses.replace(CFG, qk_norm=False), WIDE, EXIT])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_what_is_written_is_read_back(tmp_path, cfg, reduced):
     if reduced:
         cfg = dataclasses.replace(cfg, draft_vocab_size=len(IDS))
-    family = blockwise if type(cfg) is blockwise.Config else mtp
-    params = random_params(4, family.declare_drafter(cfg))
+    params = random_params(4, drafter_of(cfg).declare_drafter(cfg))
     vocab = Vocab(np.zeros((V, D), np.float32), None, jnp.asarray(IDS) if reduced else None)
     save_layout(tmp_path / "out", "dspark", (cfg, params, vocab), ("t", TARGET))
     found, again, own = deepspec.load_drafter(tmp_path / "out")

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.checkpoints import blockwise, eagle3, medusa, mtp
+from dspark_jax.checkpoints import eagle3, medusa, mtp
+from dspark_jax.checkpoints.own_layouts import BLOCKWISE, EARLY_EXIT, OwnLayout
 from dspark_jax.checkpoints.tensors import Tensors
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.blockwise import Config as BlockwiseConfig
 from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
+from dspark_jax.models.drafters.early_exit import Config as EarlyExitConfig
 from dspark_jax.models.drafters.medusa import Config as MedusaConfig
 from dspark_jax.models.drafters.mtp import Config as MtpConfig
 
@@ -36,6 +38,19 @@ class Method:
     completed: Callable[[Mapping[str, Any], Tensors], dict[str, Any]]
     config: Callable[[Mapping[str, Any]], DrafterConfig]
     config_dict: Callable[[Any], dict[str, Any]]
+
+
+def _own(Config: type[DrafterConfig], layout: OwnLayout) -> Method:
+    """A method whose files are ours alone."""
+    return Method(
+        Config,
+        layout.recognises,
+        layout.flat,
+        lambda tensors: tensors,
+        lambda flat, tensors: dict(flat),
+        layout.config,
+        layout.config_dict,
+    )
 
 
 METHODS = (
@@ -66,15 +81,8 @@ METHODS = (
         mtp.mtp_config,
         mtp.mtp_config_dict,
     ),
-    Method(
-        BlockwiseConfig,
-        blockwise.is_blockwise,
-        blockwise.flat_blockwise,
-        lambda tensors: tensors,
-        lambda flat, tensors: dict(flat),
-        blockwise.blockwise_config,
-        blockwise.blockwise_config_dict,
-    ),
+    _own(BlockwiseConfig, BLOCKWISE),
+    _own(EarlyExitConfig, EARLY_EXIT),
 )
 
 
@@ -83,6 +91,7 @@ _OWN_LAYOUT: Mapping[type[DrafterConfig], str] = {
     MedusaConfig: "Medusa heads",
     MtpConfig: "MTP layers",
     BlockwiseConfig: "blockwise drafters",
+    EarlyExitConfig: "early exits",
 }
 
 

@@ -14,6 +14,7 @@ from dspark_jax.models.drafters import (
     draft_model,
     dspark,
     eagle3,
+    early_exit,
     hybrid,
     lookup,
     medusa,
@@ -21,6 +22,7 @@ from dspark_jax.models.drafters import (
 )
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
+from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
 DRAFTERS: tuple[DrafterFamily, ...] = (
@@ -31,6 +33,7 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
     mtp,
     medusa,
     blockwise,
+    early_exit,
     draft_model,
     lookup,
     hybrid,
@@ -49,6 +52,7 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
     "mtp": mtp.of_recipe,
     "medusa": medusa.of_recipe,
     "blockwise": blockwise.of_recipe,
+    "early_exit": early_exit.of_recipe,
 }
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
@@ -93,15 +97,24 @@ def inside_settings(cfg: DrafterConfig) -> dict[str, Any] | None:
     return None if settings is None else settings(cfg)
 
 
-def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterConfig, Any] | None:
+def without_checkpoint(
+    source: str, target: TargetConfig, params: TargetParams
+) -> tuple[AnyDrafterConfig, Any] | None:
     """Configuration and parameters of a drafter that has a name in the place of files; None for
     other sources.
+
+    Args:
+        source: the name.
+        target: sizes of the target.
+        params: its weights.
 
     Raises:
         ValueError: the name has numbers that make no sense.
     """
     cfg = lookup.named(source, target)
-    return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
+    if cfg is not None:
+        return cfg, lookup.declare_drafter(cfg)
+    return early_exit.named(source, target, params)
 
 
 def beside(source: str, target: TargetConfig) -> tuple[str, lookup.Config] | None:
