@@ -214,9 +214,11 @@ class TrainConfig:
     """Recipe of a drafter. Lengths in tokens, times in seconds.
 
     Attributes:
-        method: what is trained: ``"dspark"`` (DFlash where ``markov_rank`` is 0); ``"eagle3"``,
-            whose chains are as long as ``block_size`` and begin at ``num_anchors`` positions; or
-            ``"medusa"``, ``block_size`` heads of ``num_layers`` blocks.
+        method: what is trained: ``"dspark"`` (DFlash where ``markov_rank`` is 0); ``"eagle3"`` or
+            ``"mtp"``, whose chains are as long as ``block_size`` and begin at ``num_anchors``
+            positions; ``"medusa"``, ``block_size`` heads of ``num_layers`` blocks; ``"blockwise"``,
+            one wide layer for ``block_size`` slots; or ``"early_exit"``, a norm behind the target's
+            first ``num_layers`` layers.
         target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
         data: JSON-lines file of conversations answered by the target.
         out: directory of checkpoints, metrics and the final drafter.
@@ -268,7 +270,7 @@ class TrainConfig:
             process has such a place, so that ``cache`` may be a host's own disk.
     """
 
-    method: Literal["dspark", "eagle3", "medusa"] = "dspark"
+    method: Literal["dspark", "eagle3", "mtp", "medusa", "blockwise", "early_exit"] = "dspark"
     target: str = "default"
     data: str = "responses.jsonl"
     out: str = "runs/drafter"

@@ -7,24 +7,21 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+_NO_BLOCKS: Mapping[str, Any] = {
+    "markov_rank": 0,
+    "confidence": False,
+    "sliding_window": 0,
+    "bigram_init": False,
+    "local_init": False,
+}
 # What other methods than DSpark have no part for: fields and their only values.
 LACKS: Mapping[str, Mapping[str, Any]] = {
     "dspark": {},
-    "eagle3": {
-        "num_layers": 1,
-        "markov_rank": 0,
-        "confidence": False,
-        "sliding_window": 0,
-        "bigram_init": False,
-        "local_init": False,
-    },
-    "medusa": {
-        "markov_rank": 0,
-        "confidence": False,
-        "sliding_window": 0,
-        "bigram_init": False,
-        "local_init": False,
-    },
+    "eagle3": {"num_layers": 1, **_NO_BLOCKS},
+    "mtp": {"num_layers": 1, **_NO_BLOCKS},
+    "medusa": _NO_BLOCKS,
+    "blockwise": {"num_layers": 1, **_NO_BLOCKS},
+    "early_exit": _NO_BLOCKS,
 }
 
 

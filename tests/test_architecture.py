@@ -138,6 +138,8 @@ MAY_KNOW_A_DRAFTER = {
     "dspark_jax.checkpoints.drafter_methods",
     "dspark_jax.checkpoints.eagle3",
     "dspark_jax.checkpoints.medusa",
+    "dspark_jax.checkpoints.mtp",
+    "dspark_jax.checkpoints.own_layouts",
     "dspark_jax.checkpoints.speculators",
     "dspark_jax.models.drafters",
     "dspark_jax.training.bigram",

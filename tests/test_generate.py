@@ -18,10 +18,10 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
-from dspark_jax.models.drafters import eagle3, hybrid, lookup, medusa
+from dspark_jax.models.drafters import blockwise, chain, eagle3, hybrid, lookup, medusa, mtp
 from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
-from dspark_jax.models.drafters.table import of_draft_model
+from dspark_jax.models.drafters.table import of_draft_model, without_checkpoint
 from dspark_jax.models.targets.llama import Config as LlamaConfig
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.targets.llama import encode
@@ -68,9 +68,8 @@ def target_of(cfg, seed=0, scale=8.0):
 CHAIN = eagle3.Config(**{**dataclasses.asdict(DRAFTER), "rope": DRAFTER.rope, "markov_rank": 0})
 
 
-HEADS = medusa.Config(
-    **{name: getattr(CHAIN, name) for name in vars(CHAIN) if not name.startswith("norm")},
-)
+LIKE_CHAIN = {name: getattr(CHAIN, name) for name in vars(CHAIN) if not name.startswith("norm")}
+LAYER, HEADS, WIDE = (kind.Config(**LIKE_CHAIN) for kind in (mtp, medusa, blockwise))
 
 
 def drafter_of(target, seed=1, d2t=None, like=DRAFTER, **changes):
@@ -78,7 +77,7 @@ def drafter_of(target, seed=1, d2t=None, like=DRAFTER, **changes):
     size = None if d2t is None else len(d2t)
     cfg = dataclasses.replace(like, draft_vocab_size=size, **changes)
     params = init_params(jax.random.key(seed), family_of_drafter(cfg).declare_drafter(cfg))
-    if like is HEADS:  # which begin as zeros
+    if like in (HEADS, WIDE):  # which begin as zeros
         key = jax.random.key(9)
         params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), params)
     own = None if d2t is None else Vocab(None, None, np.array(d2t, np.int32))
@@ -99,6 +98,8 @@ DRAFTERS = {
     "reduced": {"d2t": sorted({1, 4, 5, 7, *range(20, 55)})},
     "eagle3": {"like": CHAIN},
     "medusa": {"like": HEADS},
+    "mtp": {"like": LAYER},
+    "blockwise": {"like": WIDE},
 }
 
 
@@ -128,9 +129,7 @@ def texts(results):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.full)
-        if kind in ("gated", "rnn", "dflash", "reduced", "eagle3", "medusa")
-        else kind
+        pytest.param(kind, marks=pytest.mark.full) if kind != "vanilla" else kind
         for kind in DRAFTERS
     ],
 )
@@ -204,6 +203,9 @@ def fit_of_the_text(kind, **rules):
     if kind == "lookup":
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind == "first":
+        (sizes, weights), vocab = without_checkpoint("first:1", *target), target[1].vocab
+        drafter = dataclasses.replace(sizes, block_size=2), weights, vocab
     elif kind == "model":
         small = target_of(dataclasses.replace(cfg, num_layers=1), seed=6, scale=8.0)
         sizes, vocab = of_draft_model(small[0], small[1].vocab, cfg)
@@ -212,9 +214,8 @@ def fit_of_the_text(kind, **rules):
         of_kind = {
             "reduced": {"d2t": [0, 2, 3]},
             "hybrid": {"d2t": [0, 1, 3]},
-            "eagle3": DRAFTERS["eagle3"],
+            **{name: DRAFTERS[name] for name in ("eagle3", "mtp", "medusa", "blockwise")},
         }
-        of_kind["medusa"] = DRAFTERS["medusa"]
         changes = of_kind.get(kind, {"markov_head": "rnn"})
         drafter = drafter_of(
             target, seed=2, vocab_size=size, mask_token_id=4, block_size=2, **changes
@@ -290,6 +291,13 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         pytest.param("hybrid", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("hybrid", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("medusa", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("mtp", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("mtp", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("mtp", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
+        pytest.param("blockwise", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("blockwise", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("first", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("first", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("model", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("medusa", {"acceptance": "coupled"}, marks=pytest.mark.full),
@@ -331,7 +339,7 @@ def test_a_law_that_was_not_drawn_from_is_seen(monkeypatch):
         token_B, index_B, logits_BU = draw_slot(vocab, logits_BU, slot, choose, law)
         return token_B, index_B, 0.2 * logits_BU
 
-    monkeypatch.setattr(eagle3, "draw_slot", draw)
+    monkeypatch.setattr(chain, "draw_slot", draw)
     monkeypatch.setattr(executables, "_PROGRAMS", {})
     pvalue, _ = fit_of_the_text("eagle3", acceptance="rejection")
     assert pvalue < 1e-12
@@ -344,7 +352,7 @@ def test_a_confidence_that_sees_its_draft_is_seen(monkeypatch):
     def block(drawn, confidences):
         return block_of(drawn, [jnp.where(token_B < 2, 9.0, -9.0) for token_B, _, _ in drawn])
 
-    monkeypatch.setattr(eagle3, "block_of", block)
+    monkeypatch.setattr(chain, "block_of", block)
     monkeypatch.setattr(executables, "_PROGRAMS", {})
     pvalue, _ = fit_of_the_text("eagle3", policy="threshold:0.5")
     assert pvalue < 1e-12
@@ -363,7 +371,7 @@ def test_a_policy_may_be_a_function(target):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["vanilla", "eagle3", "medusa"])
+@pytest.mark.parametrize("kind", ["vanilla", "eagle3", "medusa", "mtp", "blockwise"])
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9}, {}])
 @pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
 def test_eight_devices_give_the_text_of_one(target, sizes, options, kind, emulated_devices):

@@ -143,12 +143,12 @@ def test_a_confidence_knows_no_draft_and_follows_what_stood():
 def test_names():
     target = LlamaConfig(**dict.fromkeys(("vocab_size", "hidden_size"), 8), intermediate_size=8,
                          num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)  # fmt: skip
-    cfg, _ = without_checkpoint("lookup:1-3", target)
+    cfg, _ = without_checkpoint("lookup:1-3", target, None)
     assert (cfg.ngram_min, cfg.ngram_max, cfg.vocab_size) == (1, 3, 8)
-    assert without_checkpoint("some/lookup", target) is None
+    assert without_checkpoint("some/lookup", target, None) is None
     for name in ("lookup:3-1", "lookup:0-2", "lookup:1-99"):
         with pytest.raises(ValueError, match="give lengths from 1 to 16"):
-            without_checkpoint(name, target)
+            without_checkpoint(name, target, None)
 
 
 def test_a_model_with_lookup(tmp_path):

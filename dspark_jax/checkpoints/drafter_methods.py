@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.checkpoints import eagle3, medusa
+from dspark_jax.checkpoints import eagle3, medusa, mtp
+from dspark_jax.checkpoints.own_layouts import BLOCKWISE, EARLY_EXIT, OwnLayout
 from dspark_jax.checkpoints.tensors import Tensors
 from dspark_jax.config import DrafterConfig
+from dspark_jax.models.drafters.blockwise import Config as BlockwiseConfig
 from dspark_jax.models.drafters.eagle3 import Config as Eagle3Config
+from dspark_jax.models.drafters.early_exit import Config as EarlyExitConfig
 from dspark_jax.models.drafters.medusa import Config as MedusaConfig
+from dspark_jax.models.drafters.mtp import Config as MtpConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,19 @@ class Method:
     config_dict: Callable[[Any], dict[str, Any]]
 
 
+def _own(Config: type[DrafterConfig], layout: OwnLayout) -> Method:
+    """A method whose files are ours alone."""
+    return Method(
+        Config,
+        layout.recognises,
+        layout.flat,
+        lambda tensors: tensors,
+        lambda flat, tensors: dict(flat),
+        layout.config,
+        layout.config_dict,
+    )
+
+
 METHODS = (
     Method(
         Eagle3Config,
@@ -55,7 +72,27 @@ METHODS = (
         medusa.medusa_config,
         medusa.medusa_config_dict,
     ),
+    Method(
+        MtpConfig,
+        mtp.is_mtp,
+        mtp.flat_mtp,
+        mtp.mtp_names,
+        mtp.completed_mtp,
+        mtp.mtp_config,
+        mtp.mtp_config_dict,
+    ),
+    _own(BlockwiseConfig, BLOCKWISE),
+    _own(EarlyExitConfig, EARLY_EXIT),
 )
+
+
+# Drafters that the layouts of others have no place for.
+_OWN_LAYOUT: Mapping[type[DrafterConfig], str] = {
+    MedusaConfig: "Medusa heads",
+    MtpConfig: "MTP layers",
+    BlockwiseConfig: "blockwise drafters",
+    EarlyExitConfig: "early exits",
+}
 
 
 def method_of(config: Mapping[str, Any]) -> Method | None:
@@ -70,8 +107,9 @@ def check_layout(cfg: DrafterConfig, layout: str) -> None:
     Raises:
         ValueError: it does not; names what it lacks.
     """
-    if isinstance(cfg, MedusaConfig) and layout != "dspark":
-        raise ValueError(f"the format {layout} has no Medusa heads: choose the format dspark")
+    for Config, what in _OWN_LAYOUT.items():
+        if isinstance(cfg, Config) and layout != "dspark":
+            raise ValueError(f"the format {layout} has no {what}: choose the format dspark")
     if isinstance(cfg, Eagle3Config) and layout == "deepspec":
         eagle3.check_reference(cfg)
 

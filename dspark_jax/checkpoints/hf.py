@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from dspark_jax.checkpoints.mtp import predictor_names
 from dspark_jax.checkpoints.quantised import with_scales
 from dspark_jax.checkpoints.tensor_names import renamed, split_experts, text_part
 from dspark_jax.checkpoints.tensors import (
@@ -149,6 +150,7 @@ def open_hf_target(source: str | Path) -> tuple[TargetConfig, Tensors]:
         return target_config(hf), text_config(hf).get("tie_word_embeddings")
 
     (cfg, said), tensors = read_checkpoint(source, parse)
+    tensors = tensors.without(*predictor_names(tensors, cfg.num_layers))
     tensors = split_experts(text_part(tensors))
     tensors = with_scales(renamed(tensors, functools.partial(declared_name, cfg)))
     vocab = family_of(cfg).declare(replace(cfg, tied=False)).vocab

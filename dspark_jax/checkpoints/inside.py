@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import TRAINED_FOR
 from dspark_jax.checkpoints.hf import CONFIG_FILE, target_config, write_checkpoint
+from dspark_jax.checkpoints.mtp import from_target, predictor_names
 from dspark_jax.checkpoints.quantised import with_scales
 from dspark_jax.checkpoints.tensors import (
     LoadError,
@@ -26,8 +27,6 @@ from dspark_jax.checkpoints.weight_files import read_tensors
 from dspark_jax.config import DrafterConfig
 from dspark_jax.models.drafters.table import INSIDE, drafter_of, inside_settings
 
-PREFIX = "mtp."
-
 
 def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
     """The drafter inside a target's checkpoint, whose weights are yet to be read; None where there
@@ -38,18 +37,19 @@ def open_inside(directory: Path) -> tuple[DrafterConfig, Tensors] | None:
     """
     path = directory / CONFIG_FILE
     hf = read_json(path) if path.is_file() else {}
-    inside = INSIDE.get(str(hf.get("model_type")))
-    if inside is None or not any(directory.glob("*.safetensors*")):
+    inside, layers = INSIDE.get(str(hf.get("model_type"))), hf.get("num_hidden_layers")
+    if inside is None or type(layers) is not int or not any(directory.glob("*.safetensors*")):
         return None
     tensors = read_tensors(directory)
-    names = {name for name in tensors.shapes if name.startswith(PREFIX)}
+    names = predictor_names(tensors, layers)
     try:
-        cfg = inside(hf, target_config(hf), names)
+        cfg = inside(hf, target_config(hf), names) if names else None
     except ValueError as error:
         raise LoadError(f"{path}: {error}") from None
     if cfg is None:
         return None
-    return cfg, with_scales(tensors.without(*(tensors.shapes.keys() - names)))
+    tensors = tensors.without(*(tensors.shapes.keys() - names))
+    return cfg, with_scales(from_target(tensors, layers))
 
 
 def read_inside(

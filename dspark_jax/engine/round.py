@@ -16,6 +16,7 @@ from dspark_jax.engine.shaping import Masks
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.tokens import accept, draft_tokens, raw_logprobs, shape_law, top_logprobs
 from dspark_jax.models.cache import with_pages
+from dspark_jax.models.drafters.family import Borrowed
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.vocab import suppress
@@ -187,10 +188,13 @@ def draft(
     def choose(logits_BU: jax.Array, slot: int) -> jax.Array:
         return draft_tokens(logits_BU, slot, state, position_B, vocab.d2t_U, cfg)
 
-    block = drafter_of(cfg.drafter).draft(
+    family, context = drafter_of(cfg.drafter), state.context_cache
+    if family.reads == "cache":
+        context = Borrowed(context, weights.target, state.target_cache, cfg.target)
+    block = family.draft(
         weights.drafter,
         vocab,
-        state.context_cache,
+        context,
         anchor_B,
         position_B,
         choose,

@@ -105,7 +105,7 @@ def _extend(
         chunks=chunks,
         kernels=cfg.kernels,
     )
-    return hidden_TD, hidden_TD[:, None] if reads == "state" else feature_TFD, cache
+    return hidden_TD, feature_TFD if reads == "streams" else hidden_TD[:, None], cache
 
 
 def observe_rows(

@@ -104,30 +104,41 @@ def read_sequences(
         q, k, v = blocks.project(layer, x_BSD, place, shared, cfg)
         if own.reads is not None:
             k, v = kept[own.reads]
-        for number, (old_k, old_v) in kept.items():
-            if k.shape == old_k.shape:
-                here = place.layer == number
-                kept = kept | {number: (jnp.where(here, k, old_k), jnp.where(here, v, old_v))}
+        kept = _keep_read(kept, k, v, place.layer)
         options = {"window": own.window, "scale": own.scale, "softcap": own.softcap}
         out = attend_causally(q, k, v, **options, kernels=kernels)
         x_BSD = blocks.finish(layer, x_BSD, out, place, shared, cfg)
         return x_BSD, keep_feature(feature_FBSD, x_BSD, place.layer, feature_layers), kept
 
-    def nothing(number: int) -> tuple[jax.Array, jax.Array]:
-        own = place_of(sections, number).kind.attention
-        empty = jnp.zeros((*token_BS.shape, own.num_heads, own.head_dim), x_BSD.dtype)
-        return empty, empty
-
-    kept = {number: nothing(number) for number in _read_layers(sections)}
+    kept = _nothing_read(sections, token_BS.shape, x_BSD.dtype)
     carry = (x_BSD, start_features(x_BSD, feature_layers), kept)
     x_BSD, feature_FBSD, _ = loop_layers(block, carry, target.layers, sections)
     return blocks.leave(target, x_BSD, cfg), jnp.moveaxis(feature_FBSD, 0, 2)
 
 
-def _read_layers(sections: Sections) -> list[int]:
-    """The layers whose keys and values others read."""
+def _nothing_read(
+    sections: Sections, lead: tuple[int, ...], dtype: Any
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """Keys and values of the layers that others read, yet to be computed."""
+
+    def nothing(number: int) -> tuple[jax.Array, jax.Array]:
+        own = place_of(sections, number).kind.attention
+        empty = jnp.zeros((*lead, own.num_heads, own.head_dim), dtype)
+        return empty, empty
+
     found = set(map_stacks(lambda stack: stack.kind.attention.reads, sections))
-    return sorted(found - {None})
+    return {number: nothing(number) for number in sorted(found - {None})}
+
+
+def _keep_read(
+    kept: dict[int, tuple[jax.Array, jax.Array]], k: jax.Array, v: jax.Array, layer: Any
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """The same, with those of a layer if it is one that others read."""
+    for number, (old_k, old_v) in kept.items():
+        if k.shape == old_k.shape:
+            here = layer == number
+            kept = kept | {number: (jnp.where(here, k, old_k), jnp.where(here, v, old_v))}
+    return kept
 
 
 def read_rows(
@@ -178,6 +189,56 @@ def read_rows(
     carry = (x_TD, start_features(x_TD, feature_layers), cache)
     x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers, sections)
     return blocks.leave(target, x_TD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
+
+
+def read_beside(
+    blocks: Blocks,
+    target: Any,
+    cache: Cache,
+    token_BW: jax.Array,
+    position_BW: jax.Array,
+    seen_WW: jax.Array,
+    cfg: Any,
+    num_layers: int,
+) -> jax.Array:
+    """``TargetFamily.beside`` with these blocks."""
+    num_slots, width = token_BW.shape
+    groups = group_runs(None, num_slots, width)
+    limit_T = jnp.repeat(position_BW[:, 0], width)
+    x_BWD, shared = blocks.enter(target, token_BW, position_BW, cfg)
+    sections = blocks.sections(cfg)
+
+    def compute(carry: Any, layer: Any, place: Place) -> Any:
+        x_BWD, kept = carry
+        own = place.kind.attention
+        q, k, v = blocks.project(layer, x_BWD, place, shared, cfg)
+        at = place if own.reads is None else place_of(sections, own.reads)
+        if own.reads is not None:
+            k, v = kept[own.reads]
+        kept = _keep_read(kept, k, v, place.layer)
+        held = cache[at.stack]
+        out = ragged_attention(
+            q.reshape(-1, *q.shape[-2:]).astype(held.k[0].dtype),
+            groups=groups,
+            limit_T=limit_T,
+            own=(k.astype(held.k[0].dtype), v.astype(held.k[0].dtype)),
+            own_seen_CW=seen_WW,
+            window=own.window or None,
+            scale=own.scale,
+            softcap=own.softcap,
+            **kv.attention_inputs(held, at.index),
+        )
+        out = out.reshape(q.shape).astype(q.dtype)
+        return blocks.finish(layer, x_BWD, out, place, shared, cfg), kept
+
+    def block(carry: Any, layer: Any, place: Place) -> Any:
+        if isinstance(place.layer, int):
+            return compute(carry, layer, place) if place.layer < num_layers else carry
+        within = place.layer < num_layers
+        return jax.lax.cond(within, lambda: compute(carry, layer, place), lambda: carry)
+
+    kept = _nothing_read(sections, token_BW.shape, x_BWD.dtype)
+    return loop_layers(block, (x_BWD, kept), target.layers, sections)[0]
 
 
 def _cache_attention(

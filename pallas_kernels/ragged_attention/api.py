@@ -11,7 +11,8 @@ a row may see is the last one that was written to its place. Without one a cache
 
 A row's limit alone says what it sees: its position + 1 in verification and in a chunk of a
 prompt, the end of its block in a bidirectional block that lies in the cache. A block that does not
-lie there brings its keys along (``own``): all of its rows see all of them.
+lie there brings its keys along (``own``): all of its rows see all of them, or of one that is not a
+block those that ``own_seen`` names.
 
 Axes: T flat rows, P groups of C rows, W keys of an own block, B slots, S positions, N query heads,
 K key/value heads, H head width, L layers, X any of these.
@@ -45,6 +46,7 @@ def ragged_attention(
     layer: jax.Array | int | None = None,
     page_BX: jax.Array | None = None,
     own: tuple[jax.Array, jax.Array] | None = None,
+    own_seen_CW: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -64,6 +66,8 @@ def ragged_attention(
         page_BX: int32 pages of every slot, of caches in pages, which are [Q, K, PAGE, H] or
             [L, Q, K, PAGE, H]; None for caches that lie in one piece. No window then.
         own: keys and values [P, W, K, H] that all rows of a group see beside the cache.
+        own_seen_CW: bool, which of them the rows see, of every group alike; None for all. Of a row
+            at least one. Only "xla" knows it.
         window: the last so many positions before the limit are seen, static; None for all.
         scale: of the scores; None for H ** -0.5.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
@@ -91,7 +95,7 @@ def ragged_attention(
         if page_BX is not None:
             k_BKSH, v_BKSH = (gather_pages(pool, page_BX, slot_P) for pool in (k_BKSH, v_BKSH))
             slot_P = None
-        given = q_PCNH, k_BKSH, v_BKSH, slot_P, limit_PC, own
+        given = q_PCNH, k_BKSH, v_BKSH, slot_P, limit_PC, own, own_seen_CW
         out_PCNH = xla.attend_groups(*given, window, scale, softcap)
         return groups.scatter(out_PCNH)
     problem = dispatch.version_problem()
@@ -101,6 +105,8 @@ def ragged_attention(
 
     if layer is None:
         k_BKSH, v_BKSH, layer = k_BKSH[None], v_BKSH[None], jnp.int32(0)
+    if own_seen_CW is not None:
+        raise ValueError("own_seen_CW is given: mosaic_gpu has no form with it, choose xla")
     if softcap is not None:
         raise ValueError(f"softcap is {softcap}: mosaic_gpu has no form with it, choose xla")
     attend = functools.partial(mosaic_gpu.attend_groups, window=window)

@@ -17,6 +17,7 @@ def attend_groups(
     slot_P: jax.Array | None,
     limit_PC: jax.Array,
     own: tuple[jax.Array, jax.Array] | None,
+    own_seen_CW: jax.Array | None,
     window: int | None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -43,6 +44,8 @@ def attend_groups(
     score = jnp.where(seen_PCS[:, None, None], score, -jnp.inf)
     if own is not None:
         to_own = capped(_product("pckgh,pwkh->pkgcw", q, own[0]) * scale)
+        if own_seen_CW is not None:
+            to_own = jnp.where(own_seen_CW, to_own, -jnp.inf)
         score = jnp.concatenate([score, to_own], axis=-1)
     weight = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
     # In the order of the product's own axes: another order makes a CPU copy the values first.

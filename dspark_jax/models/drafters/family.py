@@ -12,10 +12,12 @@ from typing import Any, Literal, Protocol
 import jax
 from flax import struct
 
+from dspark_jax.config import TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters.heads import DraftBlock
 from dspark_jax.models.stacks import Sections
+from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
 # (logits_BU, slot) -> index_B int32, the draw from the law that will be verified against; and
@@ -44,8 +46,26 @@ class BlockOutputs:
 Lessons = Literal["blocks", "chains"]
 
 
-# What of the target a drafter reads: residual streams after layers, or the last state, normalised.
-Reads = Literal["streams", "state"]
+# What of the target a drafter reads: residual streams after layers; the last state, normalised; or
+# its cache and weights while it drafts, the last state, and residual streams where it is trained.
+Reads = Literal["streams", "state", "cache"]
+
+
+@struct.dataclass
+class Borrowed:
+    """The context of a drafter that reads a target's cache, while it drafts.
+
+    Attributes:
+        own: the drafter's own context.
+        target: the target's weights.
+        cache: the target's cache, valid before the anchors.
+        cfg: sizes of the target, static.
+    """
+
+    own: Any
+    target: TargetParams
+    cache: Any
+    cfg: TargetConfig = struct.field(pytree_node=False)
 
 
 def only_values(cfg: AnyDrafterConfig, what: str, **right: Any) -> None:
@@ -159,7 +179,8 @@ class DrafterFamily(Protocol):
         Args:
             drafter: weights, in the form for decoding.
             vocab: the drafter's vocabulary.
-            context: valid before the anchors.
+            context: valid before the anchors; a :class:`Borrowed` where the family reads a
+                target's cache.
             anchor_B: int32 anchor tokens.
             position_B: int32 their positions.
             choose, law: see :data:`Choose`, :data:`Law`; ``choose`` is given the logits of ``law``.

@@ -98,20 +98,19 @@ class Context:
 
 def of_recipe(fields: Mapping[str, Any]) -> Config:
     """The configuration of a drafter, of the fields of a ``DrafterConfig`` that mean something."""
+    own = {name: fields[name] for name in ("biased", "own_heads") if name in fields}
+    return Config(**fields_of_heads(fields), **own)
+
+
+def fields_of_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``DrafterConfig`` that mean something without attention, among others."""
     known = {name: fields[name] for name in _MEANT if name in fields}
-    nothing: dict[str, Any] = {
-        "intermediate_size": 1,
-        "num_heads": 1,
-        "num_kv_heads": 1,
-        "head_dim": 2,
-    }
-    return Config(**known, **nothing)
+    return {**known, "intermediate_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 2}
 
 
 _MEANT = (
     "vocab_size", "hidden_size", "num_layers", "block_size", "max_positions", "target_layer_ids",
-    "num_target_layers", "draft_vocab_size", "owns_vocab", "embed_scale", "softcap", "biased",
-    "own_heads",
+    "num_target_layers", "draft_vocab_size", "owns_vocab", "embed_scale", "softcap",
 )  # fmt: skip
 
 
@@ -223,8 +222,14 @@ def train_blocks(
             "Medusa heads with matrices of their own are neither trained nor exported: train "
             "others on the target's LM head"
         )
-    before_BA = jnp.maximum(anchor_BA - 1, 0)
-    hidden_BAD = jax.vmap(lambda x_SD, place_A: x_SD[place_A])(feature_BSFD[:, :, 0], before_BA)
-    hidden_BAD = hidden_BAD.astype(drafter.heads[0].blocks[0].weight_DO.dtype)
+    hidden_BAD = states_before(feature_BSFD, anchor_BA).astype(
+        drafter.heads[0].blocks[0].weight_DO.dtype
+    )
     hidden = [head_hidden(head, hidden_BAD) for head in drafter.heads]
     return BlockOutputs(jnp.stack(hidden, axis=2), None, None)
+
+
+def states_before(feature_BSFD: jax.Array, anchor_BA: jax.Array) -> jax.Array:
+    """The target's states [B, A, D] that gave the anchors."""
+    before_BA = jnp.maximum(anchor_BA - 1, 0)
+    return jax.vmap(lambda x_SD, place_A: x_SD[place_A])(feature_BSFD[:, :, 0], before_BA)

@@ -8,17 +8,21 @@ from typing import Any
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.drafters import (
+    blockwise,
     deepseek_v4,
     deepseek_v4_mtp,
     draft_model,
     dspark,
     eagle3,
+    early_exit,
     hybrid,
     lookup,
     medusa,
+    mtp,
 )
 from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
+from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
 
 DRAFTERS: tuple[DrafterFamily, ...] = (
@@ -26,7 +30,10 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
     deepseek_v4,
     deepseek_v4_mtp,
     eagle3,
+    mtp,
     medusa,
+    blockwise,
+    early_exit,
     draft_model,
     lookup,
     hybrid,
@@ -36,12 +43,16 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
 # the target, names of the drafter's tensors)`` -> its configuration, or None where there is none.
 INSIDE: Mapping[str, Callable[[Mapping[str, Any], Any, Collection[str]], DrafterConfig | None]] = {
     "deepseek_v4": deepseek_v4_mtp.inside,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), mtp.inside),
 }
 # Methods of training -> the configurations of their drafters, of fields of a ``DrafterConfig``.
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], DrafterConfig]] = {
     "dspark": lambda fields: DrafterConfig(**fields),
     "eagle3": eagle3.of_recipe,
+    "mtp": mtp.of_recipe,
     "medusa": medusa.of_recipe,
+    "blockwise": blockwise.of_recipe,
+    "early_exit": early_exit.of_recipe,
 }
 # Targets whose drafters are trained in their own form: ``(fields of a DrafterConfig, target)``.
 _FORMS: Mapping[type[TargetConfig], Callable[[Mapping[str, Any], Any], DrafterConfig]] = {
@@ -86,15 +97,24 @@ def inside_settings(cfg: DrafterConfig) -> dict[str, Any] | None:
     return None if settings is None else settings(cfg)
 
 
-def without_checkpoint(source: str, target: TargetConfig) -> tuple[AnyDrafterConfig, Any] | None:
+def without_checkpoint(
+    source: str, target: TargetConfig, params: TargetParams
+) -> tuple[AnyDrafterConfig, Any] | None:
     """Configuration and parameters of a drafter that has a name in the place of files; None for
     other sources.
+
+    Args:
+        source: the name.
+        target: sizes of the target.
+        params: its weights.
 
     Raises:
         ValueError: the name has numbers that make no sense.
     """
     cfg = lookup.named(source, target)
-    return None if cfg is None else (cfg, lookup.declare_drafter(cfg))
+    if cfg is not None:
+        return cfg, lookup.declare_drafter(cfg)
+    return early_exit.named(source, target, params)
 
 
 def beside(source: str, target: TargetConfig) -> tuple[str, lookup.Config] | None:

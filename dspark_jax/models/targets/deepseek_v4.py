@@ -120,7 +120,7 @@ def encode(
     carry = x_BSJD, start_features(streams.mean(x_BSJD), feature_layers)
     x_BSJD, feature_FBSD = loop_layers(block, carry, target.layers, sections(cfg))
     feature_FBSD = _keep_streams(feature_FBSD, x_BSJD, feature_layers, cfg)
-    return _leave(target, x_BSJD, cfg), jnp.moveaxis(feature_FBSD, 0, 2)
+    return leave(target, x_BSJD, cfg), jnp.moveaxis(feature_FBSD, 0, 2)
 
 
 def _keep_streams(
@@ -134,7 +134,8 @@ def _keep_streams(
     return feature_FXD
 
 
-def _leave(target: TargetParams, x_XJD: jax.Array, cfg: Config) -> jax.Array:
+def leave(target: TargetParams, x_XJD: jax.Array, cfg: Config) -> jax.Array:
+    """The final norm of what the streams are read out to [X, D]."""
     hidden_XD = streams.read_out(target.extra, x_XJD, cfg.streams)
     return rms_norm(hidden_XD, target.norm_D, cfg.rms_norm_eps)
 
@@ -187,6 +188,9 @@ def declare_cache(cfg: Config, room: Room) -> tuple[LayerState, ...]:
     )
 
 
+beside = None  # what it keeps of a text cannot be read past
+
+
 def extend(
     target: TargetParams,
     cache: tuple[LayerState, ...],
@@ -226,7 +230,7 @@ def extend(
     carry = x_TJD, start_features(streams.mean(x_TJD), feature_layers), cache
     x_TJD, feature_FTD, cache = loop_layers(block, carry, target.layers, sections(cfg))
     feature_FTD = _keep_streams(feature_FTD, x_TJD, feature_layers, cfg)
-    return _leave(target, x_TJD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
+    return leave(target, x_TJD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
 
 
 def _check_kernels(kernels: str) -> None:

@@ -35,6 +35,33 @@ class TargetParams:
     extra: Any = None
 
 
+class ReadBeside(Protocol):
+    """Reads rows of every slot that see its cache, and of each other what they are told to; the
+    cache stays as it is."""
+
+    def __call__(
+        self,
+        target: TargetParams,
+        cache: Any,
+        token_BW: jax.Array,
+        position_BW: jax.Array,
+        seen_WW: jax.Array,
+        cfg: Any,
+        num_layers: int,
+    ) -> jax.Array:
+        """The residual streams [B, W, D] after the first ``num_layers`` layers.
+
+        Args:
+            target: weights.
+            cache: valid before each slot's first row; all rows see it up to there.
+            token_BW: int32 token ids.
+            position_BW: int32 positions.
+            seen_WW: bool, which rows each row sees; itself at least.
+            cfg: sizes.
+            num_layers: static.
+        """
+
+
 class TargetFamily(Protocol):
     """The functions of a family; ``cfg`` is always of its ``Config``."""
 
@@ -122,3 +149,10 @@ class TargetFamily(Protocol):
             hidden_TD after the final norm, feature_TFD, and the cache with the rows written. Rows
             of padding hold garbage.
         """
+
+    def leave(self, target: TargetParams, x_XD: jax.Array, cfg: Any) -> jax.Array:
+        """The final norm of residual streams."""
+
+    @property
+    def beside(self) -> ReadBeside | None:
+        """Reads rows that leave no trace; None where a family cannot."""

@@ -32,6 +32,7 @@ from dspark_jax.models.reading import (
     Blocks,
     Cache,
     declare_caches,
+    read_beside,
     read_rows,
     read_sequences,
 )
@@ -367,12 +368,14 @@ def mix(
     return _norm(mixed_XD, mixture.after_norm_D, cfg)
 
 
-def _leave(target: TargetParams, x_XD: jax.Array, cfg: Config) -> jax.Array:
+def leave(target: TargetParams, x_XD: jax.Array, cfg: Config) -> jax.Array:
+    """The final norm; see :class:`Blocks`."""
     return _norm(x_XD, target.norm_D, cfg)
 
 
-_BLOCKS = Blocks(sections, _enter, project, finish, _leave)
+_BLOCKS = Blocks(sections, _enter, project, finish, leave)
 
 
 encode = functools.partial(read_sequences, _BLOCKS)
 extend = functools.partial(read_rows, _BLOCKS)
+beside = functools.partial(read_beside, _BLOCKS)

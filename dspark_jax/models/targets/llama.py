@@ -31,6 +31,7 @@ from dspark_jax.models.reading import (
     Blocks,
     Cache,
     declare_caches,
+    read_beside,
     read_rows,
     read_sequences,
 )
@@ -261,3 +262,4 @@ DRAFT_BLOCKS = DraftBlocks(
 
 encode = functools.partial(read_sequences, _BLOCKS)
 extend = functools.partial(read_rows, _BLOCKS)
+beside = functools.partial(read_beside, _BLOCKS)

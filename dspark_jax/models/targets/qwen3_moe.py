@@ -25,6 +25,7 @@ from dspark_jax.models.reading import (
     Blocks,
     Cache,
     declare_caches,
+    read_beside,
     read_rows,
     read_sequences,
 )
@@ -32,8 +33,9 @@ from dspark_jax.models.rope import Table
 from dspark_jax.models.stacks import Place, Sections, Stack, make_sections, map_stacks
 from dspark_jax.models.targets.config_json import block_config, count_field, field, window_of
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.targets.llama import declare_model, enter, leave, project
+from dspark_jax.models.targets.llama import declare_model, enter, project
 from dspark_jax.models.targets.llama import draft_fields as draft_fields
+from dspark_jax.models.targets.llama import leave as leave
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,4 @@ _BLOCKS = Blocks(sections, enter, project, _finish, leave)
 
 encode = functools.partial(read_sequences, _BLOCKS)
 extend = functools.partial(read_rows, _BLOCKS)
+beside = functools.partial(read_beside, _BLOCKS)
