@@ -20,10 +20,12 @@ class RopeConfig:
         theta: base of the geometric series of frequencies.
         kind: how the frequencies are scaled; "dynamic" and "longrope" up to the original length.
         factor: how much the (low) frequencies are slowed down.
-        low_freq_factor, high_freq_factor: llama3's band (in wavelengths per original context) that
-            is interpolated between slowed and plain frequencies.
+        low_freq_factor: where llama3's band begins that is interpolated between slowed and plain
+            frequencies, in wavelengths per original context.
+        high_freq_factor: where it ends.
         original_max_positions: context length before the scaling.
-        beta_fast, beta_slow: YaRN's band, in turns over the original context.
+        beta_fast: where YaRN's band begins, in turns over the original context.
+        beta_slow: where it ends.
         truncate: whether that band ends at whole channels.
         attention_factor: of cosines and sines.
         rotated: the part of the channels that "proportional" rotates.
@@ -49,6 +51,19 @@ class TransformerConfig:
     """What target and drafter have in common: the sizes of a decoder block.
 
     Attributes:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_layers: decoder blocks.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values, of which ``num_heads`` is a multiple.
+        head_dim: channels of a head.
+        rms_norm_eps: what norms add to the mean square.
+        rope: the rotary embedding.
+        max_positions: the longest context.
+        qk_norm: whether the heads of queries and keys are normed.
+        qkv_bias: whether their projections, and that of values, have biases.
+        out_bias: whether the output projection of attention has one.
         windows: of every layer, the positions that a row sees up to its own; 0 for all. Empty: all
             in every layer.
     """
@@ -142,7 +157,8 @@ class DrafterConfig(TransformerConfig):
         confidence_with_markov: whether it sees the Markov embedding of the previous token.
         draft_vocab_size: size U of the reduced draft vocabulary, None for the whole vocabulary.
         value_is_key: the layers' values are the projected keys (blocks that know this).
-        embed_scale, softcap: of the target's embeddings and logits; None for no cap.
+        embed_scale: by which the target multiplies its embeddings.
+        softcap: of the target's logits; None for no cap.
         owns_vocab: whether the checkpoint carries the target's embedding and head.
         owns_head: whether it carries a head of the drafter's own, to be used in its place.
         num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
@@ -222,11 +238,20 @@ class TrainConfig:
         target: Hugging Face directory or hub id, GGUF file, or ``"default"``.
         data: JSON-lines file of conversations answered by the target.
         out: directory of checkpoints, metrics and the final drafter.
-        system, chat_template, template_args: how conversations become text, see ``Rendering``; the
-            arguments of the template as KEY=VALUE texts. Prompts are decoded alike later.
-        num_layers, block_size, markov_rank, markov_head, confidence, confidence_with_markov,
-            intermediate_size, num_heads, num_kv_heads, head_dim: of the drafter; a size of 0 is
-            the target's.
+        system: a system turn for conversations that have none.
+        chat_template: whether the target's template makes text of conversations. Prompts are
+            decoded alike later.
+        template_args: arguments of the template, as KEY=VALUE texts.
+        num_layers: decoder blocks of the drafter.
+        block_size: drafts of a block.
+        markov_rank: of the sequential head; 0 for none, which makes it DFlash.
+        markov_head: which sequential head.
+        confidence: whether there is a confidence head.
+        confidence_with_markov: whether it sees the sequential head's embedding of the token before.
+        intermediate_size: width of the drafter's MLP; 0 is the target's.
+        num_heads: its heads of queries; 0 is the target's.
+        num_kv_heads: its heads of keys and values; 0 is the target's.
+        head_dim: their channels; 0 is the target's.
         sliding_window: context positions before its anchor that a block sees; 0 for all.
         draft_vocab_size: 0 for the whole vocabulary, else the most frequent ids of the answers.
         target_layer_ids: empty for five layers spread evenly from 1 to L - 3.
@@ -245,20 +270,31 @@ class TrainConfig:
         micro_batches: parts of an update's sequences, computed one after the other, by the target
             as by the drafter: less memory.
         steps: batches; 0 is ``epochs`` passes over the data.
+        epochs: passes over the data, where ``steps`` is 0.
+        learning_rate: of AdamW, after the warm-up.
+        warmup_fraction: of the updates, over which the learning rate rises from 0.
+        weight_decay: of AdamW.
+        clip_norm: the largest norm of a gradient; longer ones are scaled to it.
         average_decay: of the exponential mean of the weights, which is evaluated and exported
             instead of them; 0 keeps none.
-        ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
-        soft_weight: of a fourth, the cross-entropy with the target's distribution.
+        ce_weight: of the cross-entropy with the answer's tokens, in the loss.
+        l1_weight: of the distance of the drafter's law to the target's.
+        soft_weight: of the cross-entropy with the target's law.
+        confidence_weight: of the confidence head's loss.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
+        seed: of weights, batches and anchors.
         min_loss_tokens: conversations with fewer tokens of an answer are dropped.
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
-        eval_every, checkpoint_every, log_every: in steps.
+        eval_every: steps between two evaluations.
+        checkpoint_every: steps between two checkpoints.
+        log_every: steps between two lines of metrics.
         keep_checkpoints: how many checkpoints stay.
         init_drafter: drafter to start from (directory, hub id or ``"default"``), of the recipe's
             sizes, or with fewer layers: new ones add nothing at first. Empty for fresh weights.
-        data_parallel, fsdp, tensor_parallel: sizes of the device mesh: parts of an update's
-            sequences, parts of these that share one copy of all weights, and parts of heads, MLP
-            and vocabulary. Loss and metrics do not depend on them.
+        data_parallel: parts of an update's sequences, over the devices. Loss and metrics depend on
+            none of the three sizes of the mesh.
+        fsdp: parts of these that share one copy of all weights.
+        tensor_parallel: parts of heads, MLP and vocabulary.
         dtype: of the frozen target and of the drafter's forward pass; the drafter's parameters,
             their gradients and the optimiser's state are float32.
         kernels: the implementation of the operations of ``pallas_kernels``, of the target's pass

@@ -53,7 +53,8 @@ class Model:
 
     Attributes:
         decoder: weights, sizes, tokenizer and calibration.
-        target, drafter: names; the drafter's is ``"none"`` for plain decoding.
+        target: its name.
+        drafter: its name; ``"none"`` for plain decoding.
         kernels: the implementation of the operations of ``pallas_kernels``.
         template_variables: that the chat template looks at and that are free; none where it is not
             applied.

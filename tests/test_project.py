@@ -3,7 +3,6 @@
 import ast
 import builtins
 import doctest
-import functools
 import importlib.metadata
 import re
 import tomllib
@@ -12,23 +11,17 @@ from pathlib import Path
 import pytest
 
 import dspark_jax
-from dspark_jax.engine.config import EngineConfig
-from tests.tiny_model import BLOCK, few_sizes, write_drafter, write_target
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+PAGES = ROOT / "notebooks"
 
 
 def test_command_in_readme_is_the_one_that_ci_runs():
     commands = [
         line
-        for block in code_blocks("sh")
-        for line in block.splitlines()
+        for line in README.splitlines()
         if line.startswith("python3 -m venv") and line.endswith("pytest")
     ]
     assert len(commands) == 1
@@ -48,15 +41,18 @@ def test_no_dependency_is_torch():
         assert "torch" not in requirement
 
 
-def test_readme_names_every_marker_and_extra():
+def test_the_site_names_every_marker_and_extra():
+    pages = (PAGES / name for name in ("start.md", "project/contributing.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for marker in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]:
-        assert f"-m {marker.split(':')[0]}" in README
+        assert f"-m {marker.split(':')[0]}" in text
     for extra in PYPROJECT["project"]["optional-dependencies"]:
-        assert f"[{extra}]" in README
+        assert f"[{extra}]" in text
 
 
-def test_pseudocode_in_readme_calls_functions_that_exist():
-    (decode_round,) = (block for block in code_blocks("text") if block.startswith("def "))
+def test_pseudocode_of_a_round_calls_functions_that_exist():
+    page = (PAGES / "concepts" / "round.md").read_text(encoding="utf-8")
+    (decode_round,) = re.findall(r"```text\n(def .*?)```", page, flags=re.DOTALL)
     called = {
         node.func.id
         for node in ast.walk(ast.parse(decode_round))
@@ -82,20 +78,7 @@ def docstring_examples():
                         yield str(path), "".join(example.source for example in found)
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_python_in_readme_and_docstrings_runs(monkeypatch, tmp_path, capsys):
-    """Every block as it stands, with a tiny model in the default one's place."""
-    tiny = dspark_jax.load(write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter"))
-    monkeypatch.setattr("dspark_jax.model.load", lambda: tiny)
-    monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
-    few = {"slot_buckets": (2,), "row_buckets": (BLOCK + 1,), "chunk_buckets": (1,)}
-    few_programs = functools.partial(EngineConfig, position_buckets=(576,), **few)
-    monkeypatch.setattr("dspark_jax.engine.config.EngineConfig", few_programs)
-    blocks = code_blocks("python")
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-        assert len(capsys.readouterr().out) > 20
+def test_examples_in_docstrings_run():
     examples = list(docstring_examples())
     assert examples
     for path, source in examples:

@@ -35,7 +35,12 @@ class Request:
     Attributes:
         prompt_ids: token ids of the prompt, at least one; or ``prompt``, or ``messages``.
         max_new_tokens: the text is cut there, or where the target's context ends.
-        temperature, top_k, top_p, min_p: 0, 0, 1 and 0 switch them off (greedy, no filter).
+        temperature: 0 is greedy.
+        top_k: how many tokens may be drawn, the likeliest ones; 0 for all.
+        top_p: the least probability that the likeliest tokens which may be drawn have together; 1
+            for all.
+        min_p: the least probability of a token that may be drawn, as a share of the likeliest
+            one's; 0 for all.
         key: uint32 [2], the randomness of this request, where ``seed`` does not make it.
         stop_ids: ids that end the text besides the model's own; dropped from it.
         stop_strings: strings that end the text; dropped from it too. One that is a special token

@@ -154,7 +154,7 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
 
     Args:
         recipe: what to train, and on what.
-        run: of :func:`~dspark_jax.training.run.start_run` for this recipe, whose state is used up;
+        run: of ``dspark_jax.training.run.start_run`` for this recipe, whose state is used up;
             None makes it ready here.
 
     Returns:
