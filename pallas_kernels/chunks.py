@@ -19,7 +19,8 @@ CPU_ROWS = 4
 
 
 def chunk_sizes(length: int, elements: int, limit: int | None = None) -> tuple[int, int]:
-    """(count, size) of the fewest chunks, all of one size, that stay below ``CHUNK_ELEMENTS``.
+    """(count, size) of few chunks, all of one size, that stay below ``CHUNK_ELEMENTS``: of twice
+    the fewest at most, a number that leaves none to be filled up, if there is one.
 
     Args:
         length: of the axis.
@@ -27,7 +28,9 @@ def chunk_sizes(length: int, elements: int, limit: int | None = None) -> tuple[i
         limit: lower than ``CHUNK_ELEMENTS``, where smaller chunks are faster.
     """
     most = max(1, min(limit or CHUNK_ELEMENTS, CHUNK_ELEMENTS) // elements)
-    count = -(-length // most)
+    fewest = -(-length // most)
+    even = (count for count in range(fewest, 2 * fewest + 1) if length % count == 0)
+    count = next(even, fewest)
     return count, -(-length // count)
 
 
