@@ -1,6 +1,7 @@
 """The program of a quarter of an hour: its time, its parts and its answers, on tiny models."""
 
 import argparse
+import dataclasses
 import io
 import json
 import subprocess
@@ -15,8 +16,19 @@ from safetensors.numpy import load_file
 
 from configs import smollm2_135m_gpu as gpu
 from dspark_jax.checkpoints.conversations import read_answered
-from dspark_jax.checkpoints.load import Target, read_drafter
-from dspark_jax.evaluation.answers import TEMPERATURES, questions, temperature_of
+from dspark_jax.checkpoints.load import Target, load_target, read_drafter
+from dspark_jax.engine.config import EngineConfig
+from dspark_jax.engine.decoder import make_decoder
+from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.request import Request
+from dspark_jax.evaluation.answers import (
+    TEMPERATURES,
+    Sizes,
+    answer_together,
+    make_programs,
+    questions,
+    temperature_of,
+)
 from dspark_jax.evaluation.prompts import read_prompts
 from tests.tiny_model import DRAFTER, TARGET, write_drafter, write_target
 
@@ -106,6 +118,36 @@ def test_answers_go_on_behind_half_a_line(args):
     gpu.answers(args, time.time() + 100)
     assert out.read_bytes().startswith(b"".join(lines[:3]))
     assert rows_of(args) == whole
+
+
+@pytest.mark.parametrize("rows", [3, 128])
+def test_many_prompts_at_once_have_the_answers_of_an_engine(target, rows):
+    found = load_target(target, np.float32)
+    decoder = make_decoder((found.cfg, found.params), tokenizer=found.tokenizer)
+    limits = Request((0,), max_new_tokens=40, stop_ids=found.stop_ids)
+    requests = [
+        dataclasses.replace(limits, prompt_ids=ids, temperature=value, key=np.uint32([5, place]))
+        for place, (ids, value) in enumerate(
+            [((7,), 1.0), ((3, 4, 5, 6), 0.0), (tuple(range(9, 15)), 0.6), ((3, 4, 5, 6, 7), 1.0)]
+        )
+    ]
+    wanted = [one.result for one in run_all(decoder, requests)]
+    sizes = Sizes(5, 63, chunk_rows=rows)
+    programs = make_programs(decoder, sizes, limits)
+    answers = answer_together(decoder, programs, sizes, requests, time.time() + 100)
+    for one, other in zip(answers, wanted, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        assert one.end_id == other.end_id
+    assert answer_together(decoder, programs, sizes, requests, 0.0) is None
+
+
+def run_all(decoder, requests):
+    config = EngineConfig(slots=4, positions=63)
+    with Engine(dataclasses.replace(decoder, tokenizer=None), config) as engine:
+        streams = [engine.submit(request) for request in requests]
+        for stream in streams:
+            stream.wait()
+        return streams
 
 
 def test_a_prompt_leaves_room_for_its_answer(args, prompts):
