@@ -212,8 +212,9 @@ def load_drafter_for(
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
             one; a directory or a hub id, in any dialect; a smaller model with the target's tokens,
             in any form that :func:`load_target` takes; the name of a drafter without files,
-            ``"lookup"`` or ``"lookup:MIN-MAX"``, or ``"first:N"`` for the target's first N layers;
-            or one with lookup beside it, ``"default+lookup"``.
+            ``"lookup"`` or ``"lookup:MIN-MAX"``, ``"lookahead"`` or ``"lookahead:N-W"``, or
+            ``"first:N"`` for the target's first N layers; or one with lookup beside it,
+            ``"default+lookup"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
