@@ -204,8 +204,8 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
 
 def fit_of_the_text(kind, **rules):
     """All programs together, over several rounds: the p-value of the joint law of three tokens,
-    enumerated; and the results."""
-    size, length = 5, 3
+    enumerated; and the results. A window takes a few tokens to guess one."""
+    size, length = (3, 6) if kind == "lookahead" else (5, 3)
     cfg = dataclasses.replace(TARGET, vocab_size=size)
     target = target_of(cfg, seed=4, scale=12.0)
     drafter = None

@@ -50,7 +50,8 @@ class Beside:
     Attributes:
         token_BW: int32 token ids.
         position_BW: int32 positions.
-        limit_B: int32: they see the positions before it; under a window the last of them.
+        limit_B: int32: they see the positions before it; under a window those that a row standing
+            there would see.
         seen_WW: bool, which rows each row sees, of every slot alike; itself at least.
     """
 

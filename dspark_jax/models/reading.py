@@ -278,7 +278,7 @@ def _beside_attention(rows: Beside) -> Callable[..., jax.Array]:
             limit_T=jnp.repeat(rows.limit_B, width),
             own=tuple(x.reshape(slots, width, *x.shape[-2:]).astype(dtype) for x in new),
             own_seen_CW=rows.seen_WW,
-            window=own.window or None,
+            window=max(own.window - 1, 1) if own.window else None,  # beside the row itself
             scale=own.scale,
             softcap=own.softcap,
             **kv.attention_inputs(cache, index),

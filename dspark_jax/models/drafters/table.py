@@ -9,6 +9,7 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.models.cache import Beside
 from dspark_jax.models.drafters import (
+    assistant,
     blockwise,
     deepseek_v4,
     deepseek_v4_mtp,
@@ -42,6 +43,7 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
     lookup,
     lookahead,
     hybrid,
+    assistant,
 )
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
