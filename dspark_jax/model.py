@@ -249,9 +249,10 @@ def load(
         target: ``"default"``, a Hugging Face directory or hub id, or a GGUF file.
         drafter: a directory or hub id, ``"default"``, ``"lookup"`` (prompt lookup of 2 to 4 tokens,
             ``"lookup:MIN-MAX"`` of others), a drafter with lookup where the text repeats itself
-            (``"default+lookup"``) or ``"none"``; None is the packaged drafter for the
-            default target, the one inside the checkpoint of a target that has one, and none for all
-            others.
+            (``"default+lookup"``), ``"first:N"`` (the target's own first N layers),
+            ``"lookahead"`` (or ``"lookahead:N-W"``) or ``"none"``; None is the packaged drafter for
+            the default target, the one inside the checkpoint of a target that has one, and none
+            for all others.
         dtype: of the weights.
         weights: ``"plain"``; or ``"int8"`` or ``"fp8"``, which the matrices of the layers are
             turned into as they are read, with a scale for every output. Texts are then those of

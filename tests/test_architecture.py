@@ -125,6 +125,8 @@ TARGETS = "dspark_jax.models.targets"
 # llama.cpp names its pre-tokenizers after the models that had them first; drafters inside the
 # checkpoints of a family are made of its layers.
 MAY_SPELL_FAMILIES = {
+    "dspark_jax.checkpoints.assistant",
+    "dspark_jax.models.drafters.assistant",
     "dspark_jax.models.drafters.deepseek_v4",
     "dspark_jax.models.drafters.deepseek_v4_mtp",
     "dspark_jax.models.drafters.table",
@@ -134,6 +136,7 @@ MAY_SPELL_FAMILIES = {
 
 # Who may know one kind of drafter: layouts of files, and ways to start the training of one.
 MAY_KNOW_A_DRAFTER = {
+    "dspark_jax.checkpoints.assistant",
     "dspark_jax.checkpoints.deepspec",
     "dspark_jax.checkpoints.drafter_methods",
     "dspark_jax.checkpoints.eagle3",

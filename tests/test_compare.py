@@ -62,7 +62,9 @@ def test_lines_that_are_no_talks_are_named(tmp_path, row, message):
 def test_rows_that_verification_reads_are_counted():
     """Two rounds of three and one draft, which commit two and one token."""
     one = Generation(1, accepted_lengths=[2, 1], verified_lengths=[3, 1])
-    assert compare._rows_per_token([one]) == (2 + 4) / 3
+    assert compare._rows_per_token([one], 0) == (2 + 4) / 3
+    one.undrafted_rounds = 1
+    assert compare._rows_per_token([one], 5) == (2 + 4 + 5) / 3
 
 
 @pytest.mark.parametrize(

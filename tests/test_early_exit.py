@@ -15,7 +15,7 @@ from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.engine import Engine
 from dspark_jax.engine.request import Request
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Beside, Room, Rows
 from dspark_jax.models.drafters.table import without_checkpoint
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.training import fit
@@ -44,8 +44,8 @@ def test_rows_beside_see_what_they_are_told_to_and_leave_nothing(cfg, count):
         _, _, cache = family.extend(params, cache, rows, cfg, rows_per_slot=9)
         place_W = jnp.arange(3, dtype=jnp.int32)
         seen_WW = place_W <= place_W[:, None]
-        given = jnp.asarray(text_S[None, 9:]), 9 + place_W[None], seen_WW
-        return family.beside(params, cache, *given, cfg, count)
+        rows = Beside(jnp.asarray(text_S[None, 9:]), 9 + place_W[None], jnp.array([9]), seen_WW)
+        return family.beside(params, cache, rows, cfg, count)
 
     within = cfg.windows == () or count == 1
     found_WD = run(cache)[0]

@@ -18,7 +18,16 @@ from dspark_jax.engine import generate as offline
 from dspark_jax.engine import round as engine_round
 from dspark_jax.engine.decoder import make_decoder
 from dspark_jax.engine.request import Request
-from dspark_jax.models.drafters import blockwise, chain, eagle3, hybrid, lookup, medusa, mtp
+from dspark_jax.models.drafters import (
+    blockwise,
+    chain,
+    eagle3,
+    hybrid,
+    lookahead,
+    lookup,
+    medusa,
+    mtp,
+)
 from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot
 from dspark_jax.models.drafters.table import drafter_of as family_of_drafter
 from dspark_jax.models.drafters.table import of_draft_model, without_checkpoint
@@ -195,14 +204,17 @@ def test_coupled_text_depends_on_target_prompt_and_seed_alone(target, threshold,
 
 def fit_of_the_text(kind, **rules):
     """All programs together, over several rounds: the p-value of the joint law of three tokens,
-    enumerated; and the results."""
-    size, length = 5, 3
+    enumerated; and the results. A window takes a few tokens to guess one."""
+    size, length = (3, 6) if kind == "lookahead" else (5, 3)
     cfg = dataclasses.replace(TARGET, vocab_size=size)
     target = target_of(cfg, seed=4, scale=12.0)
     drafter = None
     if kind == "lookup":
         lookup_cfg = lookup.Config(size, cfg.max_positions, block_size=2, ngram_min=1)
         drafter = lookup_cfg, lookup.NoWeights(), target[1].vocab
+    elif kind == "lookahead":
+        sizes = lookahead.Config(size, cfg.max_positions, length=3, columns=2)
+        drafter = sizes, lookahead.declare_drafter(sizes), target[1].vocab
     elif kind == "first":
         (sizes, weights), vocab = without_checkpoint("first:1", *target), target[1].vocab
         drafter = dataclasses.replace(sizes, block_size=2), weights, vocab
@@ -296,6 +308,8 @@ FORGET = Rule(forget_the_fallen, lossless=False)
         pytest.param("mtp", {"policy": "threshold:0.4"}, marks=pytest.mark.full),
         pytest.param("blockwise", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("blockwise", {"acceptance": "coupled"}, marks=pytest.mark.full),
+        pytest.param("lookahead", {"acceptance": "rejection"}, marks=pytest.mark.full),
+        pytest.param("lookahead", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("first", {"acceptance": "rejection"}, marks=pytest.mark.full),
         pytest.param("first", {"acceptance": "coupled"}, marks=pytest.mark.full),
         pytest.param("model", {"acceptance": "rejection"}, marks=pytest.mark.full),

@@ -17,6 +17,7 @@ from dspark_jax.checkpoints.export import save_layout
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
 from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.config import TrainConfig
+from dspark_jax.evaluation.export import write_drafter
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters import blockwise, early_exit, mtp
 from dspark_jax.models.drafters.table import drafter_of
@@ -246,5 +247,9 @@ def test_training(tmp_path, method):
     model = load(config.target, str(out))
     (result,) = model.generate("abc", policy="block", **given)
     assert result.token_ids == plain.token_ids
+    write_drafter(config.target, out, "dspark", tmp_path / "again")
+    for name, value in load_file(out / "model.safetensors").items():
+        again = load_file(tmp_path / "again" / "model.safetensors")[name]
+        np.testing.assert_array_equal(again, value)
     with pytest.raises(ValueError, match="set num_layers=1, markov_rank=0"):
         dataclasses.replace(config, markov_rank=2, num_layers=2)

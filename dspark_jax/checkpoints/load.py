@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dspark_jax.axes import Param, map_params
+from dspark_jax.checkpoints.assistant import is_assistant, read_assistant
 from dspark_jax.checkpoints.deepspec import bind_vocab, load_drafter
 from dspark_jax.checkpoints.default import default_drafter_path, default_target_path
 from dspark_jax.checkpoints.dialects import names_a_model
@@ -212,8 +213,9 @@ def load_drafter_for(
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
             one; a directory or a hub id, in any dialect; a smaller model with the target's tokens,
             in any form that :func:`load_target` takes; the name of a drafter without files,
-            ``"lookup"`` or ``"lookup:MIN-MAX"``, or ``"first:N"`` for the target's first N layers;
-            or one with lookup beside it, ``"default+lookup"``.
+            ``"lookup"`` or ``"lookup:MIN-MAX"``, ``"lookahead"`` or ``"lookahead:N-W"``, or
+            ``"first:N"`` for the target's first N layers; or one with lookup beside it,
+            ``"default+lookup"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
         dtype: of the parameters; None for the target's.
@@ -234,6 +236,8 @@ def load_drafter_for(
         both = with_lookup(read.cfg, read.params, pair[1])
         return replace(read, cfg=both[0], params=both[1], name=f"{read.name}+lookup")
     dtype = target.params.norm_D.dtype if dtype is None else dtype
+    if str(source) != "default" and not is_gguf(source) and is_assistant(source):
+        return Drafter(*read_assistant(source, target.cfg, dtype, mesh))
     if str(source) != "default" and is_model(source):
         return _draft_model(target, load_target(source, dtype, mesh, weights))
     cfg, params, own, directory = read_drafter(target, source, mesh)

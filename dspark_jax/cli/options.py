@@ -138,9 +138,10 @@ def add_models(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--drafter",
         help="directory or hub id, lookup (no model: what followed the last tokens earlier in the "
-        "text; lookup:1-3 matches 1 to 3 of them), both as default+lookup, or none (default: the "
-        "packaged one for the default target, the one inside a target's checkpoint, none for "
-        "another)",
+        "text; lookup:1-3 matches 1 to 3 of them), both as default+lookup, first:8 (the target's "
+        "own first 8 layers), lookahead (n-grams that the target guesses ahead; lookahead:5-7 are "
+        "of 5 tokens in 7 columns), or none (default: the packaged one for the default target, the "
+        "one inside a target's checkpoint, none for another)",
     )
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from dspark_jax.engine.inputs import Chunks, RoundConfig, Weights
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.models.cache import Rows
-from dspark_jax.models.drafters.table import drafter_of
+from dspark_jax.models.cache import Beside, Rows
+from dspark_jax.models.drafters.table import drafter_of, window_of
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import suppress, unembed
 from pallas_kernels.accept_block.rule import VerifyPlan
@@ -64,10 +64,14 @@ def read_rows(
     Whether it verifies is settled, so that this changes the cost of the round and nothing else.
     """
     num_rows, num_slots = rows.slot_T.shape[0], state.length_B.shape[0]
+    beside, window = None, None if cfg.drafter is None else window_of(cfg.drafter)
+    if window is not None and cfg.num_draft:
+        beside = window(state.context_cache, state.length_B - 1, cfg.drafter)
 
     def read(num_rows: int, rows_per_slot: int) -> Any:
         first = jax.tree.map(lambda x_T: x_T[:num_rows], rows)
-        hidden_TD, feature_TFD, cache = _extend(weights, state, first, chunks, cfg, rows_per_slot)
+        given = first, chunks, beside, cfg, rows_per_slot
+        hidden_TD, feature_TFD, cache = _extend(weights, state, *given)
         logits_TV = unembed(weights.target.vocab, hidden_TD[:num_rows])
         logits_TV = suppress(logits_TV, cfg.target.suppressed)
         return logits_TV, feature_TFD, cache
@@ -78,7 +82,7 @@ def read_rows(
         feature_TFD = jnp.concatenate([feature_TFD[:1], unread_TFD, feature_TFD[1:]])
         return jnp.pad(logits_TV, ((0, num_rows - 1), (0, 0))), feature_TFD, cache
 
-    if cfg.asks == "any" and often_none and num_slots == 1 and num_rows > 1:
+    if cfg.asks == "any" and often_none and num_slots == 1 and num_rows > 1 and beside is None:
         everything = functools.partial(read, num_rows, cfg.num_draft + 1)
         return jax.lax.cond(verified_B[0] > 0, everything, read_anchor)
     return read(num_rows, cfg.num_draft + 1)
@@ -89,6 +93,7 @@ def _extend(
     state: DecodeState,
     rows: Rows,
     chunks: Rows | None,
+    beside: Beside | None,
     cfg: RoundConfig,
     rows_per_slot: int,
 ) -> Any:
@@ -103,6 +108,7 @@ def _extend(
         layers,
         rows_per_slot=rows_per_slot,
         chunks=chunks,
+        beside=beside,
         kernels=cfg.kernels,
     )
     return hidden_TD, feature_TFD if reads == "streams" else hidden_TD[:, None], cache
@@ -122,7 +128,7 @@ def observe_rows(
     Args:
         weights, rows, chunks, cfg: of the round.
         state: with its committed tokens, this round's included.
-        feature_TFD: features of all rows.
+        feature_TFD: features of all rows, and behind them of those of a window.
     """
     if cfg.drafter is None or weights.drafter is None:
         return state.context_cache

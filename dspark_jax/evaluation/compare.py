@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.drafting import AnyDrafterConfig
 from dspark_jax.engine.config import EngineConfig
 from dspark_jax.engine.decoder import Decoder, without_drafter
 from dspark_jax.engine.engine import Engine
@@ -32,6 +33,7 @@ from dspark_jax.engine.timing import measure_profiles
 from dspark_jax.evaluation.latency import Watch, latencies, median_interval
 from dspark_jax.evaluation.results import accept_rates, format_rates, mean_accepted_length
 from dspark_jax.evaluation.talks import Played, Talk, groups, longest_request, play
+from dspark_jax.models.drafters.table import rows_beside
 from dspark_jax.progress import progress
 from dspark_jax.rules import Rule
 from pallas_kernels import random
@@ -141,8 +143,7 @@ def bench_compare(
                         runs = _play_all(engines, talks, asked, clients, seed, repeats, bar)
                         setting = {"temperature": temperature, "concurrency": clients}
                         greedy = temperature == 0 and synthetic_acceptance is None
-                        block = decoder.drafter.block_size
-                        rows += _rows(name, runs, setting, draft_s, block, greedy)
+                        rows += _rows(name, runs, setting, draft_s, decoder.drafter, greedy)
     order = {name: number for number, name in enumerate(decoders)}
     rows.sort(key=lambda row: (row["concurrency"], row["temperature"], order[row["drafter"]]))
     report: dict[str, Any] = {
@@ -255,7 +256,7 @@ def _rows(
     runs: Runs,
     setting: Mapping[str, Any],
     draft_s: float,
-    block_size: int,
+    drafter: AnyDrafterConfig,
     greedy: bool,
 ) -> Iterator[dict[str, Any]]:
     """One row a category, and one of all where there are several."""
@@ -273,9 +274,9 @@ def _rows(
             "speedup_low": round(low, 4),
             "speedup_high": round(high, 4),
             "accepted_length": mean_accepted_length(results),
-            "accept_rate_by_position": accept_rates(results, block_size),
+            "accept_rate_by_position": accept_rates(results, drafter.block_size),
             "draft_share": round(_draft_share(own, draft_s, setting["concurrency"]), 4),
-            "rows_per_token": round(_rows_per_token(results), 4),
+            "rows_per_token": round(_rows_per_token(results, rows_beside(drafter)), 4),
             "same_text": _same_text(pairs) if greedy else None,
             "tokens_per_s": round(statistics.median(run.tokens_per_s for run in own), 2),
             **latencies(watch for run in own for watch in run.watches),
@@ -288,10 +289,12 @@ def _draft_share(runs: Sequence[Run], draft_s: float, clients: int) -> float:
     return drafted * draft_s / clients / sum(run.seconds for run in runs)
 
 
-def _rows_per_token(results: Sequence[Generation]) -> float:
+def _rows_per_token(results: Sequence[Generation], beside: int) -> float:
     """Rows that the target has read behind the prompts, for each token that was committed there:
-    the anchor of every round, and the drafts that were verified."""
+    the anchor of every round, the drafts that were verified, and of rounds that draft those
+    ``beside`` the text."""
     rows = sum(one.rounds + sum(one.verified_lengths) for one in results)
+    rows += beside * sum(one.rounds - one.undrafted_rounds for one in results)
     return rows / max(sum(sum(one.accepted_lengths) for one in results), 1)
 
 

@@ -31,13 +31,13 @@ from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.models.drafters.full_vocabulary import with_full_vocabulary
 from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.targets.family import TargetParams
-from dspark_jax.models.targets.table import family_of
 from dspark_jax.models.vocab import Vocab
 from dspark_jax.rendering import PLAIN, Rendering
 from dspark_jax.training.anchors import sample_lessons
 from dspark_jax.training.data import TokenSequence, make_batch
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
-from dspark_jax.training.state import Batch
+from dspark_jax.training.state import Batch, Frozen
+from dspark_jax.training.step import read_target
 from dspark_jax.training.teacher import make_teacher
 
 logger = logging.getLogger(__name__)
@@ -198,8 +198,7 @@ def _acceptance(
     cfg: DrafterConfig,
 ) -> jax.Array:
     """``accept_rate_G`` of the training metrics."""
-    encode = family_of(target_cfg).encode
-    hidden_BSD, feature_BSFD = encode(target, batch.token_BS, target_cfg, cfg.target_layer_ids)
+    feature_BSFD, hidden_BSD = read_target(Frozen(target, vocab, None), batch, target_cfg, cfg)
     teacher = make_teacher(target.vocab, hidden_BSD, vocab.d2t_U is not None)
     given = batch.token_BS, batch.loss_mask_BS, jax.random.key(0), 0.0
     sizes, lessons = (NUM_ANCHORS, cfg.block_size), drafter_of(cfg).lessons

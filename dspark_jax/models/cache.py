@@ -43,6 +43,25 @@ class Rows:
 
 
 @struct.dataclass
+class Beside:
+    """Rows of every slot that are read without being kept: they see the slot's text, and of each
+    other what they are told to.
+
+    Attributes:
+        token_BW: int32 token ids.
+        position_BW: int32 positions.
+        limit_B: int32: they see the positions before it; under a window those that a row standing
+            there would see.
+        seen_WW: bool, which rows each row sees, of every slot alike; itself at least.
+    """
+
+    token_BW: jax.Array
+    position_BW: jax.Array
+    limit_B: jax.Array
+    seen_WW: jax.Array
+
+
+@struct.dataclass
 class KVCache:
     """Keys and values of one stack of layers.
 

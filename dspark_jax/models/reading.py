@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.models import cache as kv
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Beside, Room, Rows
 from dspark_jax.models.sequences import attend_causally
 from dspark_jax.models.stacks import Place, Sections, loop_layers, map_stacks, place_of
 from pallas_kernels.ragged_attention.api import ragged_attention
@@ -151,6 +151,7 @@ def read_rows(
     *,
     rows_per_slot: int,
     chunks: Rows | None = None,
+    beside: Beside | None = None,
     kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """``TargetFamily.extend`` with these blocks.
@@ -167,27 +168,42 @@ def read_rows(
         runs = group_runs(chunks.slot_T[:, 0], *chunks.slot_T.shape)
         attend_chunks = _cache_attention(runs, flat, num_slots, kernels)
         rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, flat)
+    num_kept = rows.token_T.shape[0]
+    if beside is not None:
+        flat_T = beside.token_BW.reshape(-1), beside.position_BW.reshape(-1)
+        unkept = Rows(flat_T[0], jnp.full_like(flat_T[0], num_slots), flat_T[1])
+        rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, unkept)
+        attend_beside = _beside_attention(beside)
     x_TD, shared = blocks.enter(target, rows.token_T, rows.position_T, cfg)
     sections = blocks.sections(cfg)
 
     def block(carry: Any, layer: Any, place: Place) -> Any:
-        x_TD, feature_FTD, cache = carry
+        x_TD, feature_FTD, cache, kept = carry
         own = place.kind.attention
         q_TNH, k_TKH, v_TKH = blocks.project(layer, x_TD, place, shared, cfg)
         at = place if own.reads is None else place_of(sections, own.reads)
         if own.reads is None:
+            unkept = k_TKH[num_kept:], v_TKH[num_kept:]
+            kept = _keep_read(kept, *unkept, place.layer)
             where = place.index, rows.slot_T, rows.position_T
             new = kv.write(cache[at.stack], *where, k_TKH, v_TKH, own.window)
             cache = (*cache[: at.stack], new, *cache[at.stack + 1 :])
         held = cache[at.stack], at.index, own
         out_TNH = attend_rows(q_TNH[:num_rows], *held)
         if chunks is not None:
-            out_TNH = jnp.concatenate([out_TNH, attend_chunks(q_TNH[num_rows:], *held)])
+            q_WNH = q_TNH[num_rows:num_kept]
+            out_TNH = jnp.concatenate([out_TNH, attend_chunks(q_WNH, *held)])
+        if beside is not None:
+            pair = unkept if own.reads is None else kept[own.reads]
+            out_WNH = attend_beside(q_TNH[num_kept:], pair, *held)
+            out_TNH = jnp.concatenate([out_TNH, out_WNH])
         x_TD = blocks.finish(layer, x_TD, out_TNH, place, shared, cfg)
-        return x_TD, keep_feature(feature_FTD, x_TD, place.layer, feature_layers), cache
+        return x_TD, keep_feature(feature_FTD, x_TD, place.layer, feature_layers), cache, kept
 
-    carry = (x_TD, start_features(x_TD, feature_layers), cache)
-    x_TD, feature_FTD, cache = loop_layers(block, carry, target.layers, sections)
+    num_beside = rows.token_T.shape[0] - num_kept
+    kept = _nothing_read(sections, (num_beside,), x_TD.dtype) if num_beside else {}
+    carry = (x_TD, start_features(x_TD, feature_layers), cache, kept)
+    x_TD, feature_FTD, cache, _ = loop_layers(block, carry, target.layers, sections)
     return blocks.leave(target, x_TD, cfg), jnp.moveaxis(feature_FTD, 0, 1), cache
 
 
@@ -195,18 +211,13 @@ def read_beside(
     blocks: Blocks,
     target: Any,
     cache: Cache,
-    token_BW: jax.Array,
-    position_BW: jax.Array,
-    seen_WW: jax.Array,
+    rows: Beside,
     cfg: Any,
     num_layers: int,
 ) -> jax.Array:
     """``TargetFamily.beside`` with these blocks."""
-    num_slots, width = token_BW.shape
-    groups = group_runs(None, num_slots, width)
-    limit_T = jnp.repeat(position_BW[:, 0], width)
-    x_BWD, shared = blocks.enter(target, token_BW, position_BW, cfg)
-    sections = blocks.sections(cfg)
+    x_BWD, shared = blocks.enter(target, rows.token_BW, rows.position_BW, cfg)
+    sections, attend = blocks.sections(cfg), _beside_attention(rows)
 
     def compute(carry: Any, layer: Any, place: Place) -> Any:
         x_BWD, kept = carry
@@ -216,19 +227,7 @@ def read_beside(
         if own.reads is not None:
             k, v = kept[own.reads]
         kept = _keep_read(kept, k, v, place.layer)
-        held = cache[at.stack]
-        out = ragged_attention(
-            q.reshape(-1, *q.shape[-2:]).astype(held.k[0].dtype),
-            groups=groups,
-            limit_T=limit_T,
-            own=(k.astype(held.k[0].dtype), v.astype(held.k[0].dtype)),
-            own_seen_CW=seen_WW,
-            window=own.window or None,
-            scale=own.scale,
-            softcap=own.softcap,
-            **kv.attention_inputs(held, at.index),
-        )
-        out = out.reshape(q.shape).astype(q.dtype)
+        out = attend(q, (k, v), cache[at.stack], at.index, own)
         return blocks.finish(layer, x_BWD, out, place, shared, cfg), kept
 
     def block(carry: Any, layer: Any, place: Place) -> Any:
@@ -237,7 +236,7 @@ def read_beside(
         within = place.layer < num_layers
         return jax.lax.cond(within, lambda: compute(carry, layer, place), lambda: carry)
 
-    kept = _nothing_read(sections, token_BW.shape, x_BWD.dtype)
+    kept = _nothing_read(sections, rows.token_BW.shape, x_BWD.dtype)
     return loop_layers(block, (x_BWD, kept), target.layers, sections)[0]
 
 
@@ -260,6 +259,31 @@ def _cache_attention(
             **kv.attention_inputs(cache, index),
         )
         return out_TNH.astype(q_TNH.dtype)
+
+    return attention
+
+
+def _beside_attention(rows: Beside) -> Callable[..., jax.Array]:
+    """(q_XNH, (k_XKH, v_XKH), cache, index, attention) -> out_XNH of rows that are not kept, for X
+    as [B, W] or flat. Kernels have no form of it."""
+    slots, width = rows.token_BW.shape
+
+    def attention(
+        q_XNH: jax.Array, new: tuple[Any, Any], cache: kv.KVCache, index: Any, own: Attention
+    ) -> jax.Array:
+        dtype = cache.k[0].dtype
+        out_XNH = ragged_attention(
+            q_XNH.reshape(-1, *q_XNH.shape[-2:]).astype(dtype),
+            groups=group_runs(None, slots, width),
+            limit_T=jnp.repeat(rows.limit_B, width),
+            own=tuple(x.reshape(slots, width, *x.shape[-2:]).astype(dtype) for x in new),
+            own_seen_CW=rows.seen_WW,
+            window=max(own.window - 1, 1) if own.window else None,  # beside the row itself
+            scale=own.scale,
+            softcap=own.softcap,
+            **kv.attention_inputs(cache, index),
+        )
+        return out_XNH.reshape(q_XNH.shape).astype(q_XNH.dtype)
 
     return attention
 

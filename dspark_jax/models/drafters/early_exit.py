@@ -18,7 +18,7 @@ from flax import struct
 
 from dspark_jax.axes import declare
 from dspark_jax.config import DrafterConfig, TargetConfig
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Beside, Room, Rows
 from dspark_jax.models.drafters.family import (
     BlockOutputs,
     Borrowed,
@@ -186,9 +186,9 @@ def draft(
     token_BW = anchor_B[:, None]
     for slot in range(cfg.block_size):
         place_W = jnp.arange(slot + 1, dtype=jnp.int32)
-        position_BW = position_B[:, None] + place_W
-        given = token_BW, position_BW, place_W <= place_W[:, None], context.cfg, cfg.num_layers
-        x_BWD = beside(context.target, context.cache, *given)
+        seen_WW = place_W <= place_W[:, None]
+        rows = Beside(token_BW, position_B[:, None] + place_W, position_B, seen_WW)
+        x_BWD = beside(context.target, context.cache, rows, context.cfg, cfg.num_layers)
         hidden_BD = rms_norm(x_BWD[:, -1], drafter.norm_D, cfg.rms_norm_eps)
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_BW = jnp.concatenate([token_BW, drawn[-1][0][:, None]], axis=1)

@@ -153,7 +153,8 @@ class DrafterFamily(Protocol):
             vocab: the drafter's vocabulary.
             context: donated.
             rows: all rows of the target's pass; those of padding are dropped.
-            feature_TFD: the target's features of these rows.
+            feature_TFD: the target's features of these rows, and behind them of those of a window
+                (:func:`~.table.window_of`) where one was read.
             token_BS: int32 committed tokens after the round.
             length_B: int32 how many they are, the anchor included. Rows at ``length - 1`` and
                 behind are of rejected drafts: garbage, which the next round overwrites.

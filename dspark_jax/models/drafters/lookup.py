@@ -197,7 +197,7 @@ def observe(
     num_slots = length_B.shape[0]
     began_B = jnp.zeros(num_slots, bool)
     began_B = began_B.at[rows.slot_T].max(rows.position_T == 0, mode="drop")
-    context = learn(_forget(context, began_B), token_BS, length_B)
+    context = learn(forget(context, began_B), token_BS, length_B)
     first_BX = tuple(
         enter(table_BX, rows, token_BS, length_B, n)
         for n, table_BX in zip(cfg.lengths, context.first_BX, strict=True)
@@ -389,7 +389,7 @@ def confidence(context: Context) -> jax.Array:
     return jnp.take_along_axis(share_BX, kinds(context), axis=1)
 
 
-def _forget(context: Context, began_B: jax.Array) -> Context:
+def forget(context: Context, began_B: jax.Array) -> Context:
     """The context without what is known of slots whose text begins."""
 
     def clear(x_BX: jax.Array) -> jax.Array:

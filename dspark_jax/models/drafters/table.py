@@ -7,7 +7,9 @@ from typing import Any
 
 from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
+from dspark_jax.models.cache import Beside
 from dspark_jax.models.drafters import (
+    assistant,
     blockwise,
     deepseek_v4,
     deepseek_v4_mtp,
@@ -16,6 +18,7 @@ from dspark_jax.models.drafters import (
     eagle3,
     early_exit,
     hybrid,
+    lookahead,
     lookup,
     medusa,
     mtp,
@@ -24,6 +27,8 @@ from dspark_jax.models.drafters.family import DrafterFamily
 from dspark_jax.models.targets import deepseek_v4 as deepseek_v4_target
 from dspark_jax.models.targets.family import TargetParams
 from dspark_jax.models.vocab import Vocab
+
+Window = Callable[[Any, Any, Any], Beside]
 
 DRAFTERS: tuple[DrafterFamily, ...] = (
     dspark,
@@ -36,7 +41,9 @@ DRAFTERS: tuple[DrafterFamily, ...] = (
     early_exit,
     draft_model,
     lookup,
+    lookahead,
     hybrid,
+    assistant,
 )
 
 # Targets whose checkpoints may hold a drafter, by ``model_type``: ``(config.json, configuration of
@@ -63,12 +70,26 @@ _SETTINGS: Mapping[type[DrafterConfig], Callable[[Any], dict[str, Any]]] = {
     deepseek_v4.Config: deepseek_v4.config_dict,
 }
 
+# Drafters that have the target read rows beside the text in every round that drafts.
+_WINDOWS: Mapping[type[AnyDrafterConfig], Window] = {lookahead.Config: lookahead.window}
+
 _BY_CONFIG = {family.Config: family for family in DRAFTERS}
 
 
 def drafter_of(cfg: AnyDrafterConfig) -> DrafterFamily:
     """The family of a configuration."""
     return _BY_CONFIG[type(cfg)]
+
+
+def window_of(cfg: AnyDrafterConfig) -> Window | None:
+    """What a drafter has the target read beside the text: ``(context, position_B, cfg)``, with the
+    positions of the anchors; None for most."""
+    return _WINDOWS.get(type(cfg))
+
+
+def rows_beside(cfg: AnyDrafterConfig) -> int:
+    """How many rows of every slot that are."""
+    return cfg.rows_beside if isinstance(cfg, lookahead.Config) else 0
 
 
 def trained_form(method: str, fields: Mapping[str, Any], target: TargetConfig) -> DrafterConfig:
@@ -111,9 +132,10 @@ def without_checkpoint(
     Raises:
         ValueError: the name has numbers that make no sense.
     """
-    cfg = lookup.named(source, target)
-    if cfg is not None:
-        return cfg, lookup.declare_drafter(cfg)
+    for family in (lookup, lookahead):
+        cfg = family.named(source, target)
+        if cfg is not None:
+            return cfg, family.declare_drafter(cfg)
     return early_exit.named(source, target, params)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dspark_jax.axes import declare as declare_param
 from dspark_jax.models import hyper_connections as streams
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Beside, Room, Rows
 from dspark_jax.models.layers import rms_norm
 from dspark_jax.models.reading import Attention, keep_feature, start_features
 from dspark_jax.models.rope import Table, rope_table
@@ -200,10 +200,13 @@ def extend(
     *,
     rows_per_slot: int,
     chunks: Rows | None = None,
+    beside: Beside | None = None,
     kernels: str = "xla",
 ) -> tuple[jax.Array, jax.Array, tuple[LayerState, ...]]:
     """Read T rows against what is kept of their slots; see :class:`TargetFamily`."""
     _check_kernels(kernels)
+    if beside is not None:
+        raise ValueError("rows beside a text are given, which this target cannot read")
     runs = [slot_run(rows, num_slots(cache[0]), rows_per_slot)]
     if chunks is not None:
         runs.append(chunk_run(chunks, num_slots(cache[0]), len(rows.slot_T)))

@@ -13,7 +13,7 @@ import jax
 from flax import struct
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.models.cache import Room, Rows
+from dspark_jax.models.cache import Beside, Room, Rows
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab
 
@@ -36,16 +36,13 @@ class TargetParams:
 
 
 class ReadBeside(Protocol):
-    """Reads rows of every slot that see its cache, and of each other what they are told to; the
-    cache stays as it is."""
+    """Reads rows and leaves the cache as it is."""
 
     def __call__(
         self,
         target: TargetParams,
         cache: Any,
-        token_BW: jax.Array,
-        position_BW: jax.Array,
-        seen_WW: jax.Array,
+        rows: Beside,
         cfg: Any,
         num_layers: int,
     ) -> jax.Array:
@@ -53,10 +50,8 @@ class ReadBeside(Protocol):
 
         Args:
             target: weights.
-            cache: valid before each slot's first row; all rows see it up to there.
-            token_BW: int32 token ids.
-            position_BW: int32 positions.
-            seen_WW: bool, which rows each row sees; itself at least.
+            cache: valid before each slot's limit.
+            rows: the rows.
             cfg: sizes.
             num_layers: static.
         """
@@ -129,6 +124,7 @@ class TargetFamily(Protocol):
         *,
         rows_per_slot: int,
         chunks: Rows | None = ...,
+        beside: Beside | None = ...,
         kernels: str = ...,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Read T rows: put them into the cache, attend to everything up to their position.
@@ -143,6 +139,8 @@ class TargetFamily(Protocol):
             chunks: pieces of prompts in the same pass, [P, W]: each is W positions of one slot, of
                 which those behind the first may be padding. They follow the T rows in the results.
                 A chunk sees all that is written here before it in its slot.
+            beside: rows of every slot that are not kept, behind all others in the results; not
+                for families without :attr:`beside`.
             kernels: the implementation of the operations of ``pallas_kernels``.
 
         Returns:
