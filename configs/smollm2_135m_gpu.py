@@ -32,7 +32,7 @@ Rehearsal on a CPU, every size an argument:
 Data: the target's answers to up to 35,622 prompts (math, code, chat), at temperature 0, 0.6 or 1.0
     by a hash of the prompt. ``--answered`` comes last: its last 24 answers are held out.
 Hardware and time: one NVIDIA H200, 2026-11-27: 4,675 answers in two minutes, 27 M blocks in six.
-Result: expected accepted length on 24 held-out answers 2.81; `notebooks/measurements.md` has the curve.
+Result: expected accepted length on 24 held-out answers 2.81; notebooks/measurements.md has all.
 """
 
 from __future__ import annotations
