@@ -16,7 +16,7 @@ from tests.marks import rest_full
 from tests.tiny_model import few_sizes, write_drafter, write_letters, write_target
 
 ROOT = Path(__file__).parent.parent
-SLOW = {"calibrate", "decode_round", "draft", "fit"}  # they compile programs of their own
+SLOW = {"Engine", "calibrate", "decode_round", "draft", "fit"}  # they compile programs of their own
 NAMES = {name: getattr(dspark_jax, name) for name in dspark_jax.__all__}
 
 
