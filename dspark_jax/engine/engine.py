@@ -152,7 +152,7 @@ class Engine:
         Raises:
             ValueError: the request cannot be served by this engine, or not from this process, or
                 its grammar does not compile; the message has the remedy.
-            Full: of ``queue``; ``config.queue`` requests wait already.
+            queue.Full: ``config.queue`` requests wait already.
         """
         if self.follows:
             raise ValueError("process 0 decides for these devices: submit there, and follow() here")

@@ -55,8 +55,8 @@ def calibrate(
         out: a file for the tables; beside a drafter, as ``calibration.json``, ``load`` finds it.
 
     Returns:
-        The model with these tables, and the report: ``tables``, each with ``before`` and ``after``
-        of held-out texts.
+        The model with these tables; and the report, whose ``tables`` have ``before`` and
+        ``after`` of held-out texts.
 
     Raises:
         ValueError: there is no confidence head, or a prompt cannot be used.
