@@ -1,7 +1,7 @@
 """DSpark speculative decoding in JAX: block drafting, lossless verification, drafter training.
 
->>> model = dspark_jax.load()
->>> print(model.generate("Why is the sky blue?")[0].text)
+    model = dspark_jax.load()
+    print(model.generate("Why is the sky blue?")[0].text)
 
 The names of ``__all__`` are imported when they are first used.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspark_jax.axes import make_mesh
     from dspark_jax.config import DrafterConfig, TrainConfig
+    from dspark_jax.engine.by_hand import read_prompts
     from dspark_jax.engine.config import EngineConfig
     from dspark_jax.engine.engine import Engine
     from dspark_jax.engine.grammar import Grammar
@@ -52,11 +53,13 @@ __all__ = [
     "make_mesh",
     "plan_lengths",
     "rank",
+    "read_prompts",
 ]
 
 _HOMES = {
     "axes": ("make_mesh",),
     "config": ("DrafterConfig", "TrainConfig"),
+    "engine.by_hand": ("read_prompts",),
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
     "engine.grammar": ("Grammar",),

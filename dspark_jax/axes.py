@@ -261,6 +261,9 @@ def make_mesh(
 
     Raises:
         ValueError: there are fewer devices than that.
+
+    >>> make_mesh(data=1).shape["data"]
+    1
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = data, fsdp, expert, tensor

@@ -162,6 +162,10 @@ class DrafterConfig(TransformerConfig):
         owns_vocab: whether the checkpoint carries the target's embedding and head.
         owns_head: whether it carries a head of the drafter's own, to be used in its place.
         num_anchors: training blocks of a sequence; recorded in the checkpoint, read by nobody.
+
+    >>> sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
+    >>> DrafterConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=8).block_size
+    7
     """
 
     blocks: str = ""
@@ -304,6 +308,14 @@ class TrainConfig:
         cache_gb: above 0, ``cache`` is a place for at most so many GB (1e9 bytes), where the
             features of the coming batches are written, trained on and replaced in turns; every
             process has such a place, so that ``cache`` may be a host's own disk.
+
+    Raises:
+        ValueError: a field is wrong, or contradicts another; names it, its value and the remedy.
+
+    Source: section 3.3 of the paper; ``notebooks/concepts/training.md``.
+
+    >>> TrainConfig(data="answers.jsonl", steps=100).num_anchors
+    128
     """
 
     method: Literal["dspark", "eagle3", "mtp", "medusa", "blockwise", "early_exit"] = "dspark"

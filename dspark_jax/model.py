@@ -58,6 +58,11 @@ class Model:
         kernels: the implementation of the operations of ``pallas_kernels``.
         template_variables: that the chat template looks at and that are free; none where it is not
             applied.
+
+    >>> model = load()
+    >>> (result,) = model.generate("Hello!", max_new_tokens=8)
+    >>> len(result.token_ids) <= 8
+    True
     """
 
     decoder: Decoder = dataclasses.field(repr=False)
@@ -85,8 +90,9 @@ class Model:
                 several of either.
             n: samples of each prompt; above temperature 0 they differ.
             seed: of all randomness; None takes a fresh one. Each result says which it was.
-            policy, acceptance, draft_law: which drafts are verified and how they are accepted and
-                drawn, as in ``EngineConfig``.
+            policy: which drafts are verified, as in ``EngineConfig``.
+            acceptance: how they are accepted, likewise.
+            draft_law: which law they are drawn from, likewise.
             trace: whether the results have every round, as ``RoundTrace``.
             **limits: of ``Request``: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``,
                 ``min_p``, ``stop_strings``, ``stop_ids`` (besides the model's own), ``logprobs``,
@@ -118,8 +124,22 @@ class Model:
         draft_law: Rule | None = None,
         **limits: Any,
     ) -> Generator[Event, None, None]:
-        """Continue one prompt and give its text out as it is verified; arguments as for
-        :meth:`generate`. Whoever stops reading ends the request.
+        """Continue one prompt and give its text out as it is verified. Whoever stops reading ends
+        the request.
+
+        Args:
+            prompt: as for :meth:`generate`; and so are all others.
+            seed: likewise.
+            policy: likewise.
+            acceptance: likewise.
+            draft_law: likewise.
+            **limits: likewise.
+
+        Yields:
+            An ``Event`` a round that brings something to show.
+
+        Raises:
+            ValueError: the prompt or an option cannot be used; names it and the remedy.
         """
         requests, _ = self.requests([prompt], seed=seed, **limits)
         rules = {"policy": policy, "acceptance": acceptance, "draft_law": draft_law}
@@ -136,6 +156,15 @@ class Model:
         """The requests of :meth:`generate`, for an ``Engine``, and the seed of their keys.
 
         Sample j of prompt i has the key ``fold_in(seed_key(seed), i, j)``.
+
+        Args:
+            prompts: as for :meth:`generate`; and so are all others.
+            n: likewise.
+            seed: likewise.
+            **limits: likewise.
+
+        Raises:
+            ValueError: a prompt or an option cannot be used; names it and the remedy.
         """
         if type(n) is not int or n < 1:
             raise ValueError(f"n is {n!r}: ask for 1 or more samples of each prompt")
@@ -175,7 +204,9 @@ class Model:
 
         Args:
             requests: of :meth:`requests`.
-            policy, acceptance, draft_law: as for :meth:`generate`.
+            policy: as for :meth:`generate`.
+            acceptance: likewise.
+            draft_law: likewise.
             slots: most requests that are decoded at once.
         """
         config = config_for(
@@ -268,6 +299,9 @@ def load(
 
     Raises:
         ValueError: a source is not there, broken or not supported, or the drafter does not fit.
+
+    >>> load().drafter != "none"
+    True
     """
     options: dict[str, Any] = {"own_vocab": own_vocab, "kernels": kernels}
     rendering = Rendering(system, chat_template, {} if template_args is None else template_args)

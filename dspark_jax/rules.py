@@ -15,6 +15,10 @@ class Rule:
         function: pure, of arrays, called while a program is traced. What it takes and gives is said
             where it is used: ``acceptance``, ``policy`` and ``draft_law`` of ``EngineConfig``.
         lossless: whether texts keep the target's distribution; results repeat what it says.
+
+    >>> first = Rule(lambda confidence_BG: jnp.ones(len(confidence_BG), int), lossless=True)
+    >>> EngineConfig(policy=first).lossless
+    True
     """
 
     function: Callable[..., Any]

@@ -38,6 +38,8 @@ autodoc_typehints = "none"  # docstrings say types, with shapes and units
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
+nitpick_ignore = [("py:exc", "queue.Full")]  # Python's, whose inventory is not here
 
 # An inventory is a file on the network: without the tag there is none to wait for.
 intersphinx_mapping = (

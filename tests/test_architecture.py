@@ -54,6 +54,7 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.files": set(),
     "dspark_jax.overrides": set(),
     "dspark_jax.progress": set(),
+    "dspark_jax.prompts": set(),
     "dspark_jax.recipe_rules": set(),
     "dspark_jax.rendering": {"dspark_jax.characters"},
     "dspark_jax.rules": set(),
@@ -90,7 +91,9 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.cli.arguments": {"dspark_jax.cli.measurements", "dspark_jax.cli.options"},
     "dspark_jax.cli.measurements": {"dspark_jax.cli.options"},
-    "dspark_jax.cli.options": {"dspark_jax.characters", "dspark_jax.scheduler.policy"},
+    "dspark_jax.cli.options": {
+        f"dspark_jax.{name}" for name in ("characters", "prompts", "scheduler.policy")
+    },
     "dspark_jax": {"dspark_jax"},  # the package's __init__: names, imported when they are used
 }
 

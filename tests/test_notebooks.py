@@ -1,7 +1,10 @@
 """The notebooks run from top to bottom, here on models as small as can be."""
 
 import ast
+import asyncio
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,10 +50,15 @@ def pyplot():
 
 
 def run(name, parameters):
-    """The names that the notebook ends with; its parameters' cell must set each of these."""
+    """The names that the notebook ends with; its parameters' cell must set each of these. A cell
+    may await, as in a notebook."""
     names = {}
     for cell in code_cells(name):
-        exec(compile("".join(cell["source"]), f"{name}:{cell['id']}", "exec"), names)
+        where, source = f"{name}:{cell['id']}", "".join(cell["source"])
+        code = compile(source, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        made = eval(code, names)
+        if code.co_flags & inspect.CO_COROUTINE:
+            asyncio.run(made)
         if "parameters" in cell["metadata"].get("tags", []):
             assert {key for key in names if key.isupper()} >= set(parameters)
             names |= parameters
@@ -58,10 +66,17 @@ def run(name, parameters):
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebooks_hold_no_output_and_use_the_public_api_alone(path):
-    for cell in code_cells(path.name):
-        assert not cell["outputs"]
-        assert cell["execution_count"] is None
+def test_notebooks_hold_their_outputs_and_use_the_public_api_alone(path):
+    """Outputs of one run from top to bottom, without errors, warnings, or places of a machine."""
+    cells = code_cells(path.name)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(cell["outputs"] for cell in cells)
+    for cell in cells:
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert output.get("name", "stdout") == "stdout"
+            text = "".join(output.get("text", ""))
+            assert not re.search(r"/(home|root|tmp|work|Users)/", text), text
         for node in ast.walk(ast.parse("".join(cell["source"]))):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
@@ -89,6 +104,67 @@ def test_quickstart(tmp_path, capsys, monkeypatch):
     assert sum(bar.get_height() for bar in left.patches) == len(names["lengths"])
     assert [bar.get_height() for bar in right.patches] == [rate or 0 for rate in names["rates"]]
     assert len(left.patches) == BLOCK + 1
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Parameters that name tiny models, whose engines have few programs."""
+    monkeypatch.setattr("dspark_jax.model.config_for", few_sizes)
+    target, drafter = write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter")
+    return {"TARGET": str(target), "DRAFTER": str(drafter)}
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("pyplot", "own_cache")
+def test_a_round_by_hand_is_the_engines(tiny, capsys):
+    names = run("one_round.ipynb", tiny | {"PROMPT": "hello"})
+    out = capsys.readouterr().out
+    assert "as the engine: True" in out
+    assert f"{BLOCK + 1} rows: {BLOCK} drafts verified" in out
+    (axes,) = names["figure"].axes
+    drafted = [one for one in names["result"].trace if one.draft_G is not None]
+    assert axes.get_yticklabels()[-1].get_text() == str(min(len(drafted), names["ROUNDS"]))
+
+
+@pytest.mark.usefixtures("pyplot", "own_cache")
+def test_rules_that_are_not_lossless_are_seen_to_be(tiny, capsys):
+    names = run("lossy.ipynb", tiny | {"PROMPT": "hello", "MAX_NEW_TOKENS": 12})
+    assert [round(law_2[0], 2) for law_2 in names["laws"].values()] == [0.7, 0.5, 0.85]
+    out = capsys.readouterr().out
+    assert "behind A" in out
+    assert "verify 2" in out
+    assert (names["right"].lossless, names["wrong"].lossless) == (True, False)
+    assert names["wrong"].accepted_length > names["right"].accepted_length
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("own_cache")
+def test_the_engine_serves_readers_of_one_loop(tiny, capsys):
+    names = run("engine.ipynb", tiny | {"MAX_NEW_TOKENS": 24, "POSITIONS": 128})
+    assert [row[0] for row in names["rows"]] == ["one", "two", "three"]
+    assert names["rows"][1][3] == "cancelled"
+    assert "accepted length" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("pyplot", "own_cache")
+def test_a_drafter_is_trained(tiny, capsys):
+    small = {"PROMPTS": 8, "NEW_TOKENS": 12, "STEPS": 4, "SETS": ("math", "chat")}
+    run("training.ipynb", {"TARGET": tiny["TARGET"]} | small)
+    out = capsys.readouterr().out
+    assert "16 answers" in out
+    assert out.count("same text: True") == 2
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("pyplot", "own_cache")
+def test_drafters_are_compared(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("dspark_jax.evaluation.compare.config_for", few_sizes)
+    own = {"DRAFTERS": {"tiny": tiny["DRAFTER"], "lookup": "lookup"}, "SETS": ("chat",)}
+    few = {"TARGET": tiny["TARGET"], "LIMIT": 1, "MAX_NEW_TOKENS": 8}
+    names = run("drafters.ipynb", own | few)
+    assert {row["drafter"] for row in names["report"]["rows"]} == {"tiny", "lookup"}
+    assert len(names["figure"].axes) == 2
 
 
 def assert_comparison_is_shown(names, out, sets):

@@ -2,7 +2,6 @@
 
 import ast
 import builtins
-import doctest
 import importlib.metadata
 import re
 import tomllib
@@ -65,21 +64,3 @@ def test_pseudocode_of_a_round_calls_functions_that_exist():
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     assert called <= defined, f"unknown to the code: {sorted(called - defined)}"
-
-
-def docstring_examples():
-    """(path, source) of the examples in each docstring of the packages."""
-    for package in ("dspark_jax", "pallas_kernels"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    found = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
-                    if found:
-                        yield str(path), "".join(example.source for example in found)
-
-
-def test_examples_in_docstrings_run():
-    examples = list(docstring_examples())
-    assert examples
-    for path, source in examples:
-        exec(compile(source, path, "exec"), {"dspark_jax": dspark_jax})

@@ -3,7 +3,7 @@
 The whole conversation is rendered and tokenised at once. What the target wrote lies between two
 strings that the template puts around every answer; they are found by rendering a conversation
 whose contents are known, so that no family of models is written down here. As in the reference
-(spec section 10), the string that ends an answer is supervised, and so is a thinking block that
+implementation, the string that ends an answer is supervised, and so is a thinking block that
 the template puts in front of it; the string that opens an answer is not.
 
 An answer whose own token ids are known is not rendered: they follow the rendered prompt.

@@ -26,6 +26,7 @@ from dspark_jax.cli.options import (
     count,
     counts,
     plain_text,
+    prompt_file,
 )
 
 EXAMPLES = """
@@ -87,8 +88,10 @@ def _add_generate(commands: Any, summary: str) -> None:
         "nothing reads stdin")  # fmt: skip
     add(
         "--prompts",
+        type=prompt_file,
         metavar="FILE.jsonl",
-        help='one JSON object a line with "prompt", or "turns" of which the first is used',
+        help='one JSON object a line with "prompt", or "turns" of which the first is used; or a '
+        "set of our own, own:math, own:code or own:chat",
     )
     add_decoder(command)
     add_rendering(command)
@@ -188,7 +191,8 @@ def _add_calibrate(commands: Any, summary: str) -> None:
     command.set_defaults(command="calibrate")
     add = command.add_argument
     rounds = command.add_mutually_exclusive_group(required=True)
-    rounds.add_argument("--prompts", action="append", metavar="FILE.jsonl", help="to decode, as "
+    rounds.add_argument("--prompts", action="append", type=prompt_file, metavar="FILE.jsonl",
+        help="to decode, as "
         "for generate; may be repeated")  # fmt: skip
     rounds.add_argument("--from", action="append", default=[], dest="records", metavar="RECORD",
         help="rounds that were recorded before; may be repeated")  # fmt: skip
@@ -231,6 +235,7 @@ def _add_prepare(commands: Any, summary: str) -> None:
     add = command.add_argument
     add(
         "input",
+        type=prompt_file,
         metavar="INPUT.jsonl",
         help='one JSON object a line with "prompt", "turns", "conversations" or "messages"; '
         "answers in it are dropped",

@@ -25,6 +25,7 @@ from dspark_jax.cli.options import (
     drafters,
     names,
     places,
+    prompt_file,
 )
 
 LOADS = "1,2,4,8,16,32,64"
@@ -80,7 +81,8 @@ def _add_compare(commands: Any, summary: str) -> None:
     add = command.add_argument
     add("--drafters", type=drafters, required=True, metavar="NAME=DRAFTER,...", help="each as for "
         "generate --drafter, under a name of its own; lookup alone names itself")  # fmt: skip
-    add("--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be repeated; "
+    add("--prompts", action="append", type=prompt_file, required=True, metavar="FILE.jsonl",
+        help="may be repeated; "
         'all "turns" of a line are played, and a "category" in it counts by itself')  # fmt: skip
     add("--limit", type=count, metavar="N", help="use the first N lines of each category")
     add("--temperature", type=float, action="append", metavar="F", help="may be repeated "

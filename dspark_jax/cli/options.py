@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dspark_jax import prompts
 from dspark_jax.characters import check_characters
 from dspark_jax.scheduler.policy import check_name
 
@@ -86,6 +87,14 @@ def drafters(text: str) -> dict[str, str]:
     return found
 
 
+def prompt_file(text: str) -> str:
+    """The path of a file of prompts, or of a set of our own."""
+    try:
+        return prompts.find(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def plain_text(value: str) -> str:
     """A text for models, unlike a path, which may hold any bytes."""
     try:
@@ -111,7 +120,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
 def add_prompt_files(command: argparse.ArgumentParser) -> None:
     """Files of prompts to measure with."""
     add = command.add_argument
-    add("--prompts", action="append", required=True, metavar="FILE.jsonl",
+    add("--prompts", action="append", type=prompt_file, required=True, metavar="FILE.jsonl",
         help="as for generate; may be repeated")  # fmt: skip
     add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
 

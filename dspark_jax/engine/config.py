@@ -65,7 +65,13 @@ class EngineConfig:
         recalibrate: let the temperatures of the confidences follow what is accepted, from those of
             the calibration on (``temperatures.OnlineCalibration``).
         kernels: the implementation of the operations of ``pallas_kernels``; "auto" is the kernels
-            for GPUs wherever they can run (:func:`~dspark_jax.engine.kernels.choose_kernels`).
+            for GPUs wherever they can run.
+
+    Raises:
+        ValueError: a field has no meaning; names it, its value and the remedy.
+
+    >>> EngineConfig(slots=4, policy="threshold:0.5").lossless
+    True
     """
 
     slots: int = 8

@@ -62,6 +62,11 @@ class Engine:
 
     Every method may be called from any thread. Rounds are run while somebody iterates over a
     stream, waits for one, or calls :meth:`run`; after :meth:`start` they are run by themselves.
+
+    >>> with Engine(load(), EngineConfig(slots=2, positions=512)) as engine:
+    ...     result = engine.submit(Request(prompt="Hello!", max_new_tokens=8)).wait()
+    >>> len(result.token_ids) <= 8
+    True
     """
 
     def __init__(
@@ -133,7 +138,7 @@ class Engine:
         appear, in process 0 alone.
 
         Raises:
-            Gone: another process is not there any more.
+            RuntimeError: another process is not there any more.
         """
         assert self._peers is not None
         try:

@@ -39,6 +39,9 @@ class Grammar:
     Raises:
         ValueError: there is no such kind, or the text is not one of its kind as far as can be seen
             without compiling it, which the engine does when the request is submitted.
+
+    >>> Grammar("regex", "[0-9]{4}").kind
+    'regex'
     """
 
     kind: Kind

@@ -28,6 +28,10 @@ class RoundTrace:
             shard: its bucket.
         seconds: since the round before was over or this one was launched, whichever came later,
             until the host had read it.
+
+    >>> (result,) = load().generate("Hello!", max_new_tokens=8, trace=True)
+    >>> result.trace[0].token_ids[:1] == tuple(result.token_ids[:1])
+    True
     """
 
     draft_G: np.ndarray | None
@@ -48,7 +52,7 @@ class Generation:
         token_ids: new tokens; the stop token is not among them.
         text: decoded, cut before a stop string; empty without a tokenizer.
         accepted_lengths: tokens that each round after the first token committed, the bonus token
-            counted and an overshoot past the limit too (spec section 1).
+            counted and an overshoot past the limit too.
         verified_lengths: drafts that each of these rounds verified.
         accepted_drafts: drafts that each of these rounds accepted.
         confidence_logits: float32 [G] of the draft of each of these rounds; None where it did not
@@ -67,6 +71,10 @@ class Generation:
         cached_tokens: tokens of the prompt that were not read again, since an engine had stored
             what it knows of them.
         trace: every round, where the request asks for it.
+
+    >>> (result,) = load().generate("Hello!", max_new_tokens=8)
+    >>> result.rounds == len(result.accepted_lengths), result.finish_reason in ("stop", "length")
+    (True, True)
     """
 
     prompt_tokens: int

@@ -71,6 +71,9 @@ class Request:
 
     Raises:
         ValueError: a value is of the wrong type or has no meaning; names the field and the remedy.
+
+    >>> Request(prompt="Hello!", temperature=0.7, top_p=0.9, seed=3).max_new_tokens
+    128
     """
 
     prompt_ids: Sequence[int] = ()

@@ -1,4 +1,6 @@
-"""One decoding round as one program: draft, schedule, verify, accept, commit (spec section 1).
+"""One decoding round as one program: draft, schedule, verify, accept, commit.
+
+What each part does is in ``notebooks/concepts/round.md``.
 
 The functions here are pure; ``programs.py`` jits them with a donated state.
 """
@@ -47,6 +49,14 @@ def decode_round(
 
     Returns:
         The state after the round and its report.
+
+    Source: section 3 of the paper; ``notebooks/concepts/round.md``.
+
+    >>> weights, state, given, cfg = read_prompts(load(), [Request(prompt="Hello!")])
+    >>> step = jax.jit(decode_round, static_argnames=("cfg", "num_rows"))
+    >>> state, report = step(weights, state, given, cfg, num_rows=1 + cfg.num_draft)
+    >>> bool(report.count_B[0] == report.accepted_B[0] + 1)
+    True
     """
     chunks, limits = None, state.sampling
     if given.chunks is not None:
@@ -174,7 +184,31 @@ def draft(
     position_B: jax.Array,
     cfg: RoundConfig,
 ) -> DraftBlock:
-    """A block behind every anchor, drawn from the law that ``accept`` will verify against."""
+    """A block behind every anchor, drawn from the law that ``accept`` will verify against.
+
+    Args:
+        weights: of target and drafter.
+        state: with the drafter's context of all that the target has read.
+        anchor_B: int32 last committed tokens.
+        position_B: int32 their positions.
+        cfg: static part.
+
+    Returns:
+        token_BG int32 in the target's ids, the laws that they were drawn from, and
+        confidence_logit_BG float32, None without a confidence head.
+
+    Raises:
+        ValueError: ``cfg.draft_law`` is a rule, but the drafter draws nothing.
+
+    Source: sections 3.1 and 3.2 of the paper.
+
+    >>> weights, state, _, cfg = read_prompts(load(), [Request(prompt="Hello!")])
+    >>> position_B = state.length_B - 1
+    >>> anchor_B = state.token_BS[jnp.arange(1), position_B]
+    >>> block = draft(weights, state, anchor_B, position_B, cfg)
+    >>> block.token_BG.shape == (1, cfg.drafter.block_size)
+    True
+    """
     assert cfg.drafter is not None
     assert weights.drafter is not None
     assert weights.vocab is not None
@@ -226,6 +260,15 @@ def rank(
         temperature_BG: float32 of the calibration, from past rounds alone; None is 1.
         cfg: static part.
         masks: of grammars; behind a draft that they forbid, none is wanted. None forbids nothing.
+
+    Source: ``notebooks/concepts/scheduler.md``.
+
+    >>> from types import SimpleNamespace
+    >>> logit_BG = jnp.array([[2.0, 1.0, -3.0]])  # of the confidences
+    >>> fields = dict(token_BG=jnp.zeros((1, 3)), confidence_logit_BG=logit_BG, count_B=None)
+    >>> cfg = SimpleNamespace(num_draft=3, threshold=0.5, gate=0.0, lengths=None)
+    >>> rank(SimpleNamespace(**fields), jnp.array([True]), None, cfg).round(2).tolist()
+    [[0.8..., 0.6..., 0.0]]
     """
     num_slots, block_size = block.token_BG.shape
     length_B = schedule.fixed_length(num_slots, block_size, cfg.num_draft)
@@ -252,8 +295,23 @@ def rank(
 def plan_lengths(
     block: DraftBlock, survival_BG: jax.Array, state: DecodeState, num_rows: int
 ) -> jax.Array:
-    """int32 [B]: how many drafts are verified: all that are wanted, or the best that there are rows
-    for, behind the anchors of all active slots."""
+    """How many drafts are verified: all that are wanted, or the best that there are rows for,
+    behind the anchors of all active slots.
+
+    Args:
+        block: the drafts.
+        survival_BG: float32 of :func:`rank`, 0 where a draft is not wanted.
+        state: which slots are active, and the ids that end them.
+        num_rows: T, of anchors and drafts.
+
+    Returns:
+        int32 [B].
+
+    Source: ``notebooks/concepts/scheduler.md``; lossless by ``notebooks/concepts/lossless.md``.
+
+    >>> plan_lengths(None, jnp.array([[0.9, 0.7, 0.0], [0.8, 0.0, 0.0]]), None, 8).tolist()
+    [2, 1]
+    """
     num_slots, num_draft = survival_BG.shape
     if num_rows >= num_slots * (num_draft + 1):
         return jnp.sum(survival_BG > 0, axis=1, dtype=jnp.int32)

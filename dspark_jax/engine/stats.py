@@ -50,9 +50,14 @@ class Stats:
         undrafted_rounds: those of them without a draft.
         verified_drafts: drafts that the target was given in these rounds.
         accepted_drafts_by_position: those of each position that were accepted.
-        predicted_s, taken_s: seconds of rounds, by what the scheduler chose from and by the clock;
-            of the rounds that it had a prediction for and that nothing disturbed.
+        predicted_s: seconds of rounds by what the scheduler chose from, of those that it had a
+            prediction for and that nothing disturbed.
+        taken_s: seconds of the same rounds by the clock.
         judged: recent drafts with their confidences.
+
+    >>> with Engine(load(), EngineConfig(slots=2, positions=512)) as engine:
+    ...     engine.stats().waiting
+    0
     """
 
     running: int
@@ -74,8 +79,8 @@ class Stats:
 
     @property
     def calibration_error(self) -> float | None:
-        """Expected calibration error of recent confidences: of what they gave every prefix of a
-        block that was verified; see ``scheduler/reliability.py``. None before there are any."""
+        """The expected calibration error of recent confidences, over the prefixes of blocks that
+        were verified (``scheduler/reliability.py``); None before there are any."""
         judged = [one for one in self.judged if np.isfinite(one.draft.logit_G).all()]
         if not judged:
             return None

@@ -25,6 +25,10 @@ class Event:
         finish_reason: as in ``Generation``; empty while it runs.
         top_logprobs: of these tokens, as in ``Generation``.
         trace: the rounds that brought them, where the request asks for a trace.
+
+    >>> *_, last = load().stream("Hello!", max_new_tokens=8)
+    >>> last.finish_reason in ("stop", "length")
+    True
     """
 
     text: str

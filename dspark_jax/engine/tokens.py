@@ -97,7 +97,32 @@ def accept(
     position_B: jax.Array,
     cfg: RoundConfig,
 ) -> Acceptance:
-    """The accepted prefix and the target's next token; stop tokens come later."""
+    """The accepted prefix and the target's next token; stop tokens come later.
+
+    Args:
+        weights: of which the drafter's ids are read, where it has a vocabulary of its own.
+        state: keys, temperatures and filters of the slots.
+        block: the drafts and their laws; None without any.
+        logits_TV: float32 of the target, at the rows of the plan.
+        plan: which rows are whose.
+        position_B: int32 positions of the anchors.
+        cfg: static part, with the rule.
+
+    Returns:
+        accepted_B int32, leading drafts that stand; next_B int32, the token after them; finite_B
+        bool, whether all logits that were read are finite.
+
+    Source: ``notebooks/concepts/lossless.md``.
+
+    >>> import dataclasses
+    >>> from dspark_jax.engine.verify import plan_rows
+    >>> weights, state, _, cfg = read_prompts(load(), [Request(prompt="Hello!")])
+    >>> plan = plan_rows(jnp.array([0]), jnp.array([True]), num_rows=1, num_columns=1)
+    >>> logits_TV = jnp.zeros((1, cfg.target.vocab_size)).at[0, 7].set(1.0)
+    >>> cfg = dataclasses.replace(cfg, drafter=None, num_draft=0)
+    >>> accept(weights, state, None, logits_TV, plan, state.length_B - 1, cfg).next_B.tolist()
+    [7]
+    """
     drafts = Drafts(jnp.zeros((position_B.shape[0], 0), jnp.int32))
     if block is not None:
         assert weights.vocab is not None

@@ -1,7 +1,8 @@
 """How many drafts a target keeps: by set of prompts, temperature and position in the block.
 
 Every block is verified whole, so that a drafter is measured and no policy. Accepted lengths are
-those of spec section 1: the mean over all rounds of a set, the bonus token counted.
+those of the paper: the mean over all rounds of a set, the bonus token counted
+(``notebooks/concepts/round.md``).
 """
 
 from __future__ import annotations

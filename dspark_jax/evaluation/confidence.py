@@ -47,18 +47,26 @@ def calibrate(
     Args:
         model: of ``dspark_jax.load``, with a drafter that has a confidence head.
         prompts: messages of the user, at least two: half of them judge what the others fit.
-        acceptances, temperatures: a table is fitted for each pair.
+        acceptances: rules, ``"rejection"`` or ``"coupled"``.
+        temperatures: of the sampling; a table is fitted for each pair of the two.
         max_new_tokens: of each text.
         seed: of the sampling.
         slots: requests decoded together.
         out: a file for the tables; beside a drafter, as ``calibration.json``, ``load`` finds it.
 
     Returns:
-        The model with these tables, and the report of :func:`fit_calibration`.
+        The model with these tables; and the report, whose ``tables`` have ``before`` and
+        ``after`` of held-out texts.
 
     Raises:
         ValueError: there is no confidence head, or a prompt cannot be used.
         FloatingPointError: the target's logits are not finite.
+
+    Source: the paper's sequential temperature scaling (``notebooks/concepts/calibration.md``).
+
+    >>> model, report = calibrate(load(), ["Hello.", "Who?", "Why?", "Where?"], max_new_tokens=12)
+    >>> [table["sampling_temperature"] for table in report["tables"]]
+    [0.0, 1.0]
     """
     listed = [Prompt(text, f"prompt {number}") for number, text in enumerate(prompts)]
     limits = Request((0,), max_new_tokens=max_new_tokens)

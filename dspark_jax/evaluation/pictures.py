@@ -4,14 +4,72 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
+from dspark_jax.engine.reader import RoundTrace
 from dspark_jax.evaluation.compare import label_of
 from dspark_jax.evaluation.results import format_rates
+
+FATES = {
+    "verified and kept": "#bfe3c6",
+    "verified, dropped": "#f6c9bd",
+    "not verified": "#e9e9e9",
+    "drawn by the target": "#c5d8f2",
+}
+
+
+def draw_rounds(trace: Sequence[RoundTrace], word: Callable[[int], str]) -> Figure:
+    """What became of the drafts of a text, one line a round that drafted.
+
+    The number below a draft is its confidence, before calibration.
+
+    Args:
+        trace: of a result with ``trace=True``, of a drafter with blocks of one length.
+        word: of a token.
+    """
+    rounds = [one for one in trace if one.draft_G is not None]
+    size = max((len(one.draft_G) for one in rounds if one.draft_G is not None), default=1)
+    figure = Figure(figsize=(1.3 * size + 2.5, 0.42 * len(rounds) + 1.1), layout="constrained")
+    axes = figure.subplots()
+
+    def cell(column: float, line: int, fate: str, token: int, note: str = "") -> None:
+        place = (column - 0.46, line - 0.44)
+        axes.add_patch(Rectangle(place, 0.92, 0.88, facecolor=FATES[fate], edgecolor="white"))
+        text = word(token).replace("\n", "\\n").strip(" ").replace("$", "\\$") or "\u2423"
+        lift = 0.12 if note else 0
+        axes.text(column, line - lift, text, ha="center", va="center", fontsize=9)
+        axes.text(
+            column, line + 0.26, note, ha="center", va="center", fontsize=6.5, color="#555555"
+        )
+
+    kept, dropped, unread, drawn = FATES
+    for line, one in enumerate(rounds):
+        assert one.draft_G is not None
+        for slot, token in enumerate(one.draft_G.tolist()):
+            fate = kept if slot < one.accepted else dropped if slot < one.verified else unread
+            note = ""
+            if one.confidence_G is not None:
+                note = f"{1 / (1 + math.exp(-float(one.confidence_G[slot]))):.2f}"
+            cell(slot + 1, line, fate, token, note)
+        if len(one.token_ids) > one.accepted:  # else a draft has ended the text
+            cell(size + 1.3, line, drawn, one.token_ids[one.accepted])
+    axes.set(xlim=(0.4, size + 1.9), ylim=(len(rounds) - 0.4, -0.6), ylabel="round")
+    axes.set_xlabel("position in the block")
+    slots = range(1, size + 1)
+    axes.set_xticks([*slots, size + 1.3], [*map(str, slots), "the target's own"])
+    axes.set_yticks(range(len(rounds)), [str(number + 1) for number in range(len(rounds))])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    handles = [Patch(facecolor=colour, label=fate) for fate, colour in FATES.items()]
+    figure.legend(handles=handles, ncols=4, loc="outside upper center", frameon=False, fontsize=8)
+    return figure
 
 
 def draw_load(report: Mapping[str, Any]) -> Figure:

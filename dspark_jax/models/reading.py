@@ -2,7 +2,7 @@
 
 ``read_sequences`` reads whole sequences and keeps nothing: training features. ``read_rows`` reads
 the rows of a flat ragged batch against a cache: prefill and verification are the same operation.
-Both return the residual stream after chosen layers ("features", spec section 2) beside the last
+Both return the residual stream after chosen layers ("features") beside the last
 hidden state. What a layer computes is the family's own (:class:`Blocks`).
 """
 

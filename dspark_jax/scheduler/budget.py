@@ -12,9 +12,10 @@ read while the device was busy:
 Not drafting at all, requests / seconds of an undrafted round, is one of the choices. Survival is
 seen only where something was drafted, so pauses are interrupted by probes (:class:`DraftSwitch`).
 
-Losslessness (spec section 7), condition (e): whatever is decided here for round t may use what
-rounds up to t - 2 drafted, by their number and not by when they arrived, and nothing newer. A
-budget that does know the current round's confidences (`schedule.causal_budget`) is rounded up.
+Losslessness (``notebooks/concepts/lossless.md``), condition (e): whatever is decided here for round
+t may use what rounds up to t - 2 drafted, by their number and not by when they arrived, and nothing
+newer. A budget that does know the current round's confidences (`schedule.causal_budget`) is rounded
+up.
 
 Axes: B requests, G slots of a block, K buckets of rows, 1 + K the same after not drafting,
 N slots of all active requests (request-rounds in what was seen), T rows of a round, X batches.

@@ -5,8 +5,8 @@ must not depend on the token drafted at slot k. Two kinds of rule keep to that. 
 first slot it does not want (`threshold_length`, `causal_budget`). The other takes a budget from
 earlier rounds (``budget.py``) and lets the slots of all requests compete for it by their survival
 (`select_prefixes`): revealed in rank order, an admission depends only on drafts that were admitted
-before it, because what follows a slot never outranks it. This rests on five conditions (spec
-section 7), each named where it is kept:
+before it, because what follows a slot never outranks it. This rests on five conditions
+(``notebooks/concepts/lossless.md``), each named where it is kept:
 
     (a) survival is float32 and never rises along a block      `prefix_survival`
     (b) ties are broken by a fixed index, j ascending          `select_prefixes`
@@ -89,7 +89,7 @@ def end_at_stop(survival_BG: jax.Array, stop_BG: jax.Array) -> jax.Array:
 def causal_budget(
     survival_BG: jax.Array, steps_per_s_T: jax.Array, active_B: jax.Array
 ) -> jax.Array:
-    """How many drafts to verify by DSpark's Algorithm 1 (spec section 6), an int32 scalar.
+    """How many drafts to verify by DSpark's Algorithm 1, an int32 scalar.
 
     Drafts are admitted in descending survival while each raises the expected throughput
     (committed tokens a step) * (steps a second). Stopping at the first that does not is what

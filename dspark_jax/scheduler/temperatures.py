@@ -1,4 +1,4 @@
-"""Calibrated confidences: how they are rescaled and fitted (spec section 4).
+"""Calibrated confidences: how they are rescaled and fitted (``notebooks/concepts/calibration.md``).
 
     c_k = σ(logit_k / t_k)        a_k = Π_{i<=k} c_i  should be the chance that prefix k is accepted
 

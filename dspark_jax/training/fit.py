@@ -164,6 +164,13 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
         ValueError: bad data or configuration; the message names the field and the remedy.
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+
+    Source: section 3.3 of the paper; ``notebooks/concepts/training.md``.
+
+    >>> sizes = {"max_length": 64, "tokens_per_batch": 128, "num_anchors": 8, "block_size": 3}
+    >>> recipe = TrainConfig(data="answers.jsonl", out="mine", steps=2, eval_sequences=2, **sizes)
+    >>> fit(recipe).name
+    'drafter'
     """
     out = Path(recipe.out)
     if out.exists() and not out.is_dir():

@@ -1,4 +1,4 @@
-"""The DSpark loss and its metrics (paper, section 3.3; spec sections 8 and 10).
+"""The DSpark loss and its metrics (paper, section 3.3; ``notebooks/concepts/training.md``).
 
     loss = 0.1 CE + 0.9 |p^d - p^t|_1 + 1.0 BCE(c_k, 1 - |p^d - p^t|_1 / 2)
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate (spec sections 8 and 10)."""
+"""AdamW and its learning rate (``notebooks/concepts/training.md``)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def learning_rate(recipe: TrainConfig, total_steps: int) -> LearningRate:
 
     With W = int(warmup_fraction * total) and T = total - W, step i < W has lr (i + 1) / W, and
     step i >= W has lr (1 + cos(pi t / T)) / (1 + cos(pi / T)), t = i - W: slightly above lr right
-    after the warm-up (spec section 10).
+    after the warm-up, as in the reference implementation.
     """
     warmup = int(recipe.warmup_fraction * total_steps)
     decay = max(total_steps - warmup, 1)

@@ -71,7 +71,7 @@ Source = list[Conversation] | CacheReader
 
 
 def default_feature_layers(num_target_layers: int, count: int = 5) -> tuple[int, ...]:
-    """Layers spread evenly from 1 to L - 3 (spec section 5); fewer where the target is shallow."""
+    """Layers spread evenly from 1 to L - 3; fewer where the target is shallow."""
     last = max(num_target_layers - 3, 0)
     first = min(1, last)
     return tuple(sorted({round(x) for x in np.linspace(first, last, count)}))

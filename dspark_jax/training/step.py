@@ -1,4 +1,4 @@
-"""One training step: frozen target, drafter, loss, AdamW (spec section 8)."""
+"""One training step: frozen target, drafter, loss, AdamW (paper, section 3.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DSpark drafter's backbone: KV injection and bidirectional blocks (spec section 2).
+"""The DSpark drafter's backbone: KV injection and bidirectional blocks (paper, section 3).
 
 The target's features are projected once to ``c_j``, and every draft layer turns them into keys and
 values with the same projections that serve its block: the context. A block is the anchor followed

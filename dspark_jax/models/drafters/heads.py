@@ -1,4 +1,4 @@
-"""Sequential heads, confidence head, and drafting a block token by token (spec sections 3, 4).
+"""Sequential heads, confidence head, and drafting a block token by token (paper, section 3.2).
 
 The backbone gives every slot its hidden state in parallel; the sequential head adds a bias that
 depends on the tokens already in the block, of rank R in the vocabulary:
