@@ -36,6 +36,7 @@ from dspark_jax.models.vocab import Vocab
 from dspark_jax.rendering import PLAIN, Rendering
 from dspark_jax.training.anchors import sample_lessons
 from dspark_jax.training.data import TokenSequence, make_batch
+from dspark_jax.training.loss_terms import Loss, l1_distance
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.state import Batch
 from dspark_jax.training.teacher import make_teacher
@@ -205,11 +206,9 @@ def _acceptance(
     sizes, lessons = (NUM_ANCHORS, cfg.block_size), drafter_of(cfg).lessons
     anchor_BA, keep_BA, labels = sample_lessons(*given, sizes, lessons)
     outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
-    totals = loss_totals(labels, None, 0.0)
-    _, metrics = dspark_loss(
-        params, vocab, outputs, teacher, labels, totals, None,
-        ce_weight=0.0, confidence_weight=0.0,
-    )  # fmt: skip
+    loss = Loss(((l1_distance, 1.0),), confidence=0.0)
+    totals = loss_totals(labels, None, loss.slot_weights)
+    _, metrics = dspark_loss(params, vocab, outputs, teacher, labels, totals, None, loss=loss)
     return metrics["accept_rate_G"]
 
 

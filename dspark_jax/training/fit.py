@@ -6,14 +6,15 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from dspark_jax.axes import gather, place
@@ -25,8 +26,11 @@ from dspark_jax.progress import progress
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
+from dspark_jax.training.loss_terms import Loss
+from dspark_jax.training.optimizer import Optimizer
 from dspark_jax.training.records import (
     MetricsLog,
+    Report,
     check_finite,
     check_same_recipe,
     mean_metrics,
@@ -36,6 +40,8 @@ from dspark_jax.training.records import (
 from dspark_jax.training.run import Run, check_kernels, open_source, start_run
 from dspark_jax.training.state import Batch, TrainState
 from dspark_jax.training.utilisation import peak_flops, step_flops
+
+Callback = Callable[[Report], None]
 
 
 @contextmanager
@@ -149,13 +155,28 @@ class Meter:
         return speed
 
 
-def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
+def fit(
+    recipe: TrainConfig,
+    run: Run | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: optax.Schedule | None = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Train a drafter, or go on where an interrupted run stopped.
 
     Args:
         recipe: what to train, and on what.
-        run: of :func:`~dspark_jax.training.run.start_run` for this recipe, whose state is used up;
-            None makes it ready here.
+        run: of :func:`~dspark_jax.training.run.start_run` for this recipe and with the same
+            optimizer, schedule and loss, whose state is used up; None makes it ready here.
+        optimizer: makes an optax transformation of a schedule, as ``optax.lion`` does, in the place
+            of AdamW. The recipe's clip of the gradient stays in front of it.
+        schedule: learning rate by the number of the update, in the place of the recipe's.
+        loss: in the place of the recipe's; its weights of terms are not read then.
+        callbacks: functions of a :class:`~dspark_jax.training.records.Report`, called in this order
+            with every line of ``metrics.jsonl``, in the process that writes it. What one raises
+            ends the training.
 
     Returns:
         The directory of the exported drafter, ``out/drafter``.
@@ -170,9 +191,11 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
         raise ValueError(f"out {out} is a file: name a directory")
     check_kernels(recipe)
     ready = open_source(recipe) if run is None else run
-    record = recipe_record(recipe)
+    record = recipe_record(recipe, optimizer, schedule, loss)
     check_same_recipe(out / "recipe.json", record)
-    run = ready if isinstance(ready, Run) else start_run(recipe, ready)
+    if not isinstance(ready, Run):
+        ready = start_run(recipe, ready, optimizer=optimizer, schedule=schedule, loss=loss)
+    run = ready
     state, total = run.state, run.total
     # Every process takes every step; one of them writes, and the checkpoints are everybody's.
     writes = jax.process_index() == 0
@@ -181,13 +204,22 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
     with (
         Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
-        MetricsLog(out, saved.latest or 0) if writes else nullcontext() as log,
         progress(total=total, unit="step", desc="train", disable=not writes) as bar,
     ):
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
             bar.update(start)
+        log = MetricsLog(out, start) if writes else None
+
+        def report(split: str, values: dict[str, Any]) -> None:
+            if log is None:
+                return
+            part = {} if split == "training" else {"split": split}
+            log.write(step, **part, **values)
+            for callback in callbacks:
+                callback(Report(recipe, step, split, values, state.result))
+
         batches = batches_of(run, start)
         meter = Meter(run)
         for step in range(start + 1, total + 1):
@@ -207,12 +239,10 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
                 length=values["accepted_length"],
                 blocks_s=values["blocks_per_s"],
             )
-            if log is not None and (step % recipe.log_every == 0 or step == total):
-                log.write(step, **values)
+            if step % recipe.log_every == 0 or step == total:
+                report("training", values)
             if run.held_out and (step % recipe.eval_every == 0 or step == total):
-                held_out = evaluate(run, state, remedy)
-                if log is not None:
-                    log.write(step, split="held-out", **held_out)
+                report("held-out", evaluate(run, state, remedy))
             stopped = any_process(bool(stop))
             if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
