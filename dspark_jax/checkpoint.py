@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,21 @@ class Checkpoints:
             ValueError: the checkpoint is damaged or was made by another configuration.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._restore(step, ocp.args.StandardRestore(abstract))
+
+    def restore_part(self, step: int, like: Mapping[str, Tree]) -> Tree:
+        """Some of the fields of a step's state, by their names, in the form of ``like``.
+
+        Raises:
+            ValueError: as for :meth:`restore`.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
+        forms = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._restore(step, ocp.args.PyTreeRestore(abstract, forms, partial_restore=True))
+
+    def _restore(self, step: int, how: Any) -> Tree:
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=how)
         except Exception as error:  # Orbax and its storage raise anything on damaged files
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} does not fit this configuration or is "

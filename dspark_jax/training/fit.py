@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.checkpoints.export import save_own
+from dspark_jax.checkpoints.runs import BEST, CHECKPOINTS, LAST, RECIPE, START
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
@@ -31,6 +32,7 @@ from dspark_jax.training.optimizer import Optimizer
 from dspark_jax.training.records import (
     MetricsLog,
     Report,
+    best_length,
     check_finite,
     check_same_recipe,
     mean_metrics,
@@ -42,6 +44,8 @@ from dspark_jax.training.state import Batch, TrainState
 from dspark_jax.training.utilisation import peak_flops, step_flops
 
 Callback = Callable[[Report], None]
+# A run and its weights, whole and float32 -> figures, ``decoded_length`` among them.
+Decode = Callable[[Run, Any], dict[str, Any]]
 
 
 @contextmanager
@@ -155,6 +159,12 @@ class Meter:
         return speed
 
 
+def save_result(run: Run, params: Any, directory: Path) -> None:
+    """Write a drafter, in the process that writes."""
+    if jax.process_index() == 0:
+        save_own(directory, (run.cfg, params, run.own), run.recipe.target, run.trained_for)
+
+
 def fit(
     recipe: TrainConfig,
     run: Run | None = None,
@@ -163,6 +173,7 @@ def fit(
     schedule: optax.Schedule | None = None,
     loss: Loss | None = None,
     callbacks: Sequence[Callback] = (),
+    decode: Decode | None = None,
 ) -> Path:
     """Train a drafter, or go on where an interrupted run stopped.
 
@@ -177,6 +188,8 @@ def fit(
         callbacks: functions of a :class:`~dspark_jax.training.records.Report`, called in this order
             with every line of ``metrics.jsonl``, in the process that writes it. What one raises
             ends the training.
+        decode: asked at every evaluation, as :func:`~dspark_jax.evaluation.decoded.decoding` makes
+            it; the drafter of the largest ``decoded_length`` is kept in ``out/best``.
 
     Returns:
         The directory of the exported drafter, ``out/drafter``.
@@ -192,7 +205,7 @@ def fit(
     check_kernels(recipe)
     ready = open_source(recipe) if run is None else run
     record = recipe_record(recipe, optimizer, schedule, loss)
-    check_same_recipe(out / "recipe.json", record)
+    check_same_recipe(out / RECIPE, record)
     if not isinstance(ready, Run):
         ready = start_run(recipe, ready, optimizer=optimizer, schedule=schedule, loss=loss)
     run = ready
@@ -200,9 +213,9 @@ def fit(
     # Every process takes every step; one of them writes, and the checkpoints are everybody's.
     writes = jax.process_index() == 0
     if writes:
-        write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
+        write_atomically(out / RECIPE, json.dumps(record, indent=2) + "\n")
     with (
-        Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
+        Checkpoints(out / CHECKPOINTS, recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
         progress(total=total, unit="step", desc="train", disable=not writes) as bar,
     ):
@@ -210,7 +223,10 @@ def fit(
         if start:
             state = saved.restore(start, state)
             bar.update(start)
+        else:
+            save_result(run, gather(state.result), out / START)
         log = MetricsLog(out, start) if writes else None
+        best = best_length(out / "metrics.jsonl") if writes else 0.0
 
         def report(split: str, values: dict[str, Any]) -> None:
             if log is None:
@@ -236,21 +252,27 @@ def fit(
             bar.update()
             bar.set_postfix(
                 loss=values["loss"],
-                length=values["accepted_length"],
+                expected_length=values["accepted_length"],
                 blocks_s=values["blocks_per_s"],
             )
             if step % recipe.log_every == 0 or step == total:
                 report("training", values)
             if run.held_out and (step % recipe.eval_every == 0 or step == total):
                 report("held-out", evaluate(run, state, remedy))
+            if decode is not None and (step % recipe.eval_every == 0 or step == total):
+                params = gather(state.result)
+                if writes:
+                    figures = decode(run, params)
+                    report("decoded", figures)
+                    if figures["decoded_length"] > best:
+                        best = figures["decoded_length"]
+                        save_result(run, params, out / BEST)
             stopped = any_process(bool(stop))
             if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
             if stopped and step < total:
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    params = gather(state.result)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
-        drafter = run.cfg, params, run.own
-        save_own(out / "drafter", drafter, recipe.target, run.trained_for)
-    return out / "drafter"
+    save_result(run, gather(state.result), out / LAST)
+    return out / LAST

@@ -83,6 +83,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def best_length(path: Path) -> float:
+    """The largest ``decoded_length`` in a ``metrics.jsonl``; 0 where there is none."""
+    return max((row.get("decoded_length", 0.0) for row in read_metrics(path)), default=0.0)
+
+
 def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     """Metrics as JSON numbers and lists, rounded to 6 digits."""
     return {

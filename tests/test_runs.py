@@ -1,0 +1,169 @@
+"""Runs of training in the place of drafters, and evaluation by decoding."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.runs import drafter_directory
+from dspark_jax.cli.command import main
+from dspark_jax.config import TrainConfig
+from dspark_jax.evaluation import acceptance, decoded
+from dspark_jax.evaluation.confidence import path_beside
+from dspark_jax.training.fit import fit
+from dspark_jax.training.run import open_source, start_run
+from tests.tiny_model import few_sizes, write_letters, write_target
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_same(found, expected):
+    for name, value in weights(expected).items():
+        np.testing.assert_array_equal(weights(found)[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return TrainConfig(
+        target=str(write_target(folder / "target")),
+        data=str(write_letters(folder / "data.jsonl", 12)),
+        out=str(folder / "mine"),
+        num_layers=1,
+        block_size=3,
+        markov_rank=4,
+        draft_vocab_size=40,
+        target_layer_ids=(-1, 0),
+        max_length=40,
+        length_buckets=(40,),
+        tokens_per_batch=160,
+        num_anchors=8,
+        average_decay=0.9,
+        steps=6,
+        learning_rate=3e-3,
+        eval_sequences=2,
+        eval_every=2,
+        checkpoint_every=2,
+        keep_checkpoints=3,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name in ("first", "second"):
+        lines = "".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(3))
+        (folder / f"{name}.jsonl").write_text(lines)
+    return [folder / "first.jsonl", folder / "second.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def run(recipe, prompts):
+    """A run that decoded for real, of which the second evaluation was the best."""
+    decode = decoded.decoding(prompts, limit=2, max_new_tokens=12, batch=4)
+    kept = {}
+
+    def ranked(run, params):
+        figures = decode(run, params)
+        kept[len(kept)] = figures
+        return figures | {"decoded_length": (1.5, 2.5, 2.0)[len(kept) - 1]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acceptance, "config_for", few_sizes)
+        fit(recipe, decode=ranked)
+    return Path(recipe.out), kept
+
+
+def test_evaluation_decodes_greedily_and_sampled(run):
+    rows = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("split") == "decoded"]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for figures in run[1].values():
+        assert set(figures) == {"decoded_length"} | {
+            f"decoded_length_{kind}{part}"
+            for kind in ("greedy", "sampled")
+            for part in ("", "_first", "_second")
+        }
+        assert all(1 <= length <= 4 for length in figures.values())
+        means = figures["decoded_length_greedy"], figures["decoded_length_sampled"]
+        assert figures["decoded_length"] == pytest.approx(sum(means) / 2, abs=1e-3)
+        parts = (figures[f"decoded_length_greedy_{name}"] for name in ("first", "second"))
+        assert means[0] == pytest.approx(sum(parts) / 2, abs=1e-3)
+
+
+def test_a_run_is_its_best_drafter_and_every_checkpoint_one(run):
+    out, _ = run
+    assert drafter_directory(out) == out / "best"
+    assert_same(drafter_directory(f"{out}@4"), out / "best")
+    assert_same(drafter_directory(f"{out}@6"), out / "drafter")
+    assert drafter_directory(f"{out}@0") == out / "start"
+    assert not np.array_equal(
+        weights(out / "start")["fc.weight"], weights(out / "drafter")["fc.weight"]
+    )
+    config = json.loads((out / "steps" / "4" / "config.json").read_text())
+    assert config == json.loads((out / "best" / "config.json").read_text())
+    for other in ("default", "lookup", "owner/name@main", str(out / "drafter"), "runs/none@3"):
+        assert drafter_directory(other) == other
+
+
+def test_a_run_that_did_not_decode_is_its_last_drafter(run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("best", "steps"))
+    assert drafter_directory(out) == out / "drafter"
+    shutil.rmtree(out / "drafter")  # not at its end yet
+    assert drafter_directory(f"{out}/") == out / "steps" / "6"
+    shutil.rmtree(out / "checkpoints")
+    assert drafter_directory(f"{out}@6") == out / "steps" / "6"  # which stays
+    with pytest.raises(ValueError, match="has no drafter and no checkpoint yet: train on"):
+        drafter_directory(out)
+
+
+@pytest.mark.parametrize("step", ["5", "last", "-2", "../../x"])
+def test_a_step_that_is_not_there_names_those_that_are(run, step):
+    with pytest.raises(ValueError, match=r"no such step; .*checkpoints holds 2, 4, 6$"):
+        drafter_directory(f"{run[0]}@{step}")
+
+
+def test_a_damaged_checkpoint_is_one_error(run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("best", "steps"))
+    for path in (out / "checkpoints" / "4").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        drafter_directory(f"{out}@4")
+    assert not (out / "steps" / "4").exists()
+
+
+def test_everything_that_takes_a_drafter_takes_a_run(run, recipe, tmp_path, capsys):
+    out, _ = run
+    target = load_target(recipe.target)
+    drafter = load_drafter_for(target, f"{out}@4")
+    assert (drafter.name, drafter.directory) == ("mine@4", out / "steps" / "4")
+    assert load_drafter_for(target, f"{out}+lookup").name == "mine+lookup"
+    assert path_beside(str(out), recipe.target).parent == out / "best"
+    arguments = ["--target", recipe.target, "--drafter", f"{out}@4"]
+    assert (
+        main(["export", "--format", "speculators", "--out", str(tmp_path / "e"), *arguments]) == 0
+    )
+    assert main(["plan", *arguments]) == 0
+    capsys.readouterr()
+    again = dataclasses.replace(recipe, init_drafter=str(out), out=str(tmp_path / "on"))
+    state = start_run(again, open_source(again)).state
+    np.testing.assert_array_equal(state.params.norm_D, weights(out / "best")["norm.weight"])
+
+
+def test_a_run_that_goes_on_remembers_the_best(run, recipe):
+    """Its log says how long the best one's drafts were."""
+    out, _ = run
+    before = weights(out / "best")
+    fit(recipe, decode=lambda *_: {"decoded_length": 9.0})  # at its end: nothing is decoded
+    np.testing.assert_array_equal(weights(out / "best")["fc.weight"], before["fc.weight"])
