@@ -243,11 +243,17 @@ class TrainConfig:
         micro_batches: parts of an update's sequences, computed one after the other, by the target
             as by the drafter: less memory.
         steps: batches; 0 is ``epochs`` passes over the data.
+        epochs: passes over the data, where ``steps`` is 0; parts of one count too.
+        learning_rate: of AdamW, at its height; it rises linearly, then falls along a cosine to 0.
+        warmup_fraction: share of all updates in which it rises.
+        weight_decay: of AdamW.
+        clip_norm: longest gradient of an update; a longer one is cut to it.
         average_decay: of the exponential mean of the weights, which is evaluated and exported
             instead of them; 0 keeps none.
         ce_weight, l1_weight, confidence_weight: the weights of the three loss terms.
         soft_weight: of a fourth, the cross-entropy with the target's distribution.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
+        seed: of the first weights, of the order of the data and of the anchors.
         min_loss_tokens: conversations with fewer tokens of an answer are dropped.
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
         eval_every, checkpoint_every, log_every: in steps.

@@ -154,7 +154,7 @@ def test_everything_that_takes_a_drafter_takes_a_run(run, recipe, tmp_path, caps
     assert (
         main(["export", "--format", "speculators", "--out", str(tmp_path / "e"), *arguments]) == 0
     )
-    assert main(["plan", *arguments]) == 0
+    assert main(["plan", "--positions", "256", *arguments]) == 0
     capsys.readouterr()
     again = dataclasses.replace(recipe, init_drafter=str(out), out=str(tmp_path / "on"))
     state = start_run(again, open_source(again)).state

@@ -24,10 +24,12 @@ from dspark_jax.checkpoints.runs import BEST, CHECKPOINTS, LAST, RECIPE, START
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
+from dspark_jax.tracing import Trace
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
 from dspark_jax.training.loss_terms import Loss
+from dspark_jax.training.needs import check_room, disk_bytes, tree_bytes
 from dspark_jax.training.optimizer import Optimizer
 from dspark_jax.training.records import (
     MetricsLog,
@@ -174,6 +176,7 @@ def fit(
     loss: Loss | None = None,
     callbacks: Sequence[Callback] = (),
     decode: Decode | None = None,
+    trace: Trace | None = None,
 ) -> Path:
     """Train a drafter, or go on where an interrupted run stopped.
 
@@ -190,6 +193,7 @@ def fit(
             ends the training.
         decode: asked at every evaluation, as :func:`~dspark_jax.evaluation.decoded.decoding` makes
             it; the drafter of the largest ``decoded_length`` is kept in ``out/best``.
+        trace: records some of the steps.
 
     Returns:
         The directory of the exported drafter, ``out/drafter``.
@@ -197,6 +201,7 @@ def fit(
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        SaveError: a checkpoint could not be written; said at the step behind it.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
     """
     out = Path(recipe.out)
@@ -210,6 +215,7 @@ def fit(
         ready = start_run(recipe, ready, optimizer=optimizer, schedule=schedule, loss=loss)
     run = ready
     state, total = run.state, run.total
+    check_room(recipe, tree_bytes(state), disk_bytes(recipe, state))
     # Every process takes every step; one of them writes, and the checkpoints are everybody's.
     writes = jax.process_index() == 0
     if writes:
@@ -239,6 +245,9 @@ def fit(
         batches = batches_of(run, start)
         meter = Meter(run)
         for step in range(start + 1, total + 1):
+            saved.check()
+            if trace is not None:
+                trace.turn()
             batch = next(batches)
             state, metrics = run.programs.step(
                 state, run.frozen, place(batch, run.programs.sequences), run.rate
@@ -271,6 +280,7 @@ def fit(
             if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
             if stopped and step < total:
+                saved.wait()
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")

@@ -149,6 +149,12 @@ def load_sequences(
     return sequences[:cut], sequences[cut:]
 
 
+def total_steps(recipe: TrainConfig, train_set: Sequence[data.TokenSequence]) -> int:
+    """Batches of a run of a recipe with its buckets."""
+    batches = len(data.epoch_batches(train_set, recipe, 0))
+    return recipe.steps or max(1, round(recipe.epochs * batches))
+
+
 def starting_point(
     recipe: TrainConfig,
     cfg: DrafterConfig,
@@ -277,8 +283,7 @@ def start_run(
         target, params=read_weights(jnp.dtype(recipe.dtype), mesh_of(recipe))
     )
     recipe = data.with_buckets(recipe, train_set)
-    batches = len(data.epoch_batches(train_set, recipe, 0))
-    total = recipe.steps or max(1, round(recipe.epochs * batches))
+    total = total_steps(recipe, train_set)
     params, d2t_U = starting_point(recipe, cfg, target, train_set)
     own = t2d_V = None
     if d2t_U is not None:
