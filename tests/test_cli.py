@@ -115,6 +115,13 @@ def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
 
 
 @pytest.mark.full
+def test_some_rounds_are_traced_on_request(dspark, tmp_path):
+    words = ("--profile", tmp_path, "--profile-count", 2, "--max-new-tokens", 24)
+    code, _, err = dspark("generate", "say it", *words)
+    assert code == 0
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb")), err
+
+
 def test_greedy_text_does_not_depend_on_drafts(dspark):
     rows = []
     for words in ("--drafter none", "--policy none", "--policy fixed:1", "--policy block", ""):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.config import TrainConfig
+from dspark_jax.tracing import Trace
 from dspark_jax.training import run, trackers
 from dspark_jax.training.fit import fit
 from dspark_jax.training.loss_terms import Decay, Loss, l1_distance, reverse_kl
@@ -55,7 +56,8 @@ def trained(recipe):
     """A run with choices of its own, and what a callback heard."""
     heard = []
     choices = {"optimizer": MOMENTUM, "schedule": halves, "loss": LOSS}
-    fit(recipe, **choices, callbacks=[heard.append])
+    with Trace(Path(recipe.out) / "trace", 1, skip=1) as trace:
+        fit(recipe, **choices, callbacks=[heard.append], trace=trace)
     return heard, choices
 
 
@@ -100,6 +102,10 @@ def test_the_optimiser_updates_as_it_would_by_itself(recipe, tmp_path):
     )
     for found, expected in zip(jax.tree.leaves(after[-1]), before, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_some_steps_are_traced_on_request(trained, recipe):
+    assert list(Path(recipe.out).glob("trace/plugins/profile/*/*.xplane.pb"))
 
 
 def test_a_run_goes_on_with_what_it_began_with(trained, recipe):

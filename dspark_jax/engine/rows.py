@@ -48,6 +48,7 @@ def flat_rows(token_BC: jax.Array, position_B: jax.Array, plan: VerifyPlan) -> R
     return Rows(token_T, plan.slot_T, position_B[slot_T] + plan.column_T)
 
 
+@jax.named_scope("verify")
 def read_rows(
     weights: Weights,
     state: DecodeState,
@@ -108,6 +109,7 @@ def _extend(
     return hidden_TD, hidden_TD[:, None] if reads == "state" else feature_TFD, cache
 
 
+@jax.named_scope("commit")
 def observe_rows(
     weights: Weights,
     state: DecodeState,

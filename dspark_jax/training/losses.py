@@ -64,6 +64,7 @@ class LossTerms:
     l1_BAG: jax.Array
 
 
+@jax.named_scope("draft")
 def draft_blocks(
     drafter: Any,
     vocab: Vocab,
@@ -308,6 +309,7 @@ def loss_totals(
     )
 
 
+@jax.named_scope("loss")
 def dspark_loss(
     drafter: Any,
     vocab: Vocab,

@@ -191,6 +191,7 @@ def in_parts(function: Callable[[Any], Any], sequences: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
+@jax.named_scope("target")
 def read_target(
     frozen: Frozen,
     batch: Batch,
@@ -319,7 +320,8 @@ def train_step(
         gradient, metrics = blocks_gradient(
             params, frozen, blocks, cfg, recipe, layout, law_TU, later, loss
         )
-        change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        with jax.named_scope("optimizer"):
+            change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = optax.apply_updates(params, change)
         if average is not None:
