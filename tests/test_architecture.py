@@ -62,7 +62,8 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.models": NUMERICS,
-    "dspark_jax.checkpoints": FOUNDATION | {"dspark_jax.checkpoint", "dspark_jax.models"},
+    "dspark_jax.checkpoints": FOUNDATION
+    | {f"dspark_jax.{name}" for name in ("__version__", "checkpoint", "models")},
     "dspark_jax.scheduler": NUMERICS,
     "dspark_jax.engine": NUMERICS
     | {f"dspark_jax.{name}" for name in ("__version__", "models", "scheduler")},

@@ -1,6 +1,7 @@
 """Runs of training in the place of drafters, and evaluation by decoding."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.checkpoints.load import load_drafter_for, load_target
+from dspark_jax.checkpoints.provenance import read_provenance, write_card
 from dspark_jax.checkpoints.runs import drafter_directory
 from dspark_jax.cli.command import main
 from dspark_jax.config import TrainConfig
@@ -110,6 +112,15 @@ def test_a_run_is_its_best_drafter_and_every_checkpoint_one(run):
     )
     config = json.loads((out / "steps" / "4" / "config.json").read_text())
     assert config == json.loads((out / "best" / "config.json").read_text())
+    for directory, step in ((out / "best", 4), (out / "steps" / "4", 4), (out / "start", 0)):
+        provenance = read_provenance(directory)
+        assert provenance["step"] == step
+        assert provenance["recipe"]["num_layers"] == 1
+        assert "out" not in provenance["recipe"]
+        assert str(out.parent) not in json.dumps(provenance)
+        assert set(provenance["figures"]) == (
+            {"training", "held-out", "decoded"} if step else set()
+        )
     for other in ("default", "lookup", "owner/name@main", str(out / "drafter"), "runs/none@3"):
         assert drafter_directory(other) == other
 
@@ -154,6 +165,16 @@ def test_everything_that_takes_a_drafter_takes_a_run(run, recipe, tmp_path, caps
     assert (
         main(["export", "--format", "speculators", "--out", str(tmp_path / "e"), *arguments]) == 0
     )
+    card = (tmp_path / "e" / "README.md").read_text()
+    digest = hashlib.sha256(Path(recipe.data).read_bytes()).hexdigest()
+    for said in (
+        "# e\n", "A drafter for target, in the layout `speculators`", f"| {digest} |",
+        "| steps of training | 4 |", "| prompts, decoded | 4 | decoded_length | 2.5 |",
+        "expected at temperature 1 | 4 | accepted_length |", '"num_layers": 1',
+        f"| digest of its weights | {target.identity()['weights']} |", "acceptance by position",
+    ):  # fmt: skip
+        assert said in card, said
+    assert read_provenance(tmp_path / "e") == read_provenance(out / "best")
     assert main(["plan", "--positions", "256", *arguments]) == 0
     capsys.readouterr()
     again = dataclasses.replace(recipe, init_drafter=str(out), out=str(tmp_path / "on"))
@@ -167,3 +188,29 @@ def test_a_run_that_goes_on_remembers_the_best(run, recipe):
     before = weights(out / "best")
     fit(recipe, decode=lambda *_: {"decoded_length": 9.0})  # at its end: nothing is decoded
     np.testing.assert_array_equal(weights(out / "best")["fc.weight"], before["fc.weight"])
+
+
+def test_a_drafter_whose_training_nobody_recorded_has_a_card(tmp_path):
+    write_card(tmp_path / "mine", {}, {"target": "owner/name"}, "deepspec")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: dspark-jax\n")
+    assert "base_model: owner/name\n" in card
+    assert "How it was trained is not recorded." in card
+    assert "## Recipe" not in card
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"recipe": 3}', '{"figures": []}', "\udcff"])
+def test_a_foreign_provenance_is_one_error(tmp_path, text):
+    (tmp_path / "provenance.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"provenance\.json"):
+        read_provenance(tmp_path)
+
+
+def test_a_card_is_text_whatever_a_provenance_says(tmp_path):
+    foreign = {
+        "target": "a | b\n# no",
+        "recipe": {"x": "```\n# no"},
+        "figures": {"held-out": {"step": 1, "y": "|\n# no"}, "z": 3},
+    }
+    write_card(tmp_path, foreign, {}, "deepspec")
+    assert "\n# no" not in (tmp_path / "README.md").read_text()

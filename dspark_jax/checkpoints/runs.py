@@ -18,11 +18,12 @@ from dspark_jax.checkpoints.export import save_own
 from dspark_jax.checkpoints.hf import CONFIG_FILE
 from dspark_jax.checkpoints.identity import trained_for
 from dspark_jax.checkpoints.inside import open_inside, read_inside
+from dspark_jax.checkpoints.provenance import RECIPE, provenance_of, write_provenance
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 
 logger = logging.getLogger(__name__)
 
-RECIPE, CHECKPOINTS = "recipe.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 START, BEST, LAST, STEPS = "start", "best", "drafter", "steps"
 
 
@@ -80,6 +81,7 @@ def _at_step(run: Path, step: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{step}-", dir=out.parent) as folder:
         written = Path(folder) / step
         save_own(written, (cfg, params, own), form, trained_for(form))
+        write_provenance(written, provenance_of(run, int(step)))
         written.rename(out)
     logger.info("the drafter after step %s is now in %s", step, out)
     return out

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.checkpoints.export import save_own
-from dspark_jax.checkpoints.runs import BEST, CHECKPOINTS, LAST, RECIPE, START
+from dspark_jax.checkpoints.provenance import RECIPE, provenance_of, write_provenance
+from dspark_jax.checkpoints.runs import BEST, CHECKPOINTS, LAST, START
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
@@ -161,10 +162,11 @@ class Meter:
         return speed
 
 
-def save_result(run: Run, params: Any, directory: Path) -> None:
-    """Write a drafter, in the process that writes."""
+def save_result(run: Run, params: Any, directory: Path, step: int) -> None:
+    """Write the drafter of a step and where it comes from, in the process that writes."""
     if jax.process_index() == 0:
         save_own(directory, (run.cfg, params, run.own), run.recipe.target, run.trained_for)
+        write_provenance(directory, provenance_of(directory.parent, step))
 
 
 def fit(
@@ -230,7 +232,7 @@ def fit(
             state = saved.restore(start, state)
             bar.update(start)
         else:
-            save_result(run, gather(state.result), out / START)
+            save_result(run, gather(state.result), out / START, 0)
         log = MetricsLog(out, start) if writes else None
         best = best_length(out / "metrics.jsonl") if writes else 0.0
 
@@ -275,7 +277,7 @@ def fit(
                     report("decoded", figures)
                     if figures["decoded_length"] > best:
                         best = figures["decoded_length"]
-                        save_result(run, params, out / BEST)
+                        save_result(run, params, out / BEST, step)
             stopped = any_process(bool(stop))
             if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
@@ -284,5 +286,5 @@ def fit(
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
-    save_result(run, gather(state.result), out / LAST)
+    save_result(run, gather(state.result), out / LAST, total)
     return out / LAST
