@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,11 +16,16 @@ from dspark_jax.checkpoints.provenance import read_provenance, write_card
 from dspark_jax.checkpoints.runs import drafter_directory
 from dspark_jax.cli.command import main
 from dspark_jax.config import TrainConfig
+from dspark_jax.engine.request import Request
 from dspark_jax.evaluation import acceptance, decoded
 from dspark_jax.evaluation.confidence import path_beside
+from dspark_jax.evaluation.prompts import read_prompt_sets
+from dspark_jax.model import load
 from dspark_jax.training.fit import fit
 from dspark_jax.training.run import open_source, start_run
 from tests.tiny_model import few_sizes, write_letters, write_target
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def weights(directory):
@@ -64,45 +70,59 @@ def prompts(tmp_path_factory):
     for name in ("first", "second"):
         lines = "".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(3))
         (folder / f"{name}.jsonl").write_text(lines)
-    return [folder / "first.jsonl", folder / "second.jsonl"]
+    return [str(folder / "first.jsonl"), str(folder / "second.jsonl")]
+
+
+LENGTHS = (1.5, 2.5, 2.0)  # as decoded at the three evaluations
 
 
 @pytest.fixture(scope="module")
-def run(recipe, prompts):
-    """A run that decoded for real, of which the second evaluation was the best."""
-    decode = decoded.decoding(prompts, limit=2, max_new_tokens=12, batch=4)
-    kept = {}
-
-    def ranked(run, params):
-        figures = decode(run, params)
-        kept[len(kept)] = figures
-        return figures | {"decoded_length": (1.5, 2.5, 2.0)[len(kept) - 1]}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acceptance, "config_for", few_sizes)
-        fit(recipe, decode=ranked)
-    return Path(recipe.out), kept
+def run(recipe):
+    """A run whose second evaluation by decoding was the best."""
+    lengths = iter(LENGTHS)
+    fit(recipe, decode=lambda *_: {"decoded_length": next(lengths)})
+    return Path(recipe.out)
 
 
-def test_evaluation_decodes_greedily_and_sampled(run):
-    rows = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+def test_lengths_that_were_decoded_are_in_the_log(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("split") == "decoded"]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    for figures in run[1].values():
-        assert set(figures) == {"decoded_length"} | {
-            f"decoded_length_{kind}{part}"
-            for kind in ("greedy", "sampled")
-            for part in ("", "_first", "_second")
-        }
-        assert all(1 <= length <= 4 for length in figures.values())
-        means = figures["decoded_length_greedy"], figures["decoded_length_sampled"]
-        assert figures["decoded_length"] == pytest.approx(sum(means) / 2, abs=1e-3)
-        parts = (figures[f"decoded_length_greedy_{name}"] for name in ("first", "second"))
-        assert means[0] == pytest.approx(sum(parts) / 2, abs=1e-3)
+    assert [row["decoded_length"] for row in rows] == [*LENGTHS]
+
+
+def test_figures_of_texts_that_were_decoded():
+    def row(temperature, length, name):
+        return {"temperature": temperature, "accepted_length": length, "set": name}
+
+    rows = [row(0.0, 3.0, "a"), row(0.0, 2.0, "b"), row(1.0, 2.0, "a"), row(1.0, 1.0, "b")]
+    means = [row(0.0, 2.5, ""), row(1.0, 1.5, "")]
+    overall = {"decoded_length_greedy": 2.5, "decoded_length_sampled": 1.5, "decoded_length": 2.0}
+    parts = {
+        "decoded_length_greedy_a": 3.0, "decoded_length_greedy_b": 2.0,
+        "decoded_length_sampled_a": 2.0, "decoded_length_sampled_b": 1.0,
+    }  # fmt: skip
+    assert decoded.figures({"rows": rows, "mean": means}) == overall | parts
+    assert decoded.figures({"rows": rows[::2], "mean": means}) == overall
+
+
+@pytest.mark.full
+def test_evaluation_decodes_as_the_benchmark_does(run, recipe, prompts, monkeypatch):
+    """The weights of a step, as those of the drafter that was written of it."""
+    monkeypatch.setattr(acceptance, "config_for", few_sizes)
+    decode = decoded.decoding(prompts, limit=2, max_new_tokens=12, batch=4)
+    going = dataclasses.replace(recipe, init_drafter=str(run))
+    ready = start_run(going, open_source(going))
+    found = decode(ready, jax.device_get(ready.state.params))
+    decoder = load(recipe.target, run).decoder
+    sets, limits = read_prompt_sets(prompts, 2), Request((0,), max_new_tokens=12)
+    report = acceptance.bench_acceptance(decoder, sets, limits, batch=4)
+    assert found == decoded.figures(report)
+    assert all(1 <= length <= 4 for length in found.values())
 
 
 def test_a_run_is_its_best_drafter_and_every_checkpoint_one(run):
-    out, _ = run
+    out = run
     assert drafter_directory(out) == out / "best"
     assert_same(drafter_directory(f"{out}@4"), out / "best")
     assert_same(drafter_directory(f"{out}@6"), out / "drafter")
@@ -127,7 +147,7 @@ def test_a_run_is_its_best_drafter_and_every_checkpoint_one(run):
 
 def test_a_run_that_did_not_decode_is_its_last_drafter(run, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("best", "steps"))
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("best", "steps"))
     assert drafter_directory(out) == out / "drafter"
     shutil.rmtree(out / "drafter")  # not at its end yet
     assert drafter_directory(f"{out}/") == out / "steps" / "6"
@@ -140,12 +160,12 @@ def test_a_run_that_did_not_decode_is_its_last_drafter(run, tmp_path):
 @pytest.mark.parametrize("step", ["5", "last", "-2", "../../x"])
 def test_a_step_that_is_not_there_names_those_that_are(run, step):
     with pytest.raises(ValueError, match=r"no such step; .*checkpoints holds 2, 4, 6$"):
-        drafter_directory(f"{run[0]}@{step}")
+        drafter_directory(f"{run}@{step}")
 
 
 def test_a_damaged_checkpoint_is_one_error(run, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("best", "steps"))
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("best", "steps"))
     for path in (out / "checkpoints" / "4").rglob("*"):
         if path.is_file():
             path.write_bytes(b"nothing")
@@ -155,7 +175,7 @@ def test_a_damaged_checkpoint_is_one_error(run, tmp_path):
 
 
 def test_everything_that_takes_a_drafter_takes_a_run(run, recipe, tmp_path, capsys):
-    out, _ = run
+    out = run
     target = load_target(recipe.target)
     drafter = load_drafter_for(target, f"{out}@4")
     assert (drafter.name, drafter.directory) == ("mine@4", out / "steps" / "4")
@@ -184,7 +204,7 @@ def test_everything_that_takes_a_drafter_takes_a_run(run, recipe, tmp_path, caps
 
 def test_a_run_that_goes_on_remembers_the_best(run, recipe):
     """Its log says how long the best one's drafts were."""
-    out, _ = run
+    out = run
     before = weights(out / "best")
     fit(recipe, decode=lambda *_: {"decoded_length": 9.0})  # at its end: nothing is decoded
     np.testing.assert_array_equal(weights(out / "best")["fc.weight"], before["fc.weight"])

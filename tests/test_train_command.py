@@ -22,6 +22,8 @@ from dspark_jax.files import SaveError
 from dspark_jax.training import fit, needs, run, trackers
 from tests.tiny_model import write_letters, write_target
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 

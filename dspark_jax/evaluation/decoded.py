@@ -68,7 +68,7 @@ def decoding(
         bound = bind_vocab(run.cfg, run.own, run.target_cfg, vocab)
         decoder = with_drafter(plain, (run.cfg, params, bound), vocab)
         report = bench_acceptance(decoder, sets, limits, tuple(KINDS), seed=seed, batch=batch)
-        return _figures(report)
+        return figures(report)
 
     return decode
 
@@ -82,14 +82,14 @@ def _open(recipe: TrainConfig) -> tuple[Decoder, Vocab]:
     return plain, found.params.vocab
 
 
-def _figures(report: dict[str, Any]) -> dict[str, Any]:
-    """The lengths of a report of :func:`bench_acceptance`."""
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """The lengths in a report of ``bench_acceptance`` at both temperatures, as metrics."""
     means = {KINDS[row["temperature"]]: row["accepted_length"] for row in report["mean"]}
-    figures = {"decoded_length": round(statistics.mean(means.values()), 4)}
-    figures |= {f"decoded_length_{kind}": length for kind, length in means.items()}
+    found = {"decoded_length": round(statistics.mean(means.values()), 4)}
+    found |= {f"decoded_length_{kind}": length for kind, length in means.items()}
     rows = report["rows"]
     if len(rows) > len(KINDS):
         for row in rows:
             kind = KINDS[row["temperature"]]
-            figures[f"decoded_length_{kind}_{row['set']}"] = row["accepted_length"]
-    return figures
+            found[f"decoded_length_{kind}_{row['set']}"] = row["accepted_length"]
+    return found
