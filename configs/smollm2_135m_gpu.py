@@ -12,7 +12,7 @@ Command: dspark train configs/smollm2_135m_gpu.py --set data=answers.jsonl
 Without a network: jax for CUDA must be there; bring what else is missing, and the model in parts
     (one after the other if need be), made with
     pip download --no-deps --only-binary=:all: --python-version 3.12 \\
-        --platform manylinux_2_17_x86_64 -d wheels gguf platformdirs tensorboardX
+        --platform manylinux_2_17_x86_64 -d wheels gguf platformdirs
     split -n 2 ~/.cache/dspark-jax/SmolLM2-135M-Instruct.Q4_1.gguf model.
     and there, before the command above with ``--model-parts model.aa model.ab``:
     pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=.:site

@@ -274,11 +274,11 @@ class TrainConfig:
         micro_batches: parts of an update's sequences, computed one after the other, by the target
             as by the drafter: less memory.
         steps: batches; 0 is ``epochs`` passes over the data.
-        epochs: passes over the data, where ``steps`` is 0.
-        learning_rate: of AdamW, after the warm-up.
-        warmup_fraction: of the updates, over which the learning rate rises from 0.
+        epochs: passes over the data, where ``steps`` is 0; parts of one count too.
+        learning_rate: of AdamW, at its height; it rises linearly, then falls along a cosine to 0.
+        warmup_fraction: share of all updates in which it rises.
         weight_decay: of AdamW.
-        clip_norm: the largest norm of a gradient; longer ones are scaled to it.
+        clip_norm: longest gradient of an update; a longer one is cut to it.
         average_decay: of the exponential mean of the weights, which is evaluated and exported
             instead of them; 0 keeps none.
         ce_weight: of the cross-entropy with the answer's tokens, in the loss.
@@ -286,7 +286,7 @@ class TrainConfig:
         soft_weight: of the cross-entropy with the target's law.
         confidence_weight: of the confidence head's loss.
         loss_decay: slots are weighted exp(-(k-1)/loss_decay); 0 is no decay.
-        seed: of weights, batches and anchors.
+        seed: of the first weights, of the order of the data and of the anchors.
         min_loss_tokens: conversations with fewer tokens of an answer are dropped.
         eval_sequences: held-out sequences (the last ones of the file); 0 holds none out.
         eval_every: steps between two evaluations.

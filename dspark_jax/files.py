@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+
+class SaveError(OSError):
+    """What a training has reached could not be written."""
+
+
 # How files begin that are often found in another's place -> what they are, and the remedy.
 FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with `git lfs pull`",

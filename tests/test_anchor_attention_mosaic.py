@@ -15,7 +15,7 @@ from dspark_jax.models.cache import of_sequences
 from dspark_jax.models.drafters.dspark import block_hidden, declare_drafter
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab
-from dspark_jax.training import run
+from dspark_jax.training import programs as compiled
 from dspark_jax.training.optimizer import learning_rate
 from dspark_jax.training.state import Batch, Frozen, TrainState
 from pallas_kernels import dispatch
@@ -188,7 +188,7 @@ def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stan
         kernels="mosaic_gpu", num_anchors=4, block_size=cfg.block_size, max_length=16,
         length_buckets=(16,), tokens_per_batch=8 * 16, data_parallel=2, fsdp=2, tensor_parallel=2,
     )  # fmt: skip
-    programs = run.programs_of(target_cfg, cfg, recipe)
+    programs = compiled.programs_of(target_cfg, cfg, recipe)
     target = abstract_params(declare_target(target_cfg))
     params = abstract_params(declare_drafter(cfg))
     state = TrainState(jnp.int32(0), params, jax.eval_shape(programs.init, params))

@@ -41,6 +41,7 @@ FOUNDATION = {
         "recipe_rules",
         "rendering",
         "rules",
+        "tracing",
     )
 }
 NUMERICS = FOUNDATION | {"dspark_jax.sampling", "pallas_kernels"}
@@ -58,10 +59,12 @@ LAYERS: dict[str, set[str]] = {
     "dspark_jax.recipe_rules": set(),
     "dspark_jax.rendering": {"dspark_jax.characters"},
     "dspark_jax.rules": set(),
+    "dspark_jax.tracing": set(),
     "dspark_jax.sampling": FOUNDATION | {"pallas_kernels"},
     "dspark_jax.checkpoint": FOUNDATION,
     "dspark_jax.models": NUMERICS,
-    "dspark_jax.checkpoints": FOUNDATION | {"dspark_jax.models"},
+    "dspark_jax.checkpoints": FOUNDATION
+    | {f"dspark_jax.{name}" for name in ("__version__", "checkpoint", "models")},
     "dspark_jax.scheduler": NUMERICS,
     "dspark_jax.engine": NUMERICS
     | {f"dspark_jax.{name}" for name in ("__version__", "models", "scheduler")},
@@ -89,11 +92,14 @@ LAYERS: dict[str, set[str]] = {
         f"dspark_jax.{name}" for name in ("__version__", "characters", "engine", "model")
     },
     "dspark_jax.cli": set(PACKAGES),
-    "dspark_jax.cli.arguments": {"dspark_jax.cli.measurements", "dspark_jax.cli.options"},
+    "dspark_jax.cli.arguments": {
+        f"dspark_jax.cli.{name}" for name in ("measurements", "options", "recipes")
+    },
     "dspark_jax.cli.measurements": {"dspark_jax.cli.options"},
     "dspark_jax.cli.options": {
         f"dspark_jax.{name}" for name in ("characters", "prompts", "scheduler.policy")
     },
+    "dspark_jax.cli.recipes": set(),
     "dspark_jax": {"dspark_jax"},  # the package's __init__: names, imported when they are used
 }
 
@@ -121,7 +127,8 @@ CONFINED = {
         "dspark_jax.checkpoints.tokenizer",
     },
 }
-OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "starlette", "uvicorn"}
+TRACKERS = {"mlflow", "tensorboardX", "trackio", "wandb"}
+OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "starlette", "uvicorn"} | TRACKERS
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

@@ -26,6 +26,7 @@ from dspark_jax.cli.measurements import LOAD_POLICIES
 from dspark_jax.config import TrainConfig
 from dspark_jax.engine import generate
 from dspark_jax.engine.reader import Generation
+from dspark_jax.files import SaveError
 from dspark_jax.rendering import Rendering
 from dspark_jax.scheduler.policy import check_name
 from dspark_jax.training import fit
@@ -114,6 +115,13 @@ def test_text_streams_and_ends_with_one_line_of_numbers(dspark, monkeypatch):
 
 
 @pytest.mark.full
+def test_some_rounds_are_traced_on_request(dspark, tmp_path):
+    words = ("--profile", tmp_path, "--profile-count", 2, "--max-new-tokens", 24)
+    code, _, err = dspark("generate", "say it", *words)
+    assert code == 0
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb")), err
+
+
 def test_greedy_text_does_not_depend_on_drafts(dspark):
     rows = []
     for words in ("--drafter none", "--policy none", "--policy fixed:1", "--policy block", ""):
@@ -421,7 +429,7 @@ def test_whatever_renders_prompts_is_told_how(words):
 
 def test_train_runs_the_recipe_with_its_overrides(dspark, write, monkeypatch):
     recipes = []
-    monkeypatch.setattr(fit, "fit", lambda recipe: recipes.append(recipe) or "runs/drafter")
+    monkeypatch.setattr(fit, "fit", lambda recipe, **_: recipes.append(recipe) or "runs/drafter")
     config = write("config.py", CONFIG)
     code, out, err = dspark("train", config, "--set", "seed=3", "--set", "markov_head=rnn")
     assert (code, out, err) == (0, "runs/drafter\n", [])
@@ -456,10 +464,11 @@ def test_a_configuration_that_cannot_be_used_is_refused(dspark, write, tmp_path,
         (KeyboardInterrupt("saved step 3 of 7: run again to go on"), 130, "saved step 3"),
         (FloatingPointError("the loss of step 3\nis not finite"), 1, "step 3 is not finite"),
         (PermissionError(13, "Permission denied", "runs"), 2, "runs: Permission denied"),
+        (SaveError("a checkpoint could not be written to runs"), 3, "could not be written"),
     ],
 )
 def test_training_that_ends_early_says_so(dspark, write, monkeypatch, error, code, expected):
-    def stop(_):
+    def stop(*_, **__):
         raise error
 
     monkeypatch.setattr(fit, "fit", stop)
@@ -490,7 +499,7 @@ def test_help_and_usage_errors_need_no_jax():
         [],
         ["bench"],
         ["nothing"],
-        ["train"],
+        ["train", "--list", "--dry-run"],
         ["bench", "speed"],
         ["bench", "acceptance"],
         ["prepare"],

@@ -21,6 +21,7 @@ from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import fit, losses
 from dspark_jax.training.anchors import sample_lessons
 from dspark_jax.training.growth import check_same_sizes
+from dspark_jax.training.loss_terms import Decay, Loss, soft_cross_entropy
 from dspark_jax.training.teacher import make_teacher
 from tests.tiny_model import SIZES, TARGET, random_params, write_target
 
@@ -59,12 +60,12 @@ class Case:
             params, self.vocab, self.feature_BSFD, self.labels, self.anchor_BA, self.keep_BA,
             self.cfg,
         )  # fmt: skip
-        totals = losses.loss_totals(self.labels, None, DECAY, "chains")
-        loss, metrics = losses.dspark_loss(
-            params, self.vocab, outputs, self.teacher, self.labels, totals, None,
-            ce_weight=0.0, l1_weight=0.0, soft_weight=1.0, decay=DECAY,
-        )  # fmt: skip
-        return loss, (metrics, outputs.hidden_BAGD)
+        loss = Loss(((soft_cross_entropy, 1.0),), slot_weights=Decay(DECAY))
+        totals = losses.loss_totals(self.labels, None, loss.slot_weights, "chains")
+        value, metrics = losses.dspark_loss(
+            params, self.vocab, outputs, self.teacher, self.labels, totals, None, loss=loss
+        )
+        return value, (metrics, outputs.hidden_BAGD)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -165,7 +165,6 @@ def test_the_log_has_what_is_documented(whole):
     assert json.loads((whole / "recipe.json").read_text())["steps"] == STEPS
     assert train[-1]["learning_rate"] < train[3]["learning_rate"]
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert any((whole / "tensorboard").iterdir())
 
 
 def test_the_loss_falls_and_the_accepted_length_rises(whole):
@@ -242,8 +241,7 @@ def test_the_log_drops_repeated_and_torn_lines(tmp_path):
     rows = [{"step": 1, "note": "a\u2028b\x85c"}, {"step": 2}, {"step": 3}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join([*lines, '"text"', '{"step": "2"}', '{"step": 1, "los']))
-    with MetricsLog(tmp_path, 2) as log:
-        log.write(3, loss=1.5)
+    MetricsLog(tmp_path, 2).write(3, loss=1.5)
     assert log_of(tmp_path) == [*rows[:2], {"step": 3, "loss": 1.5}]
 
 

@@ -17,6 +17,7 @@ from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.targets.llama import declare as declare_target
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import anchors, losses, step
+from dspark_jax.training.loss_terms import Decay, Loss
 from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.run import draft_places
 from dspark_jax.training.state import Batch, Frozen, TrainState
@@ -65,7 +66,7 @@ def loss_of(params, frozen, batch, target, anchor_BA, keep_BA):
     outputs = losses.draft_blocks(
         params, frozen.vocab, feature, labels, anchor_BA, keep_BA, DRAFTER
     )
-    totals = losses.loss_totals(labels, frozen.t2d_V, 4.0)
+    totals = losses.loss_totals(labels, frozen.t2d_V, Decay(4.0))
     loss, metrics = losses.dspark_loss(
         params, frozen.vocab, outputs, teacher, labels, totals, frozen.t2d_V
     )
@@ -193,7 +194,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
     random = np.random.default_rng(0)
     shape = labels.label_BAG.shape
     teacher = Teacher(jnp.asarray(random.normal(size=(2, LENGTH, 16)), jnp.float32), None)
-    totals = losses.loss_totals(labels, None, 4.0)
+    totals = losses.loss_totals(labels, None, Decay(4.0))
 
     @jax.jit
     @jax.value_and_grad
@@ -202,7 +203,7 @@ def test_the_confidence_label_carries_no_gradient(params, frozen):
         outputs = losses.BlockOutputs(hidden_BAGD, code, jnp.zeros(shape))
         return losses.dspark_loss(
             params, frozen.vocab, outputs, teacher, labels, totals, None,
-            ce_weight=0, l1_weight=0,
+            loss=Loss(()),
         )[0]  # fmt: skip
 
     hidden = random.normal(size=(*shape, 16)).astype(np.float32)
@@ -237,7 +238,7 @@ def test_reduced_vocabulary_against_the_whole_one(frozen, monkeypatch, elements)
     @jax.jit
     def loss_of_outputs(outputs):
         teacher = make_teacher(frozen.target.vocab, jnp.asarray(hidden_BSD), True)
-        totals = losses.loss_totals(labels, t2d_V, 4.0)
+        totals = losses.loss_totals(labels, t2d_V, Decay(4.0))
         return losses.dspark_loss(headless, vocab, outputs, teacher, labels, totals, t2d_V)
 
     loss, metrics = loss_of_outputs(outputs)
@@ -275,7 +276,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
     label = random.integers(0, TARGET.vocab_size, shape)
     weights = random.random((3, *shape)).astype(np.float32)
     ce_weight, l1_weight, soft_weight = weights
-    slots = losses._Slots(None, teacher, None, label, *weights)
+    slots = losses._Slots(None, teacher, None, label, *weights, None)
     w2_RU = jnp.asarray(params.head.w2_RU)
 
     def plain(w2_RU, hidden, code):
@@ -287,7 +288,7 @@ def test_the_gradient_of_the_chunked_loss_is_that_of_the_plain_one(params, froze
         return (ce_weight * ce + l1_weight * l1 + soft_weight * soft).sum()
 
     def chunked(w2_RU, hidden, code):
-        return 2.0 * losses.head_loss((2, 2), w2_RU, hidden, code, frozen.vocab, None, slots)[0]
+        return 2.0 * losses.head_loss((2, 2), (), w2_RU, hidden, code, frozen.vocab, None, slots)[0]
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(w2_RU, hidden, code)
     found = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(w2_RU, hidden, code)

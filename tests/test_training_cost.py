@@ -21,6 +21,7 @@ from dspark_jax.models.drafters import dspark as drafter_module
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.vocab import Vocab, unembed
 from dspark_jax.training import losses, step
+from dspark_jax.training.loss_terms import Decay
 from dspark_jax.training.optimizer import learning_rate, make_optimizer
 from dspark_jax.training.state import Batch, Frozen
 from dspark_jax.training.teacher import make_teacher
@@ -73,7 +74,7 @@ def straightforward_gradient(params, frozen, blocks, cfg, recipe):
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels.label_BAG)
         accept = jax.lax.stop_gradient(1 - l1 / 2)
         bce = optax.sigmoid_binary_cross_entropy(outputs.confidence_logit_BAG, accept)
-        weight = losses.slot_weights(labels.supervised_BAG, recipe.loss_decay)
+        weight = Decay(recipe.loss_decay)(labels.supervised_BAG)
         total = weight * (recipe.ce_weight * ce + recipe.l1_weight * l1 + bce)
         return total.sum() / (weight.sum() + losses.EPSILON)
 

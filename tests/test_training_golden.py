@@ -15,6 +15,7 @@ from dspark_jax.checkpoints.tensors import write_params
 from dspark_jax.models.drafters.dspark import declare_drafter
 from dspark_jax.models.vocab import unembed
 from dspark_jax.training import anchors, losses
+from dspark_jax.training.loss_terms import Decay, Loss, cross_entropy, l1_distance
 from dspark_jax.training.teacher import make_teacher
 from pallas_kernels import chunks
 from tests.marks import rest_full
@@ -72,10 +73,12 @@ class Case:
         )
 
     def loss(self, params, decay, **weights):
-        totals = losses.loss_totals(self.labels, None, decay)
+        terms = (cross_entropy, weights["ce_weight"]), (l1_distance, weights["l1_weight"])
+        loss = Loss(terms, weights["confidence_weight"], Decay(decay))
+        totals = losses.loss_totals(self.labels, None, loss.slot_weights)
         return losses.dspark_loss(
             params, self.vocab, self._outputs(params), self.teacher, self.labels,
-            totals, None, decay=decay, **weights,
+            totals, None, loss=loss,
         )  # fmt: skip
 
 

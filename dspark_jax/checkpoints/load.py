@@ -29,6 +29,7 @@ from dspark_jax.checkpoints.hf import (
 )
 from dspark_jax.checkpoints.identity import identity_of, trained_for, warn_of_another_target
 from dspark_jax.checkpoints.inside import open_inside, read_inside
+from dspark_jax.checkpoints.runs import drafter_directory
 from dspark_jax.checkpoints.tensors import LoadError, read_json
 from dspark_jax.checkpoints.tokenizer import ids_without_token, load_tokenizer
 from dspark_jax.config import DrafterConfig, TargetConfig
@@ -211,10 +212,11 @@ def load_drafter_for(
     Args:
         target: the target.
         source: ``"default"``, which is the drafter inside the target's checkpoint where there is
-            one; a directory or a hub id, in any dialect; a smaller model with the target's tokens,
-            in any form that :func:`load_target` takes; the name of a drafter without files,
-            ``"lookup"`` or ``"lookup:MIN-MAX"``, ``"lookahead"`` or ``"lookahead:N-W"``, or
-            ``"first:N"`` for the target's first N layers; or one with lookup beside it,
+            one; a directory or a hub id, in any dialect; a run of training, or ``RUN@STEP``; a
+            smaller model with the target's tokens, in any form that :func:`load_target` takes; the
+            name of a drafter without files, ``"lookup"`` or ``"lookup:MIN-MAX"``, ``"lookahead"``
+            or ``"lookahead:N-W"``, or ``"first:N"`` for the target's first N layers; or one with
+            lookup beside it,
             ``"default+lookup"``.
         own_vocab: whether to draft with an embedding and head of the drafter's own, where it has
             them, in place of the target's.
@@ -225,6 +227,7 @@ def load_drafter_for(
     Raises:
         ValueError: the source is not there, broken or not supported, or it does not fit.
     """
+    named, source = source, drafter_directory(source)
     known = without_checkpoint(str(source), target.cfg, target.params)
     if known is not None:
         return Drafter(*known, target.params.vocab, str(source), None)
@@ -250,7 +253,7 @@ def load_drafter_for(
         return leaf if isinstance(leaf, Quantised) else leaf.astype(param.dtype or dtype)
 
     params = quantise_params(declared, map_params(converted, declared, params), weights)
-    name = (directory if str(source) == "default" else Path(source)).resolve().name
+    name = (directory if str(source) == "default" else Path(named)).resolve().name
     if directory == target.source:
         logger.info("the drafter is the one inside %s: %d drafts a round", name, cfg.block_size)
     return Drafter(cfg, params, vocab, name, directory)
@@ -337,7 +340,7 @@ def read_drafter(
     Args:
         target: that it is for; its weights need not be read.
         source: ``"default"``, a directory or a hub id; one of a target is read for the drafter
-            inside.
+            inside, and a run of training for one of its own.
         mesh: as in :func:`load_target`.
 
     Returns:
@@ -352,7 +355,7 @@ def read_drafter(
         if found is None:
             raise LoadError("this installation has no default drafter: name one, or use none")
         source = found
-    directory = model_directory(source)
+    directory = model_directory(drafter_directory(source))
     inside = open_inside(directory)
     if inside is not None:
         cfg, tensors = inside

@@ -20,6 +20,7 @@ from dspark_jax.cli.options import (
     add_policy,
     add_prefix_store,
     add_processes,
+    add_profile,
     add_rendering,
     add_server,
     add_target,
@@ -28,7 +29,9 @@ from dspark_jax.cli.options import (
     plain_text,
     prompt_file,
 )
+from dspark_jax.cli.recipes import settings_help
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 EXAMPLES = """
 examples:
   dspark generate "Why is the sky blue?"
@@ -39,8 +42,8 @@ examples:
   dspark doctor --concurrency 1,8,32
   dspark bench acceptance --prompts math.jsonl --prompts code.jsonl --temperature 0
   dspark prepare prompts.jsonl --out answers.jsonl --temperature 0.7 --mesh data=8 --batch 256
-  dspark cache estimate configs/smollm2_135m_dspark.py
-  dspark train configs/smollm2_135m_dspark.py --set data=answers.jsonl
+  dspark cache estimate smollm2_135m_dspark
+  dspark train smollm2_135m_dspark --set data=answers.jsonl
   dspark export --format speculators --out exported
 """
 
@@ -101,6 +104,7 @@ def _add_generate(commands: Any, summary: str) -> None:
         "may be repeated")  # fmt: skip
     add("--json-schema", metavar="FILE.json", help="every text is JSON that follows this schema")
     add("--batch", type=count, default=1, metavar="N", help="prompts decoded together, unstreamed")
+    add_profile(command, "rounds")
     add("--json", action="store_true", help="print one JSON object a prompt")
 
 
@@ -254,9 +258,29 @@ def _add_train(commands: Any, summary: str) -> None:
     command = add_command(commands, "train", summary)
     command.set_defaults(command="train")
     add = command.add_argument
-    add("config", metavar="CONFIG.py", help="Python file that defines config = TrainConfig(...)")
+    add("config", nargs="?", metavar="RECIPE", help="name of a recipe, or a Python file that "
+        "defines config = TrainConfig(...)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    questions = command.add_mutually_exclusive_group()
+    for word, summary in (
+        ("list", "print the recipes that there are"),
+        ("show", "print the recipe"),
+        ("dry-run", "print steps, blocks, memory and disk, and train nothing"),
+    ):
+        questions.add_argument(f"--{word}", action="store_const", const=f"train {word}",
+            dest="command", default=argparse.SUPPRESS, help=summary)  # fmt: skip
+    add("--prompts", action="append", default=[], metavar="FILE.jsonl", help="to decode at "
+        "every evaluation, greedily and sampled; the drafter that does best is kept; may be "
+        "repeated")  # fmt: skip
+    add("--limit", type=count, metavar="N", help="use the first N prompts of each file")
+    add("--max-new-tokens", type=count, default=64, metavar="N", help="of each (default "
+        "%(default)s)")  # fmt: skip
+    add("--track", choices=TRACKERS, action="append", default=[], help="send metrics there, too; "
+        "may be repeated; each needs the extra of its name")  # fmt: skip
+    add_profile(command, "steps")
     add_processes(command)
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = settings_help()
 
 
 def _add_cache(commands: Any) -> None:
@@ -269,7 +293,7 @@ def _add_cache(commands: Any) -> None:
         command = add_command(verbs, verb, summary)
         command.set_defaults(command=f"cache {verb}")
         add = command.add_argument
-        add("config", metavar="CONFIG.py", help="as for train")
+        add("config", metavar="RECIPE", help="as for train")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
     add("--out", required=True, metavar="DIR", help="where the cache goes")
     add_processes(command)

@@ -1,7 +1,8 @@
 """The ``dspark`` command: one function a subcommand, jax and the models loaded when needed.
 
 Exit codes: 0 success; 1 numbers that are not finite, or a device that fails; 2 wrong input, said in
-one line on stderr; 130 interrupted; 141 nobody reads the output any more.
+one line on stderr; 3 a checkpoint of a training that could not be written; 130 interrupted; 141
+nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -33,13 +34,22 @@ from dspark_jax.cli.given import (
     names_of,
     prompts_of,
     rendering_of,
+    trace_of,
 )
+from dspark_jax.files import SaveError
 
 if TYPE_CHECKING:
     from dspark_jax.engine.reader import Generation
 
 
-UNCOMPILED = ("plan", "replay", "cache estimate", "cache check")  # commands that run no model
+UNCOMPILED = (
+    "plan",
+    "replay",
+    "cache estimate",
+    "cache check",
+    "train list",
+    "train show",
+)  # commands that run no model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench acceptance": measuring.acceptance,
         "prepare": prepare,
         "train": training.train,
+        "train list": training.list_recipes,
+        "train show": training.show_recipe,
+        "train dry-run": training.dry_run,
         "cache estimate": training.cache_estimate,
         "cache write": training.cache_write,
         "cache check": training.cache_check,
@@ -79,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from dspark_jax.model import use_compilation_cache
 
                 use_compilation_cache()
-            if here and hasattr(args, "distributed") and args.command != "train":
+            if here and hasattr(args, "distributed") and "train" not in args.command:
                 from dspark_jax.cli.processes import find_share
 
                 find_share(args)
@@ -94,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dspark_jax.cli.processes import end_at_once
 
             return end_at_once(args, _fail(1, str(error)))
+        except SaveError as error:
+            return _fail(3, str(error))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _fail(2, f"{where}{error.strerror or error}")
@@ -127,7 +142,7 @@ def generate(args: argparse.Namespace) -> int:
     streams = args.batch == 1 and not args.json
     done: list[Generation] = []
     began = time.perf_counter()
-    with model.engine_for(requests, **options) as engine:
+    with model.engine_for(requests, **options) as engine, trace_of(args, engine):
         for result in serve(engine, requests, _show if streams else None):
             done.append(result)
             if args.json:

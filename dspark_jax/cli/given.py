@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dspark_jax.rendering import PLAIN, Rendering, parse_arguments
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from dspark_jax.engine.engine import Engine
     from dspark_jax.engine.grammar import Grammar
     from dspark_jax.engine.request import Request
     from dspark_jax.evaluation.prompts import Prompt
@@ -140,6 +142,16 @@ def kind_of(args: argparse.Namespace) -> dict[str, str]:
 def names_of(model: Model) -> dict[str, str]:
     """The models' names, for reports."""
     return {"target": model.target, "drafter": model.drafter}
+
+
+def trace_of(args: argparse.Namespace, engine: Engine) -> AbstractContextManager[object]:
+    """Have an engine record the rounds that are asked for."""
+    if args.profile is None:
+        return nullcontext()
+    from dspark_jax.tracing import Trace
+
+    engine.trace = Trace(args.profile, args.profile_count)
+    return engine.trace
 
 
 def key_in(path: Path) -> str:

@@ -146,7 +146,8 @@ def add_models(command: argparse.ArgumentParser) -> None:
     add_target(command)
     command.add_argument(
         "--drafter",
-        help="directory or hub id, lookup (no model: what followed the last tokens earlier in the "
+        help="directory or hub id; the directory of a training run, for its best or last drafter, "
+        "or RUN@STEP; lookup (no model: what followed the last tokens earlier in the "
         "text; lookup:1-3 matches 1 to 3 of them), both as default+lookup, first:8 (the target's "
         "own first 8 layers), lookahead (n-grams that the target guesses ahead; lookahead:5-7 are "
         "of 5 tokens in 7 columns), or none (default: the packaged one for the default target, the "
@@ -169,6 +170,14 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         help="of the layers' matrices, target and drafter alike; int8 and fp8 have a scale for "
         "every output (default %(default)s)",
     )
+
+
+def add_profile(command: argparse.ArgumentParser, what: str) -> None:
+    """A trace of what the devices do."""
+    add = command.add_argument
+    add("--profile", metavar="DIR", help=f"trace some {what} there, for XProf or Perfetto")
+    add("--profile-count", type=count, default=10, metavar="N", help="how many (default "
+        "%(default)s), behind the first three")  # fmt: skip
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:

@@ -44,6 +44,7 @@ from dspark_jax.scheduler.policy import make_policy
 from dspark_jax.scheduler.profile import Profile, learnt_profile
 from dspark_jax.scheduler.seconds import Seconds
 from dspark_jax.scheduler.shape import Shape
+from dspark_jax.tracing import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class Engine:
         self._started = self._closed = False
         self._next: Future[None] | None = None
         self._tokens_at_fault = -1
+        self.trace: Trace | None = None  # of some of the rounds, where somebody asks for it
 
     def __enter__(self) -> Engine:
         return self
@@ -278,6 +280,8 @@ class Engine:
     # In the engine's own thread.
 
     def _step(self) -> bool:
+        if self.trace is not None:
+            self.trace.turn()
         self._guarded(self._loop.step)
         return self._loop.busy and not self._closed
 

@@ -2,7 +2,8 @@
 
 What each part does is in ``notebooks/concepts/round.md``.
 
-The functions here are pure; ``programs.py`` jits them with a donated state.
+The functions here are pure; ``programs.py`` jits them with a donated state. Profiles show their
+parts under these five names, by ``jax.named_scope``.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def _anchors(state: DecodeState) -> tuple[jax.Array, jax.Array]:
     return position_B, jnp.take_along_axis(state.token_BS, position_B[:, None], axis=1)[:, 0]
 
 
+@jax.named_scope("draft")
 def draft(
     weights: Weights,
     state: DecodeState,
@@ -241,6 +243,7 @@ def draft(
     return block
 
 
+@jax.named_scope("schedule")
 def rank(
     block: DraftBlock,
     drafted_B: jax.Array,
@@ -292,6 +295,7 @@ def rank(
     return jnp.where(wanted_BG, jnp.maximum(survival_BG, jnp.finfo(jnp.float32).tiny), 0)
 
 
+@jax.named_scope("schedule")
 def plan_lengths(
     block: DraftBlock, survival_BG: jax.Array, state: DecodeState, num_rows: int
 ) -> jax.Array:

@@ -48,6 +48,7 @@ def flat_rows(token_BC: jax.Array, position_B: jax.Array, plan: VerifyPlan) -> R
     return Rows(token_T, plan.slot_T, position_B[slot_T] + plan.column_T)
 
 
+@jax.named_scope("verify")
 def read_rows(
     weights: Weights,
     state: DecodeState,
@@ -114,6 +115,7 @@ def _extend(
     return hidden_TD, feature_TFD if reads == "streams" else hidden_TD[:, None], cache
 
 
+@jax.named_scope("commit")
 def observe_rows(
     weights: Weights,
     state: DecodeState,

@@ -59,6 +59,7 @@ def draft_tokens(
     )
 
 
+@jax.named_scope("verify")
 def shape_law(
     state: DecodeState,
     given: RoundInput,
@@ -88,6 +89,7 @@ def shape_law(
     return shaped_TV
 
 
+@jax.named_scope("accept")
 def accept(
     weights: Weights,
     state: DecodeState,

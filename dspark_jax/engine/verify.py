@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.accept_block.rule import VerifyPlan
 
 
+@jax.named_scope("schedule")
 def plan_rows(
     length_B: jax.Array, active_B: jax.Array, num_rows: int, num_columns: int
 ) -> VerifyPlan:
@@ -36,6 +37,7 @@ def plan_rows(
     return VerifyPlan(slot_T, column_T, jnp.minimum(row_BC, num_rows - 1), length_B)
 
 
+@jax.named_scope("accept")
 def truncate_at_stop(
     draft_token_BG: jax.Array, accepted_B: jax.Array, next_B: jax.Array, stop_id_BK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,6 +66,7 @@ def truncate_at_stop(
     return accepted_B, count_B, by_draft_B | by_next_B
 
 
+@jax.named_scope("commit")
 def commit_tokens(
     token_BS: jax.Array,
     length_B: jax.Array,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.checkpoints.load import default_drafter_directory
+from dspark_jax.checkpoints.runs import drafter_directory
 from dspark_jax.engine.request import Request
 from dspark_jax.evaluation.prompts import Prompt
 from dspark_jax.evaluation.rounds import RecordedRequest, record_rounds
@@ -199,14 +200,15 @@ def path_beside(drafter: str, target: str) -> Path:
     """The file beside a drafter.
 
     Args:
-        drafter: ``"default"``, or a directory.
+        drafter: ``"default"``, a directory, or a run of training.
         target: of the drafter, as ``load_target`` takes it.
 
     Raises:
         ValueError: it is no directory, or one that cannot be written.
     """
-    default = drafter == "default"
-    directory = default_drafter_directory(target) if default else Path(drafter)
+    directory: Path | None = Path(drafter_directory(drafter))
+    if drafter == "default":
+        directory = default_drafter_directory(target)
     if directory is None or not directory.is_dir() or not os.access(directory, os.W_OK):
         raise ValueError(
             f"drafter {drafter} is no directory that can be written: say where the tables go, with "

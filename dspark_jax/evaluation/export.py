@@ -25,6 +25,7 @@ from dspark_jax.checkpoints.deepspec import bind_vocab
 from dspark_jax.checkpoints.export import save_layout
 from dspark_jax.checkpoints.identity import trained_for
 from dspark_jax.checkpoints.load import Target, load_target, read_drafter
+from dspark_jax.checkpoints.provenance import read_provenance, write_card, write_provenance
 from dspark_jax.checkpoints.template import check_rendering
 from dspark_jax.checkpoints.tokenizer import chat_prompt_ids
 from dspark_jax.config import DrafterConfig, TargetConfig
@@ -35,6 +36,7 @@ from dspark_jax.models.vocab import Vocab
 from dspark_jax.rendering import PLAIN, Rendering
 from dspark_jax.training.anchors import sample_lessons
 from dspark_jax.training.data import TokenSequence, make_batch
+from dspark_jax.training.loss_terms import Loss, l1_distance
 from dspark_jax.training.losses import draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.state import Batch, Frozen
 from dspark_jax.training.step import read_target
@@ -75,7 +77,7 @@ def write_drafter(
     mesh: Mesh | None = None,
     rendering: Rendering = PLAIN,
 ) -> Path:
-    """Write a drafter's checkpoint in a layout, in the dtype of its own file.
+    """Write a drafter's checkpoint in a layout, in the dtype of its own file, with a model card.
 
     Args:
         target: what ``load_target`` takes; its embedding and head are written where the layout
@@ -123,6 +125,10 @@ def write_drafter(
         cfg, params, own, _ = read_drafter(loaded, written, mesh)
         vocab = bind_vocab(cfg, own, loaded.cfg, loaded.params.vocab, own_vocab=own_vocab)
         check_same(before_G, acceptance(loaded, cfg, params, vocab, batch), layout)
+        provenance, record = read_provenance(directory), trained_for(directory)
+        if provenance:
+            write_provenance(written, provenance)
+        write_card(written, provenance, record, layout, before_G.tolist())
         written.rename(out)
     logger.info("acceptance at position 1 is %.4f, before and after", before_G[0])
     return out
@@ -204,11 +210,9 @@ def _acceptance(
     sizes, lessons = (NUM_ANCHORS, cfg.block_size), drafter_of(cfg).lessons
     anchor_BA, keep_BA, labels = sample_lessons(*given, sizes, lessons)
     outputs = draft_blocks(params, vocab, feature_BSFD, labels, anchor_BA, keep_BA, cfg)
-    totals = loss_totals(labels, None, 0.0)
-    _, metrics = dspark_loss(
-        params, vocab, outputs, teacher, labels, totals, None,
-        ce_weight=0.0, confidence_weight=0.0,
-    )  # fmt: skip
+    loss = Loss(((l1_distance, 1.0),), confidence=0.0)
+    totals = loss_totals(labels, None, loss.slot_weights)
+    _, metrics = dspark_loss(params, vocab, outputs, teacher, labels, totals, None, loss=loss)
     return metrics["accept_rate_G"]
 
 

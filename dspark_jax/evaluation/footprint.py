@@ -22,6 +22,7 @@ from dspark_jax.checkpoints.gguf import gguf_config, is_gguf, open_gguf
 from dspark_jax.checkpoints.hf import CONFIG_FILE, model_directory, open_hf_target, target_config
 from dspark_jax.checkpoints.inside import open_inside
 from dspark_jax.checkpoints.load import is_model
+from dspark_jax.checkpoints.runs import drafter_directory
 from dspark_jax.checkpoints.tensors import LoadError, Tensors, declare_stored, read_json
 from dspark_jax.config import TargetConfig
 from dspark_jax.drafting import AnyDrafterConfig
@@ -86,7 +87,7 @@ def open_models(target: str, drafter: str = "none", *, own_vocab: bool = False) 
         draft_cfg, tensors = inside
         drafts = _as_stored(drafter_of(draft_cfg).declare_drafter(draft_cfg), tensors)
         return Models(cfg, draft_cfg, (held, drafts), (name, name))
-    path = default_drafter_path() if drafter == "default" else drafter
+    path = default_drafter_path() if drafter == "default" else drafter_directory(drafter)
     if path is None:
         raise LoadError("this installation has no default drafter: name one, or use none")
     if drafter != "default" and is_model(path):

@@ -13,14 +13,15 @@ from dspark_jax.training.records import read_metrics
 
 PANELS = (
     ("loss", "loss"),
-    ("accepted_length", "expected accepted length"),
+    ("accepted_length", "accepted length: expected at temperature 1, and decoded"),
     ("accept_rate", "acceptance by position"),
     ("confidence_abs_error", "confidence, absolute error"),
 )
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Losses and acceptance over the steps, training and held-out; written atomically.
+    """Losses and acceptance over the steps, training and held-out, and lengths that were decoded;
+    written atomically.
 
     Args:
         metrics: the log of a run.
@@ -29,11 +30,14 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     rows = read_metrics(metrics)
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for held_out, style in ((False, "-"), (True, "o--")):
-            seen = [row for row in rows if ("split" in row) == held_out and key in row]
-            for label, values in _lines(seen, key):
-                name = f"held-out{label}" if held_out else f"training{label}"
-                axes.plot([row["step"] for row in seen], values, style, ms=3, label=name)
+        drawn = [("training", key, "-"), ("held-out", key, "o--")]
+        if key == "accepted_length":
+            drawn += [("decoded", f"decoded_length_{kind}", "s:") for kind in ("greedy", "sampled")]
+        for split, name, style in drawn:
+            seen = [row for row in rows if row.get("split", "training") == split and name in row]
+            for label, values in _lines(seen, name):
+                label = name.replace("_length", "") if split == "decoded" else f"{split}{label}"
+                axes.plot([row["step"] for row in seen], values, style, ms=3, label=label)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines:

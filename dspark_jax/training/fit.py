@@ -6,27 +6,36 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from dspark_jax.axes import gather, place
 from dspark_jax.checkpoint import Checkpoints
 from dspark_jax.checkpoints.export import save_own
+from dspark_jax.checkpoints.provenance import RECIPE, provenance_of, write_provenance
+from dspark_jax.checkpoints.runs import BEST, CHECKPOINTS, LAST, START
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import write_atomically
 from dspark_jax.progress import progress
+from dspark_jax.tracing import Trace
 from dspark_jax.training import data
 from dspark_jax.training.curves import draw_curves
 from dspark_jax.training.features import bounded_batches, cache_spec, target_reader
+from dspark_jax.training.loss_terms import Loss
+from dspark_jax.training.needs import check_room, disk_bytes, tree_bytes
+from dspark_jax.training.optimizer import Optimizer
 from dspark_jax.training.records import (
     MetricsLog,
+    Report,
+    best_length,
     check_finite,
     check_same_recipe,
     mean_metrics,
@@ -36,6 +45,10 @@ from dspark_jax.training.records import (
 from dspark_jax.training.run import Run, check_kernels, open_source, start_run
 from dspark_jax.training.state import Batch, TrainState
 from dspark_jax.training.utilisation import peak_flops, step_flops
+
+Callback = Callable[[Report], None]
+# A run and its weights, whole and float32 -> figures, ``decoded_length`` among them.
+Decode = Callable[[Run, Any], dict[str, Any]]
 
 
 @contextmanager
@@ -149,13 +162,40 @@ class Meter:
         return speed
 
 
-def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
+def save_result(run: Run, params: Any, directory: Path, step: int) -> None:
+    """Write the drafter of a step and where it comes from, in the process that writes."""
+    if jax.process_index() == 0:
+        save_own(directory, (run.cfg, params, run.own), run.recipe.target, run.trained_for)
+        write_provenance(directory, provenance_of(directory.parent, step))
+
+
+def fit(
+    recipe: TrainConfig,
+    run: Run | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: optax.Schedule | None = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callback] = (),
+    decode: Decode | None = None,
+    trace: Trace | None = None,
+) -> Path:
     """Train a drafter, or go on where an interrupted run stopped.
 
     Args:
         recipe: what to train, and on what.
-        run: of ``dspark_jax.training.run.start_run`` for this recipe, whose state is used up;
-            None makes it ready here.
+        run: of :func:`~dspark_jax.training.run.start_run` for this recipe and with the same
+            optimizer, schedule and loss, whose state is used up; None makes it ready here.
+        optimizer: makes an optax transformation of a schedule, as ``optax.lion`` does, in the place
+            of AdamW. The recipe's clip of the gradient stays in front of it.
+        schedule: learning rate by the number of the update, in the place of the recipe's.
+        loss: in the place of the recipe's; its weights of terms are not read then.
+        callbacks: functions of a :class:`~dspark_jax.training.records.Report`, called in this order
+            with every line of ``metrics.jsonl``, in the process that writes it. What one raises
+            ends the training.
+        decode: asked at every evaluation, as :func:`~dspark_jax.evaluation.decoded.decoding` makes
+            it; the drafter of the largest ``decoded_length`` is kept in ``out/best``.
+        trace: records some of the steps.
 
     Returns:
         The directory of the exported drafter, ``out/drafter``.
@@ -163,6 +203,7 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        SaveError: a checkpoint could not be written; said at the step behind it.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
 
     Source: section 3.3 of the paper; ``notebooks/concepts/training.md``.
@@ -177,27 +218,45 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
         raise ValueError(f"out {out} is a file: name a directory")
     check_kernels(recipe)
     ready = open_source(recipe) if run is None else run
-    record = recipe_record(recipe)
-    check_same_recipe(out / "recipe.json", record)
-    run = ready if isinstance(ready, Run) else start_run(recipe, ready)
+    record = recipe_record(recipe, optimizer, schedule, loss)
+    check_same_recipe(out / RECIPE, record)
+    if not isinstance(ready, Run):
+        ready = start_run(recipe, ready, optimizer=optimizer, schedule=schedule, loss=loss)
+    run = ready
     state, total = run.state, run.total
+    check_room(recipe, tree_bytes(state), disk_bytes(recipe, state))
     # Every process takes every step; one of them writes, and the checkpoints are everybody's.
     writes = jax.process_index() == 0
     if writes:
-        write_atomically(out / "recipe.json", json.dumps(record, indent=2) + "\n")
+        write_atomically(out / RECIPE, json.dumps(record, indent=2) + "\n")
     with (
-        Checkpoints(out / "checkpoints", recipe.keep_checkpoints) as saved,
+        Checkpoints(out / CHECKPOINTS, recipe.keep_checkpoints) as saved,
         stop_on_signals() as stop,
-        MetricsLog(out, saved.latest or 0) if writes else nullcontext() as log,
         progress(total=total, unit="step", desc="train", disable=not writes) as bar,
     ):
         start = saved.latest or 0
         if start:
             state = saved.restore(start, state)
             bar.update(start)
+        else:
+            save_result(run, gather(state.result), out / START, 0)
+        log = MetricsLog(out, start) if writes else None
+        best = best_length(out / "metrics.jsonl") if writes else 0.0
+
+        def report(split: str, values: dict[str, Any]) -> None:
+            if log is None:
+                return
+            part = {} if split == "training" else {"split": split}
+            log.write(step, **part, **values)
+            for callback in callbacks:
+                callback(Report(recipe, step, split, values, state.result))
+
         batches = batches_of(run, start)
         meter = Meter(run)
         for step in range(start + 1, total + 1):
+            saved.check()
+            if trace is not None:
+                trace.turn()
             batch = next(batches)
             state, metrics = run.programs.step(
                 state, run.frozen, place(batch, run.programs.sequences), run.rate
@@ -211,23 +270,28 @@ def fit(recipe: TrainConfig, run: Run | None = None) -> Path:
             bar.update()
             bar.set_postfix(
                 loss=values["loss"],
-                length=values["accepted_length"],
+                expected_length=values["accepted_length"],
                 blocks_s=values["blocks_per_s"],
             )
-            if log is not None and (step % recipe.log_every == 0 or step == total):
-                log.write(step, **values)
+            if step % recipe.log_every == 0 or step == total:
+                report("training", values)
             if run.held_out and (step % recipe.eval_every == 0 or step == total):
-                held_out = evaluate(run, state, remedy)
-                if log is not None:
-                    log.write(step, split="held-out", **held_out)
+                report("held-out", evaluate(run, state, remedy))
+            if decode is not None and (step % recipe.eval_every == 0 or step == total):
+                params = gather(state.result)
+                if writes:
+                    figures = decode(run, params)
+                    report("decoded", figures)
+                    if figures["decoded_length"] > best:
+                        best = figures["decoded_length"]
+                        save_result(run, params, out / BEST, step)
             stopped = any_process(bool(stop))
             if step % recipe.checkpoint_every == 0 or step == total or stopped:
                 saved.save(step, state)
             if stopped and step < total:
+                saved.wait()
                 raise KeyboardInterrupt(f"saved step {step} of {total}: run again to go on")
-    params = gather(state.result)
     if writes:
         draw_curves(out / "metrics.jsonl", out / "curves.png")
-        drafter = run.cfg, params, run.own
-        save_own(out / "drafter", drafter, recipe.target, run.trained_for)
-    return out / "drafter"
+    save_result(run, gather(state.result), out / LAST, total)
+    return out / LAST

@@ -2,8 +2,9 @@
 
     loss = 0.1 CE + 0.9 |p^d - p^t|_1 + 1.0 BCE(c_k, 1 - |p^d - p^t|_1 / 2)
 
-Each term is a weighted mean over the supervised slots of the whole batch. Divergences are computed
-in float32: in bfloat16 the gradient of the total variation cancels.
+unless another :class:`~dspark_jax.training.loss_terms.Loss` is given. Each term is a weighted mean
+over the supervised slots of the whole batch. Divergences are computed in float32: in bfloat16 the
+gradient of the total variation cancels.
 
 The distributions of a batch's slots would be far larger than everything else, so they exist for a
 few blocks at a time: :func:`head_loss` goes through the blocks in chunks and takes the gradient of
@@ -19,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
 from dspark_jax.config import DrafterConfig
@@ -28,6 +28,17 @@ from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.layers import matmul
 from dspark_jax.models.vocab import Vocab, lm_head, unembed
 from dspark_jax.training.anchors import BlockLabels
+from dspark_jax.training.loss_terms import (
+    DSPARK,
+    Loss,
+    SlotWeights,
+    WeightedTerms,
+    confidence_metrics,
+    cross_entropy,
+    l1_distance,
+    metric_name,
+    soft_cross_entropy,
+)
 from dspark_jax.training.teacher import Teacher
 from pallas_kernels.chunks import chunk_sizes, join_chunks, split_chunks
 
@@ -43,14 +54,17 @@ class LossTerms:
     Attributes:
         ce, soft: float32, weighted sums of cross-entropies with the labels, and with the target's
             distributions.
+        others: float32, weighted sums of the terms that jax differentiates, in their order.
         l1_BAG: float32 ``|p^d - p^t|_1`` of every slot.
     """
 
     ce: jax.Array
     soft: jax.Array
+    others: tuple[jax.Array, ...]
     l1_BAG: jax.Array
 
 
+@jax.named_scope("draft")
 def draft_blocks(
     drafter: Any,
     vocab: Vocab,
@@ -92,11 +106,13 @@ class _Slots:
     ce_weight_BAG: jax.Array
     l1_weight_BAG: jax.Array
     soft_weight_BAG: Any
+    other_weight_BAG: Any
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def head_loss(
     count_size: tuple[int, int],
+    others: WeightedTerms,
     w2_RU: jax.Array | None,
     hidden_BAGD: jax.Array,
     code_BAGR: jax.Array | None,
@@ -105,10 +121,11 @@ def head_loss(
     slots: _Slots,
 ) -> tuple[jax.Array, LossTerms]:
     """The sum over all slots of ``ce_weight * CE + l1_weight * |p^d - p^t|_1 + soft_weight * CE``
-    with the target's distribution.
+    with the target's distribution, and of ``other_weight`` times the other terms.
 
     Args:
         count_size: how many chunks of how many anchors.
+        others: terms that jax differentiates, with their weights.
         w2_RU, hidden_BAGD, code_BAGR: what the logits are made of; the gradient is theirs.
         vocab: the drafter's LM head, which for a reduced vocabulary is a part of the target's.
         law_TU: of :func:`spell_out`, or None.
@@ -118,16 +135,16 @@ def head_loss(
         The loss, float32, and its terms, which carry no gradient.
     """
     arguments = w2_RU, hidden_BAGD, code_BAGR, vocab, law_TU, slots
-    loss, terms, _ = _scan_chunks(False, count_size, *arguments)
+    loss, terms, _ = _scan_chunks(False, count_size, others, *arguments)
     return loss, terms
 
 
-def _head_loss_forward(count_size: tuple[int, int], *arguments: Any) -> Any:
-    loss, terms, gradients = _scan_chunks(True, count_size, *arguments)
+def _head_loss_forward(count_size: tuple[int, int], others: WeightedTerms, *arguments: Any) -> Any:
+    loss, terms, gradients = _scan_chunks(True, count_size, others, *arguments)
     return (loss, terms), (gradients, arguments[3:])
 
 
-def _head_loss_backward(_: tuple[int, int], kept: Any, cotangent: Any) -> Any:
+def _head_loss_backward(_: Any, __: Any, kept: Any, cotangent: Any) -> Any:
     gradients, fixed = kept
     scaled = jax.tree.map(lambda x: (cotangent[0] * x).astype(x.dtype), gradients)
     return *scaled, *jax.tree.map(lambda _: None, fixed)
@@ -139,6 +156,7 @@ head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 def _scan_chunks(
     with_gradient: bool,
     count_size: tuple[int, int],
+    others: WeightedTerms,
     w2_RU: Any,
     hidden_BAGD: jax.Array,
     code_BAGR: Any,
@@ -151,12 +169,13 @@ def _scan_chunks(
     parts = jax.tree.map(lambda x: split_chunks(x, *count_size), (hidden_BAGD, code_BAGR, slots))
 
     def step(carry: Any, part: Any) -> Any:
-        loss, ce, soft, w2_gradient = carry
+        loss, ce, soft, more, w2_gradient = carry
         hidden, code, some = part
         base = unembed(vocab, hidden)
         logits = draft_logits(base, w2_RU, code)
-        sums, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some)
-        carry = (loss + sums[0], ce + sums[1], soft + sums[2], w2_gradient)
+        sums, l1, logit_gradient = _chunk_loss(logits, vocab, law_TU, some, others)
+        more = jax.tree.map(jnp.add, more, sums[3])
+        carry = (loss + sums[0], ce + sums[1], soft + sums[2], more, w2_gradient)
         if not with_gradient:
             return carry, (l1, None)
         slope = logit_gradient.astype(hidden.dtype)
@@ -168,24 +187,24 @@ def _scan_chunks(
             code_gradient = matmul(slope, w2_RU.T)
             code_XR, slope_XU = (x.reshape(-1, x.shape[-1]) for x in (code, slope))
             w2_gradient += jnp.matmul(code_XR.T, slope_XU, preferred_element_type=jnp.float32)
-        return (*carry[:3], w2_gradient), (l1, (hidden_gradient, code_gradient))
+        return (*carry[:4], w2_gradient), (l1, (hidden_gradient, code_gradient))
 
     zero = jnp.zeros(())
     w2_zero = jnp.zeros(w2_RU.shape) if with_gradient and w2_RU is not None else None
-    carry = zero, zero, zero, w2_zero
-    (loss, ce, soft, w2_gradient), (l1, rest) = jax.lax.scan(step, carry, parts)
+    carry = zero, zero, zero, (zero,) * len(others), w2_zero
+    (loss, ce, soft, more, w2_gradient), (l1, rest) = jax.lax.scan(step, carry, parts)
     l1, rest = jax.tree.map(lambda x: join_chunks(x, anchors), (l1, rest))
     if not with_gradient:
-        return loss, LossTerms(ce, soft, l1), None
+        return loss, LossTerms(ce, soft, more, l1), None
     w2_gradient = jax.tree.map(lambda x: x.astype(w2_RU.dtype), w2_gradient)
-    return loss, LossTerms(ce, soft, l1), (w2_gradient, *rest)
+    return loss, LossTerms(ce, soft, more, l1), (w2_gradient, *rest)
 
 
 def _chunk_loss(
-    logits_XU: jax.Array, vocab: Vocab, law_TU: Any, slots: _Slots
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array]:
-    """Sums of the loss and of both cross-entropies, l1 of every slot, and the loss's gradient by
-    the logits.
+    logits_XU: jax.Array, vocab: Vocab, law_TU: Any, slots: _Slots, others: WeightedTerms
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, Any], jax.Array, jax.Array]:
+    """Sums of the loss, of both cross-entropies and of the other terms, l1 of every slot, and the
+    loss's gradient by the logits.
 
     With p the draft's law, t the target's, y the label and s = sign(p - t),
 
@@ -225,7 +244,18 @@ def _chunk_loss(
         soft = (slots.soft_weight_BAG * soft_X).sum()
         slope_XU = prob_XU * mass_X[..., None] - law_XU
         gradient_XU += slots.soft_weight_BAG[..., None] * slope_XU
-    return (loss + soft, ce, soft), l1_X, gradient_XU
+    sums: tuple[jax.Array, ...] = ()
+    if others:
+
+        def value(logits_XU: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            each = [term(logits_XU, law_XU, slots.label_BAG) for term, _ in others]
+            sums = tuple((slots.other_weight_BAG * values_X).sum() for values_X in each)
+            weighted = [weight * part for (_, weight), part in zip(others, sums, strict=True)]
+            return jnp.stack(weighted).sum(), sums
+
+        (more, sums), slope_XU = jax.value_and_grad(value, has_aux=True)(logits_XU)
+        loss, gradient_XU = loss + more, gradient_XU + slope_XU
+    return (loss + soft, ce, soft, sums), l1_X, gradient_XU
 
 
 def _target_law(vocab: Vocab, law_TU: Any, slots: _Slots) -> jax.Array:
@@ -236,14 +266,6 @@ def _target_law(vocab: Vocab, law_TU: Any, slots: _Slots) -> jax.Array:
     if slots.log_norm_BAG is None:
         return jax.nn.softmax(logits_XU, axis=-1)
     return jnp.exp(logits_XU - slots.log_norm_BAG[..., None])
-
-
-def slot_weights(supervised_BAG: jax.Array, decay: float) -> jax.Array:
-    """``exp(-(k-1)/decay)`` for supervised slots, 0 elsewhere; ``decay`` 0 is no decay."""
-    if not decay:
-        return supervised_BAG.astype(jnp.float32)
-    slot_G = jnp.arange(supervised_BAG.shape[-1], dtype=jnp.float32)
-    return supervised_BAG * jnp.exp(-slot_G / decay)
 
 
 def ce_slot_weights(weight_BAG: jax.Array, labels: BlockLabels, t2d_V: Any) -> jax.Array:
@@ -271,11 +293,11 @@ class LossTotals:
 
 
 def loss_totals(
-    labels: BlockLabels, t2d_V: Any, decay: float, lessons: Lessons = "blocks"
+    labels: BlockLabels, t2d_V: Any, slot_weights: SlotWeights, lessons: Lessons = "blocks"
 ) -> LossTotals:
     """The totals of a batch; arguments as in :func:`dspark_loss`. The terms of chains are divided
     by the number of anchors, dummies included, as the reference does."""
-    weight_BAG = slot_weights(labels.supervised_BAG, decay)
+    weight_BAG = slot_weights(labels.supervised_BAG)
     ce, slot = ce_slot_weights(weight_BAG, labels, t2d_V).sum(), weight_BAG.sum()
     if lessons == "chains":
         ce = slot = jnp.float32(labels.supervised_BAG[..., 0].size)
@@ -287,31 +309,7 @@ def loss_totals(
     )
 
 
-def confidence_metrics(
-    logit_BAG: jax.Array, accept_BAG: jax.Array, weight_BAG: jax.Array
-) -> dict[str, jax.Array]:
-    """The confidence head's loss, ``confidence``, and its errors.
-
-    ``confidence_abs_error`` and ``confidence_bias`` are those of ``c_k`` against the acceptance
-    rate, ``survival_abs_error`` and ``survival_bias`` those of their running products.
-
-    Args:
-        logit_BAG: of ``c_k``, float32.
-        accept_BAG: acceptance rates, which carry no gradient.
-        weight_BAG: of the slots, with a sum of 1 over the whole batch.
-    """
-    bce_BAG = optax.sigmoid_binary_cross_entropy(logit_BAG, accept_BAG)
-    metrics = {"confidence": (weight_BAG * bce_BAG).sum()}
-    confidence_BAG = jax.nn.sigmoid(logit_BAG)
-    for name, error_BAG in (
-        ("confidence", confidence_BAG - accept_BAG),
-        ("survival", jnp.cumprod(confidence_BAG, -1) - jnp.cumprod(accept_BAG, -1)),
-    ):
-        metrics[f"{name}_abs_error"] = (weight_BAG * jnp.abs(error_BAG)).sum()
-        metrics[f"{name}_bias"] = (weight_BAG * error_BAG).sum()
-    return metrics
-
-
+@jax.named_scope("loss")
 def dspark_loss(
     drafter: Any,
     vocab: Vocab,
@@ -321,12 +319,8 @@ def dspark_loss(
     totals: LossTotals,
     t2d_V: jax.Array | None,
     *,
+    loss: Loss = DSPARK,
     law_TU: jax.Array | None = None,
-    ce_weight: float = 0.1,
-    l1_weight: float = 0.9,
-    soft_weight: float = 0.0,
-    confidence_weight: float = 1.0,
-    decay: float = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of a batch, or a micro-batch's share of them.
 
@@ -339,19 +333,18 @@ def dspark_loss(
         totals: of the whole batch.
         t2d_V: int32 place of every token in the draft vocabulary, -1 outside it; None where the
             draft vocabulary is all of V.
+        loss: what is summed.
         law_TU: of :func:`spell_out`, with its teacher.
-        ce_weight, l1_weight, confidence_weight: of the three terms.
-        soft_weight: of a fourth one, the cross-entropy with the target's distribution.
-        decay: see :func:`slot_weights`.
 
     Returns:
         The loss (float32 scalar) and its parts and metrics; those ending in ``_G`` are per slot.
         All of them add up over micro-batches.
     """
     # Weights that make every weighted sum a share of the batch's weighted mean.
-    weight_BAG = slot_weights(labels.supervised_BAG, decay)
+    weight_BAG = loss.slot_weights(labels.supervised_BAG)
     ce_BAG = ce_slot_weights(weight_BAG, labels, t2d_V) / (totals.ce + EPSILON)
     weight_BAG = weight_BAG / (totals.slot + EPSILON)
+    ce_weight, soft_weight = loss.weight(cross_entropy), loss.weight(soft_cross_entropy)
     at_slots = jax.vmap(lambda x_SX, position_AG: x_SX[position_AG])  # of its own sequence
     seen = jax.tree.map(lambda x: at_slots(x, labels.position_BAG), teacher)
     slots = _Slots(
@@ -360,26 +353,28 @@ def dspark_loss(
         log_norm_BAG=seen.log_norm_BS,
         label_BAG=labels.label_BAG if t2d_V is None else t2d_V[labels.label_BAG],
         ce_weight_BAG=ce_weight * ce_BAG,
-        l1_weight_BAG=l1_weight * weight_BAG,
+        l1_weight_BAG=loss.weight(l1_distance) * weight_BAG,
         soft_weight_BAG=soft_weight * weight_BAG if soft_weight else None,
+        other_weight_BAG=weight_BAG if loss.differentiated else None,
     )
     batch, anchors, block = labels.label_BAG.shape
     limit = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else None
     chunks = chunk_sizes(anchors, batch * block * lm_head(vocab).shape[0], limit)
     w2_RU = None if drafter.head is None else drafter.head.w2_RU
-    loss, terms = head_loss(
-        chunks, w2_RU, outputs.hidden_BAGD, outputs.code_BAGR, vocab, law_TU, slots
-    )
+    others, given = loss.differentiated, (outputs.hidden_BAGD, outputs.code_BAGR)
+    value, terms = head_loss(chunks, others, w2_RU, *given, vocab, law_TU, slots)
     metrics = {"l1": (weight_BAG * terms.l1_BAG).sum()}
     if ce_weight:
         metrics["ce"] = terms.ce / ce_weight
     if soft_weight:
         metrics["soft_ce"] = terms.soft / soft_weight
+    for (term, _), each in zip(others, terms.others, strict=True):
+        metrics[metric_name(term)] = each
 
     accept_BAG = jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * terms.l1_BAG, 0.0, 1.0))
-    if confidence_weight and outputs.confidence_logit_BAG is not None:
+    if loss.confidence and outputs.confidence_logit_BAG is not None:
         metrics |= confidence_metrics(outputs.confidence_logit_BAG, accept_BAG, weight_BAG)
-        loss += confidence_weight * metrics["confidence"]
+        value += loss.confidence * metrics["confidence"]
 
     supervised = labels.supervised_BAG.astype(jnp.float32)
     survival_BAG = jnp.cumprod(accept_BAG * supervised, axis=-1)
@@ -388,5 +383,5 @@ def dspark_loss(
     blocks = labels.supervised_BAG[..., 0].sum()
     metrics["accepted_length"] = (blocks + survival_BAG.sum()) / jnp.maximum(totals.blocks, 1)
     metrics["blocks"] = blocks
-    metrics["loss"] = loss
-    return loss, metrics
+    metrics["loss"] = value
+    return value, metrics

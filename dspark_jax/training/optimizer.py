@@ -1,8 +1,9 @@
-"""AdamW and its learning rate (``notebooks/concepts/training.md``)."""
+"""AdamW and its learning rate (``notebooks/concepts/training.md``), or others in their places."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ import optax
 from flax import struct
 
 from dspark_jax.config import TrainConfig
+
+# A schedule of the learning rate -> a transformation of gradients, as ``optax.lion`` is.
+Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 @struct.dataclass
@@ -50,9 +54,39 @@ def learning_rate(recipe: TrainConfig, total_steps: int) -> LearningRate:
     return LearningRate(*map(np.float32, numbers))
 
 
-def make_optimizer(recipe: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm; its state does not depend on ``rate``."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(rate, weight_decay=recipe.weight_decay),
-    )
+def make_optimizer(
+    recipe: TrainConfig, rate: optax.Schedule, optimizer: Optimizer | None = None
+) -> optax.GradientTransformation:
+    """An optimiser behind a clip of the global gradient norm; its state does not depend on
+    ``rate``.
+
+    Args:
+        recipe: for the clip, and the weight decay of AdamW.
+        rate: float32 learning rate by the number of the update, from 0.
+        optimizer: makes a transformation of a schedule; None for AdamW.
+    """
+    clip = optax.clip_by_global_norm(recipe.clip_norm)
+    if optimizer is None:
+        return optax.chain(clip, optax.adamw(rate, weight_decay=recipe.weight_decay))
+    return optax.chain(clip, optimizer(rate))
+
+
+def check_optimizer(recipe: TrainConfig, optimizer: Optimizer | None) -> None:
+    """Refuse what cannot be an optimiser.
+
+    Raises:
+        ValueError: it is not a function of a schedule, or the recipe says more of AdamW than its
+            schedule.
+    """
+    if optimizer is None:
+        return
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}: give the function that makes one of a "
+            "learning rate, such as optax.lion, or lambda rate: optax.chain(..., optax.lion(rate))"
+        )
+    if recipe.weight_decay:
+        raise ValueError(
+            f"weight_decay is {recipe.weight_decay}, which is AdamW's, and another optimizer is "
+            "given: set it to 0 and give the decay to the optimizer"
+        )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from dspark_jax.config import TrainConfig
 from dspark_jax.files import read_json, write_atomically
@@ -21,37 +21,20 @@ from dspark_jax.training.data import TokenSequence, origins
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard files; a context manager that closes them.
-
-    Steps that a resumed run repeats are cut from the one, and hidden in the other.
-    """
+    """``metrics.jsonl``; steps that a resumed run repeats are cut from it."""
 
     def __init__(self, directory: Path, start_step: int) -> None:
-        """Open the logs in a directory for the steps after ``start_step``."""
+        """Open the log in a directory for the steps after ``start_step``."""
         self.path = directory / "metrics.jsonl"
         found = self.path.exists()
         text = self.path.read_text(encoding="utf-8", errors="replace") if found else ""
         kept = [line for line in text.split("\n") if _step_of(line) <= start_step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._board.close()
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line; ``split`` names another part of the data than that trained on."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        split = values.pop("split", "training")
-        for name, value in values.items():
-            places = {name: value}
-            if isinstance(value, list):
-                places = {f"{name}/{place}": each for place, each in enumerate(value, 1)}
-            for place, number in places.items():
-                self._board.add_scalar(f"{split}/{place}", number, step)
 
 
 def _step_of(line: str) -> float:
@@ -63,9 +46,46 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a training says at a step, to callbacks.
+
+    Attributes:
+        recipe: of the run.
+        step: batches done.
+        split: ``"training"`` for the means of the step's updates, ``"held-out"`` for the sequences
+            that are held out, ``"decoded"`` for texts that were decoded.
+        values: by name; numbers, or a list of one number for each slot of a block.
+        params: the weights that are evaluated and exported, on their devices. The next step reuses
+            their memory: copy what is to stay.
+    """
+
+    recipe: TrainConfig
+    step: int
+    split: str
+    values: Mapping[str, Any]
+    params: Any
+
+    def scalars(self) -> dict[str, float]:
+        """The values as ``split/name``, and ``split/name/k`` for slot k = 1, 2, ..."""
+        found: dict[str, float] = {}
+        for name, value in self.values.items():
+            if isinstance(value, list):
+                places = {f"{name}/{k}": each for k, each in enumerate(value, 1)}
+            else:
+                places = {name: value}
+            found |= {f"{self.split}/{place}": number for place, number in places.items()}
+        return found
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def best_length(path: Path) -> float:
+    """The largest ``decoded_length`` in a ``metrics.jsonl``; 0 where there is none."""
+    return max((row.get("decoded_length", 0.0) for row in read_metrics(path)), default=0.0)
 
 
 def plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -89,8 +109,11 @@ def mean_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, Any]:
     }
 
 
-def recipe_record(recipe: TrainConfig) -> dict[str, Any]:
-    """The recipe and the SHA-256 of its data (of a cache: of its index), as JSON values.
+def recipe_record(
+    recipe: TrainConfig, optimizer: Any = None, schedule: Any = None, loss: Any = None
+) -> dict[str, Any]:
+    """The recipe, the SHA-256 of its data (of a cache: of its index), and what is in the place of
+    its optimiser, schedule and loss, as JSON values.
 
     The order of batches and the reduced vocabulary follow from the data, so a run that goes on
     needs the same; the file may move.
@@ -98,7 +121,20 @@ def recipe_record(recipe: TrainConfig) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     whole_cache = recipe.cache and not recipe.cache_gb
     source = Path(recipe.cache) / INDEX if whole_cache else Path(recipe.data)
-    return record | {"data_sha256": sha256(source)}
+    chosen = {"optimizer": optimizer, "schedule": schedule, "loss": loss}
+    words = {name: described(value) for name, value in chosen.items()}
+    return record | {"data_sha256": sha256(source)} | words
+
+
+def described(value: Any) -> str:
+    """A function by its name, something else in its own words; empty for None."""
+    if value is None:
+        return ""
+    if isinstance(value, functools.partial):
+        given = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        return f"{described(value.func)}({', '.join(given)})"
+    name = getattr(value, "__qualname__", None)
+    return str(value) if name is None else f"{value.__module__}.{name}"
 
 
 def sha256(path: Path) -> str:
@@ -125,7 +161,8 @@ def check_same_recipe(path: Path, now: dict[str, Any]) -> None:
         )
     # An older run has the defaults of newer fields.
     defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
-    before = defaults | {"data_sha256": now["data_sha256"]} | found
+    chosen = {"optimizer": "", "schedule": "", "loss": ""}
+    before = defaults | {"data_sha256": now["data_sha256"]} | chosen | found
     may_change = {
         "out", "data", "cache", "cache_gb", "eval_every", "checkpoint_every", "log_every",
         "data_parallel", "fsdp", "tensor_parallel", "micro_batches", "kernels",

@@ -6,16 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+from jax.tree_util import Partial
 
-from dspark_jax.axes import gather, init_params, make_mesh, place
+from dspark_jax.axes import gather, init_params, place
 from dspark_jax.checkpoints.chat import end_of_answer
 from dspark_jax.checkpoints.conversations import Conversation, read_answered
 from dspark_jax.checkpoints.deepspec import bind_vocab
@@ -32,39 +33,16 @@ from dspark_jax.training.cache import MANIFEST, CacheReader
 from dspark_jax.training.features import cache_spec, cached_sequences
 from dspark_jax.training.growth import check_same_sizes, with_layers_of
 from dspark_jax.training.local_heads import start_with_local_heads
-from dspark_jax.training.optimizer import LearningRate, learning_rate, make_optimizer
-from dspark_jax.training.state import Frozen, TrainState, make_layout, on_mesh, step_shardings
-from dspark_jax.training.step import evaluation_step, train_step
+from dspark_jax.training.loss_terms import Loss
+from dspark_jax.training.optimizer import Optimizer, check_optimizer, learning_rate
+from dspark_jax.training.programs import UNREAD, Programs, mesh_of, programs_of
+from dspark_jax.training.state import Frozen, TrainState, on_mesh
 from pallas_kernels.dispatch import require_kernels
 
 logger = logging.getLogger(__name__)
 
 # Sequences whose features start the local heads: a direction needs no more.
 LOCAL_INIT_SEQUENCES = 8
-
-# Settings that no compiled step reads: runs that differ in nothing else share programs.
-UNREAD: dict[str, Any] = {
-    "target": "",
-    "data": "",
-    "out": "",
-    "system": "",
-    "chat_template": True,
-    "template_args": (),
-    "eval_sequences": 0,
-    "bigram_init": False,
-    "local_init": False,
-    "init_drafter": "",
-    "cache": "",
-    "cache_gb": 0.0,
-    "steps": 0,
-    "epochs": 1.0,
-    "learning_rate": 1.0,
-    "warmup_fraction": 0.0,
-    "eval_every": 1,
-    "checkpoint_every": 1,
-    "log_every": 1,
-    "keep_checkpoints": 1,
-}
 
 # Sequences come from conversations, or out of a cache.
 Source = list[Conversation] | CacheReader
@@ -171,6 +149,12 @@ def load_sequences(
     return sequences[:cut], sequences[cut:]
 
 
+def total_steps(recipe: TrainConfig, train_set: Sequence[data.TokenSequence]) -> int:
+    """Batches of a run of a recipe with its buckets."""
+    batches = len(data.epoch_batches(train_set, recipe, 0))
+    return recipe.steps or max(1, round(recipe.epochs * batches))
+
+
 def starting_point(
     recipe: TrainConfig,
     cfg: DrafterConfig,
@@ -247,83 +231,10 @@ def check_kernels(recipe: TrainConfig) -> None:
         )
 
 
-def mesh_of(recipe: TrainConfig) -> Mesh:
-    """The device mesh of a recipe.
-
-    Raises:
-        ValueError: it has more devices than there are, or leaves some of several processes'
-            devices out.
-    """
-    mesh = make_mesh(recipe.data_parallel, recipe.tensor_parallel, recipe.fsdp)
-    if jax.process_count() > 1 and mesh.size != jax.device_count():
-        raise ValueError(
-            f"data_parallel {recipe.data_parallel} x fsdp {recipe.fsdp} x tensor_parallel "
-            f"{recipe.tensor_parallel} is {mesh.size} devices, but the {jax.process_count()} "
-            f"processes have {jax.device_count()}: use them all"
-        )
-    return mesh
-
-
-@dataclass(frozen=True)
-class Programs:
-    """The jitted steps of a recipe, and where their arguments live.
-
-    Attributes:
-        step: takes state, frozen, batch and the run's learning rate.
-        evaluate: takes weights, frozen and batch.
-        init: the optimiser's state for weights.
-        state, frozen, sequences, whole: shardings; the last of what is on every device.
-    """
-
-    step: Any
-    evaluate: Any
-    init: Any
-    state: Any
-    frozen: Any
-    sequences: NamedSharding
-    whole: NamedSharding
-
-
-@cache
-def programs_of(target_cfg: TargetConfig, cfg: DrafterConfig, recipe: TrainConfig) -> Programs:
-    """The programs of a recipe, in which ``UNREAD`` settings do not matter.
-
-    Raises:
-        ValueError: see :func:`mesh_of`.
-    """
-    mesh = mesh_of(recipe)
-    optimizer = make_optimizer(recipe, learning_rate(recipe, 1))  # for the form of its state
-    whole = NamedSharding(mesh, PartitionSpec())
-    state, frozen, sequences = step_shardings(
-        target_cfg, cfg, optimizer, mesh, averaged=recipe.average_decay > 0
-    )
-    layout = make_layout(target_cfg, cfg, mesh) if recipe.fsdp > 1 else None
-    static: dict[str, Any] = {"target_cfg": target_cfg, "cfg": cfg, "recipe": recipe}
-
-    def train(state: TrainState, frozen: Frozen, batch: Any, rate: LearningRate) -> Any:
-        optimizer = make_optimizer(recipe, rate)
-        return train_step(state, frozen, batch, optimizer=optimizer, layout=layout, **static)
-
-    step = jax.jit(
-        on_mesh(train, mesh),
-        donate_argnums=0,
-        in_shardings=(state, frozen, sequences, whole),
-        out_shardings=(state, whole),
-    )
-    # A held-out batch may have fewer sequences than the mesh has parts.
-    evaluate = jax.jit(
-        on_mesh(partial(evaluation_step, **static), mesh),
-        in_shardings=(state.params, frozen, whole),
-        out_shardings=whole,
-    )
-    init = jax.jit(optimizer.init, out_shardings=state.optimizer)
-    return Programs(step, evaluate, init, state, frozen, sequences, whole)
-
-
 @dataclass(frozen=True)
 class Run:
-    """A recipe made ready: data, programs, frozen weights, the state to begin with, and what the
-    drafter records of its target."""
+    """A recipe made ready: data, programs, frozen weights, the state to begin with, what the
+    drafter records of its target, and the schedule in place of the recipe's; None for that."""
 
     recipe: TrainConfig
     target_cfg: TargetConfig
@@ -336,23 +247,35 @@ class Run:
     frozen: Frozen
     state: TrainState
     trained_for: Mapping[str, str]
+    schedule: optax.Schedule | None = None
 
     @property
-    def rate(self) -> LearningRate:
-        """Of all its updates."""
+    def rate(self) -> optax.Schedule:
+        """Of all its updates; an argument of the programs."""
+        if self.schedule is not None:
+            return Partial(self.schedule)
         return learning_rate(self.recipe, self.total * self.recipe.updates_per_batch)
 
 
-def start_run(recipe: TrainConfig, source: Source) -> Run:
+def start_run(
+    recipe: TrainConfig,
+    source: Source,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: optax.Schedule | None = None,
+    loss: Loss | None = None,
+) -> Run:
     """Load, tokenise, initialise and place; nothing is written.
 
     Args:
         recipe: of the run.
         source: of :func:`open_source`; its last sequences are held out.
+        optimizer, schedule, loss: as for :func:`~dspark_jax.training.fit.fit`.
 
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.
     """
+    check_optimizer(recipe, optimizer)
     target, read_weights = open_target(recipe.target)
     cfg = drafter_config(recipe, target)
     train_set, held_out = load_sequences(source, target, cfg, recipe)
@@ -360,15 +283,15 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
         target, params=read_weights(jnp.dtype(recipe.dtype), mesh_of(recipe))
     )
     recipe = data.with_buckets(recipe, train_set)
-    batches = len(data.epoch_batches(train_set, recipe, 0))
-    total = recipe.steps or max(1, round(recipe.epochs * batches))
+    total = total_steps(recipe, train_set)
     params, d2t_U = starting_point(recipe, cfg, target, train_set)
     own = t2d_V = None
     if d2t_U is not None:
         own, t2d_V = Vocab(None, None, d2t_U), draft_places(cfg.vocab_size, d2t_U)
     vocab = bind_vocab(cfg, own, target.cfg, target.params.vocab)
     frozen = Frozen(target.params, vocab, t2d_V)
-    programs = programs_of(target.cfg, cfg, dataclasses.replace(recipe, **UNREAD))
+    read = dataclasses.replace(recipe, **UNREAD)
+    programs = programs_of(target.cfg, cfg, read, optimizer, loss)
     params = place(params, programs.state.params)
     moments = programs.init(params)
     average = jax.tree.map(jnp.copy, params) if recipe.average_decay else None  # both are donated
@@ -376,5 +299,5 @@ def start_run(recipe: TrainConfig, source: Source) -> Run:
     frozen = place(frozen, programs.frozen)
     return Run(
         recipe, target.cfg, cfg, own, train_set, held_out, total, programs, frozen, state,
-        target.identity(),
+        target.identity(), schedule,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from dspark_jax.models.drafters.table import drafter_of
 from dspark_jax.models.stacks import is_whole
 from dspark_jax.models.targets.table import family_of
 from dspark_jax.training.anchors import BlockLabels, sample_lessons, taught_positions
+from dspark_jax.training.loss_terms import Loss, loss_of
 from dspark_jax.training.losses import LossTotals, draft_blocks, dspark_loss, loss_totals
 from dspark_jax.training.state import Batch, Frozen, Layout, TrainState
 from dspark_jax.training.teacher import Teacher, laws_pay, make_teacher, spell_out
@@ -76,8 +77,10 @@ def blocks_loss(
     recipe: TrainConfig,
     layout: Layout | None = None,
     law_TU: jax.Array | None = None,
+    loss: Loss | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of some blocks, as shares of a batch with these totals.
+    """Loss and metrics of some blocks, as shares of a batch with these totals; of the recipe's
+    loss, unless another is given.
 
     The forward pass runs in ``recipe.dtype``; gradients and divergences are float32. ``law_TU``
     comes with a teacher of :func:`~dspark_jax.training.losses.spell_out`.
@@ -97,12 +100,8 @@ def blocks_loss(
         blocks.labels,
         totals,
         frozen.t2d_V,
+        loss=loss or loss_of(recipe),
         law_TU=law_TU,
-        ce_weight=recipe.ce_weight,
-        l1_weight=recipe.l1_weight,
-        soft_weight=recipe.soft_weight,
-        confidence_weight=recipe.confidence_weight,
-        decay=recipe.loss_decay,
     )
 
 
@@ -115,13 +114,15 @@ def blocks_gradient(
     layout: Layout | None = None,
     law_TU: jax.Array | None = None,
     read: Callable[[Batch], TargetOutputs] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient and metrics, ``micro_batches`` parts of the sequences one after the other.
 
     ``read`` gives the target's outputs of a part, where they are yet to be read.
     """
-    totals = _totals(blocks, frozen, cfg, recipe)
-    gradient_of = jax.grad(partial(blocks_loss, layout=layout, law_TU=law_TU), has_aux=True)
+    totals = _totals(blocks, frozen, cfg, recipe, loss)
+    loss_of_part = partial(blocks_loss, layout=layout, law_TU=law_TU, loss=loss)
+    gradient_of = jax.grad(loss_of_part, has_aux=True)
 
     def gradient(part: Blocks) -> Any:
         return gradient_of(params, frozen, with_target(part, read), totals, cfg, recipe)
@@ -129,10 +130,12 @@ def blocks_gradient(
     return sum_over_parts(gradient, blocks, recipe.micro_batches)
 
 
-def _totals(blocks: Blocks, frozen: Frozen, cfg: DrafterConfig, recipe: TrainConfig) -> LossTotals:
+def _totals(
+    blocks: Blocks, frozen: Frozen, cfg: DrafterConfig, recipe: TrainConfig, loss: Loss | None
+) -> LossTotals:
     """Of a whole batch."""
-    lessons = drafter_of(cfg).lessons
-    return loss_totals(blocks.labels, frozen.t2d_V, recipe.loss_decay, lessons)
+    lessons, slot_weights = drafter_of(cfg).lessons, (loss or loss_of(recipe)).slot_weights
+    return loss_totals(blocks.labels, frozen.t2d_V, slot_weights, lessons)
 
 
 def with_target(blocks: Blocks, read: Callable[[Batch], TargetOutputs] | None) -> Blocks:
@@ -188,6 +191,7 @@ def in_parts(function: Callable[[Any], Any], sequences: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
+@jax.named_scope("target")
 def read_target(
     frozen: Frozen,
     batch: Batch,
@@ -269,6 +273,7 @@ def train_step(
     recipe: TrainConfig,
     optimizer: optax.GradientTransformation,
     layout: Layout | None = None,
+    loss: Loss | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One batch; the target runs in the same program, unless the batch brings its outputs.
 
@@ -313,9 +318,10 @@ def train_step(
             part = jax.tree.map(lambda x: x[chosen], seen)
         blocks = choose_blocks(*part, key, lap / laps, cfg, recipe)
         gradient, metrics = blocks_gradient(
-            params, frozen, blocks, cfg, recipe, layout, law_TU, later
+            params, frozen, blocks, cfg, recipe, layout, law_TU, later, loss
         )
-        change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        with jax.named_scope("optimizer"):
+            change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = optax.apply_updates(params, change)
         if average is not None:
@@ -354,14 +360,16 @@ def evaluation_step(
     target_cfg: TargetConfig,
     cfg: DrafterConfig,
     recipe: TrainConfig,
+    loss: Loss | None = None,
 ) -> dict[str, jax.Array]:
     """Metrics of held-out sequences, always with the same anchors."""
     read = partial(target_outputs, frozen, target_cfg=target_cfg, cfg=cfg, kernels=recipe.kernels)
     blocks = choose_blocks(batch, None, jax.random.key(recipe.seed), 0.0, cfg, recipe)
-    totals = _totals(blocks, frozen, cfg, recipe)
+    totals = _totals(blocks, frozen, cfg, recipe, loss)
+    loss_of_part = partial(blocks_loss, loss=loss)
 
     def metrics(part: Blocks) -> dict[str, jax.Array]:
-        return blocks_loss(params, frozen, with_target(part, read), totals, cfg, recipe)[1]
+        return loss_of_part(params, frozen, with_target(part, read), totals, cfg, recipe)[1]
 
     count = fewest_parts(recipe.micro_batches, batch.token_BS.shape[0])
     return sum_over_parts(metrics, blocks, count)

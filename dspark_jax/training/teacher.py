@@ -35,6 +35,7 @@ class Teacher:
     row_BS: Any = None
 
 
+@jax.named_scope("target")
 def make_teacher(target_vocab: Vocab, hidden_BSD: jax.Array, reduced: bool) -> Teacher:
     """The target's distributions, not yet spelt out.
 
@@ -56,6 +57,7 @@ def make_teacher(target_vocab: Vocab, hidden_BSD: jax.Array, reduced: bool) -> T
     return Teacher(hidden_BSD, join_chunks(log_norm_CBX, length))
 
 
+@jax.named_scope("target")
 def spell_out(
     target_vocab: Vocab, vocab: Vocab, hidden_BSD: jax.Array, supervised_BS: jax.Array
 ) -> tuple[Teacher, jax.Array]:

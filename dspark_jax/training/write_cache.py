@@ -14,12 +14,12 @@ from dspark_jax.training import data
 from dspark_jax.training.cache import MANIFEST, CacheReader, CacheSpec, estimate
 from dspark_jax.training.cache_writer import CacheWriter, finish, is_complete
 from dspark_jax.training.features import cache_spec, store, target_reader
+from dspark_jax.training.programs import mesh_of
 from dspark_jax.training.records import sha256
 from dspark_jax.training.run import (
     check_kernels,
     drafter_config,
     load_sequences,
-    mesh_of,
     open_source,
 )
 
