@@ -85,7 +85,8 @@ LAYERS: dict[str, set[str]] = {
         for name in ("checkpoints", "engine", "rendering", "rules", "scheduler")
     },
     "dspark_jax.serving": {
-        f"dspark_jax.{name}" for name in ("__version__", "characters", "engine", "model")
+        f"dspark_jax.{name}"
+        for name in ("__version__", "characters", "engine", "model", "sampling")
     },
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.cli.arguments": {"dspark_jax.cli.measurements", "dspark_jax.cli.options"},

@@ -17,6 +17,9 @@ from dspark_jax.serving.app import Service
 logger = logging.getLogger(__name__)
 
 WAITING = 128  # connections that nobody has accepted
+# Longer than clients and proxies keep a connection that is idle (5 to 60 seconds): where both sides
+# close one at the same time, a request that was just sent is lost.
+IDLE_S = 75
 STOP_S = 5  # for answers to be sent once they are over
 INTERRUPTED = 130
 
@@ -51,6 +54,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=STOP_S,
             lifespan="on",
         )
