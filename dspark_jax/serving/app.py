@@ -86,7 +86,7 @@ class Service:
         self.served, self.settings = served, settings or Settings()
         self.ready = self.draining = False
         self.running: set[Running] = set()
-        self._metrics = Metrics(served.engine)
+        self._metrics = Metrics(served.engine, served.name)
         # One thread for templates, tokenizer and grammars: in order, and not in the event loop.
         self._door = ThreadPoolExecutor(1, thread_name_prefix="dspark-door")
         routes = [
