@@ -9,7 +9,7 @@ import time
 
 import httpx
 
-from tests.test_mesh_commands import start
+from tests.test_mesh_commands import start, start_two
 
 CHAT = "/v1/chat/completions"
 SAY = [{"role": "user", "content": "say it"}]
@@ -73,12 +73,26 @@ def free_port():
 def serving(*words, port, devices=1):
     """``dspark serve`` with these words, ready; killed afterwards."""
     process = start("serve", *words, "--port", port, devices=devices)
-    served = Served(process, f"http://127.0.0.1:{port}")
-    try:
-        served.wait_ready()
+    with _ready(Served(process, f"http://127.0.0.1:{port}")) as (served,):
         yield served
+
+
+@contextlib.contextmanager
+def serving_together(*words, port):
+    """Likewise, over two processes of four devices each; the first one answers."""
+    first, second = start_two("serve", *words, "--port", port)
+    with _ready(Served(first, f"http://127.0.0.1:{port}"), Served(second)) as both:
+        yield both
+
+
+@contextlib.contextmanager
+def _ready(*all_served):
+    try:
+        all_served[0].wait_ready()
+        yield all_served
     finally:
-        served.kill()
+        for served in all_served:
+            served.kill()
 
 
 def pieces_of(lines):

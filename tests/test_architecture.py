@@ -106,6 +106,7 @@ PURE = {
 CONFINED = {
     **{key: {"dspark_jax.serving"} for key in ("prometheus_client", "starlette", "uvicorn")},
     "httpx": {"dspark_jax.client"},
+    "ray": {"dspark_jax.serving.ray_app"},
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "llguidance": {"dspark_jax.engine.grammar"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},
@@ -119,7 +120,7 @@ CONFINED = {
         "dspark_jax.checkpoints.tokenizer",
     },
 }
-OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "starlette", "uvicorn"}
+OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "ray", "starlette", "uvicorn"}
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

@@ -71,6 +71,11 @@ class Server(uvicorn.Server):
             pass
         yield
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, asked ten times a second: an engine that is lost answers nobody."""
+        ended = await super().on_tick(counter)
+        return ended or self._service.served.engine.lost is not None
+
     def stop(self) -> None:
         """Drain, and then end; at once when it is called again. In the event loop."""
         if self._draining is not None:
@@ -98,9 +103,11 @@ def run(service: Service, sock: socket.socket, drain_s: float) -> None:
         drain_s: for these answers.
 
     Raises:
-        RuntimeError: the server did not start.
+        RuntimeError: the server did not start, or its engine has lost another process.
     """
     server = Server(service, drain_s)
     asyncio.run(server.serve([sock]))
+    if service.served.engine.lost is not None:
+        raise service.served.engine.lost
     if not server.started:
         raise RuntimeError("the server did not start")
