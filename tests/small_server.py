@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 
 import httpx
 import pytest
@@ -71,6 +72,9 @@ def listening(service, drain_s=5.0):
     thread = threading.Thread(target=run)
     thread.start()
     try:
+        while not server.started:  # or nobody would answer those whom the socket lets in
+            assert thread.is_alive()
+            time.sleep(0.01)
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
         with contextlib.suppress(RuntimeError):

@@ -89,7 +89,8 @@ LAYERS: dict[str, set[str]] = {
         for name in ("checkpoints", "engine", "rendering", "rules", "scheduler")
     },
     "dspark_jax.serving": {
-        f"dspark_jax.{name}" for name in ("__version__", "characters", "engine", "model")
+        f"dspark_jax.{name}"
+        for name in ("__version__", "characters", "engine", "model", "sampling")
     },
     "dspark_jax.cli": set(PACKAGES),
     "dspark_jax.cli.arguments": {
@@ -114,6 +115,7 @@ PURE = {
 CONFINED = {
     **{key: {"dspark_jax.serving"} for key in ("prometheus_client", "starlette", "uvicorn")},
     "httpx": {"dspark_jax.client"},
+    "ray": {"dspark_jax.serving.ray_app"},
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "llguidance": {"dspark_jax.engine.grammar"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},
@@ -128,7 +130,7 @@ CONFINED = {
     },
 }
 TRACKERS = {"mlflow", "tensorboardX", "trackio", "wandb"}
-OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "starlette", "uvicorn"} | TRACKERS
+OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "ray", "starlette", "uvicorn"} | TRACKERS
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

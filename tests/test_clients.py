@@ -4,13 +4,14 @@ import asyncio
 import io
 import json
 import re
+import types
 
 import httpx
 import pytest
 
 from dspark_jax.cli import clients
 from dspark_jax.cli import command as cli
-from dspark_jax.client import Client, Events, ServerError
+from dspark_jax.client import Client, Events, Piece, ServerError
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Event
 from dspark_jax.evaluation import load_server
@@ -110,8 +111,15 @@ def test_a_chat_with_a_server_has_a_history(server, monkeypatch, capsys, tmp_pat
 class FakeModel:
     """Answers with how much was said to it."""
 
-    def __init__(self):
-        self.options = []
+    def __init__(self, template=""):
+        self.options, self.decoder = [], types.SimpleNamespace(encode=self.encode, tokenizer=self)
+        self.chat_template = template
+
+    def encode(self, turns):
+        return [1, 2]
+
+    def decode(self, ids):
+        return "<think>\n"
 
     def stream(self, turns, **options):
         self.options.append(options)
@@ -147,6 +155,42 @@ def test_what_is_wrong_with_a_server_takes_one_line(server, monkeypatch, capsys,
     assert capsys.readouterr().err == f"dspark: {told}\n"
 
 
+def test_thoughts_are_no_part_of_an_answer_but_seen(monkeypatch, capsys):
+    """Of a model, and of a server."""
+    model, piece = FakeModel("</think>"), Piece("42.", "Hm\x1b.")
+    events = ["H", "m\x1b.</thi", "nk>\n\n42."]
+    stream = [Event(text, (1,), (), "" if n < 2 else "stop") for n, text in enumerate(events)]
+    said = []
+
+    def answer(turns, **options):
+        said.append([turn["content"] for turn in turns])
+        return (event for event in stream)
+
+    async def answers(self, body):
+        said.append([turn["content"] for turn in body["messages"]])
+        yield piece
+
+    async def name(self):
+        return "tiny"
+
+    monkeypatch.setattr(model, "stream", answer)
+    monkeypatch.setattr(Client, "answer", answers)
+    monkeypatch.setattr(Client, "model", name)
+    monkeypatch.setattr(clients, "load_model", lambda args: model)
+    monkeypatch.setattr("dspark_jax.model.use_compilation_cache", lambda: None)
+    for words in ([], ["--url", URL]):
+        assert talk(monkeypatch, "one\ntwo\n", *words) == 0
+        assert capsys.readouterr().out == "42.\n42.\n"
+        assert said == [["one"], ["one", "42.", "two"]]
+        said.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout.isatty", lambda: True)
+            assert talk(patch, "one\n", *words) == 0
+        shown = re.sub("\x1b\\[0m\x1b\\[2m", "", capsys.readouterr().out)
+        assert shown == "\x1b[2mHm\ufffd.\x1b[0m\n\n42.\n"
+        said.clear()
+
+
 class Terminal:
     """Types for somebody: messages, and Ctrl-C, which comes as KeyboardInterrupt."""
 
@@ -174,7 +218,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
             raise ServerError("it is\nbroken")
         if turns[-1]["content"] == "nothing":
             raise KeyboardInterrupt
-        show("An answer")
+        show("", "An answer")
         if turns[-1]["content"] == "long":
             raise KeyboardInterrupt
 

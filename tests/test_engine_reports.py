@@ -25,6 +25,7 @@ CONFIG = EngineConfig(
     row_buckets=(BLOCK + 1,),
     position_buckets=(64,),
 )
+NAME = "tiny"
 SAMPLED = {"max_new_tokens": 20, "temperature": 2.0}
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -129,17 +130,19 @@ def test_a_started_engine_works_by_itself(engine):
 
 def read(metrics):
     """Every sample but those of when something began: {(name, labels): value}."""
-    return {
-        (sample.name, *sample.labels.values()): sample.value
+    found = [
+        (sample.name, dict(sample.labels), sample.value)
         for family in text_string_to_metric_families(metrics.text().decode())
         for sample in family.samples
         if not sample.name.endswith("_created")
-    }
+    ]
+    assert {labels.pop("model_name") for _, labels, _ in found} == {NAME}
+    return {(name, *labels.values()): value for name, labels, value in found}
 
 
 def test_metrics_are_those_of_the_generations(engine):
-    metrics = Metrics(engine)
-    Metrics(engine)  # a registry of its own: no name is taken twice
+    metrics = Metrics(engine, NAME)
+    Metrics(engine, NAME)  # a registry of its own: no name is taken twice
     empty = read(metrics)
     assert math.isnan(empty.pop(("dspark:confidence_calibration_error",)))
     assert set(empty.values()) == {0}
@@ -192,7 +195,7 @@ def test_metrics_are_those_of_the_generations(engine):
 
 
 def test_metrics_have_the_seconds_that_they_are_told(engine):
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, NAME)
     metrics.first_token(0.03)
     metrics.token(0.002)
     metrics.token(3.0)

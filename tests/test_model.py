@@ -160,6 +160,7 @@ def test_kept_costs_that_are_of_no_use_are_ignored(model, own_cache, profiles, d
         ({"seed": "7"}, "seed is '7'"),
         ({"max_tokens": 5}, "max_tokens is no option: known are .*max_new_tokens"),
         ({"temperature": -1}, "prompt 0: temperature is -1"),
+        ({"temperature": 1e39}, r"prompt 0: temperature is 1e\+39: give 0\.\."),
         ({"policy": "sometimes"}, "sometimes"),
         ({"acceptance": "maybe"}, "acceptance is 'maybe'"),
     ],

@@ -201,8 +201,8 @@ def test_no_sort_of_the_vocabulary():
     ("name", "value", "remedy"),
     [
         ("temperature", -0.1, "greedy"),
-        ("temperature", float("nan"), "finite"),
-        ("temperature", float("inf"), "finite"),
+        ("temperature", float("nan"), "give 0"),
+        ("temperature", float("inf"), "greedy"),
         ("top_k", -1, r"in 0\.\.2\^31-1"),
         ("top_k", 2**31, r"in 0\.\.2\^31-1"),
         ("top_p", 0.0, r"\(0, 1\]"),

@@ -23,7 +23,7 @@ from tests.small_server import NAME, SAY, listening, load_tiny, made_service
 CHAT, TEXT, TOKENS = "/v1/chat/completions", "/v1/completions", "/tokenize"
 GREEDY = {"messages": SAY, "max_tokens": 16, "temperature": 0}
 MODES = schemathesis.GenerationMode
-LIMITS = Settings(max_body_bytes=100_000, body_s=0.5, timeout_s=30.0)
+LIMITS = Settings(max_body_bytes=100_000, body_s=2.0, timeout_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_who_goes_away_frees_the_slots(service, streams):
 
 
 def test_a_full_queue_and_time_that_is_up_are_told(model):
-    settings = Settings(timeout_s=0.3, body_s=0.2)
+    settings = Settings(timeout_s=1.0, body_s=0.5)
     with made_service(model, settings, slots=1, slot_buckets=(1,), queue=1) as service:
 
         async def scenario():

@@ -25,7 +25,10 @@ SHARED = {"command", "url", "api_key_file", "max_new_tokens", "temperature", "se
 HELP = "/reset forgets what was said, /exit or the end of the input ends the chat"
 
 Turn = dict[str, str]
-Say = Callable[[Sequence[Turn], Callable[[str], None]], None]
+Show = Callable[[str, str], None]  # further pieces of a thought and of the answer
+Say = Callable[[Sequence[Turn], Show], None]
+UNSHOWN = "\ufffd"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -39,12 +42,26 @@ def _decoding(args: argparse.Namespace) -> Say:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop_strings")
     given = {name: getattr(limits, name) for name in names}
     rules = {"seed": args.seed, "policy": args.policy, "acceptance": args.acceptance}
+    from dspark_jax.engine.text import special_ids
+    from dspark_jax.serving.reasoning import ThoughtReader, thought_of
+    from dspark_jax.serving.served import template_of
 
-    def say(turns: Sequence[Turn], show: Callable[[str], None]) -> None:
+    decoder = model.decoder
+    thought = thought_of(template_of(decoder.tokenizer)) if args.chat_template else None
+    shown_ids = () if thought is None else special_ids(decoder.tokenizer, thought.special)
+
+    def say(turns: Sequence[Turn], show: Show) -> None:
+        reader = None
+        if thought is not None and decoder.encode is not None:
+            end = decoder.tokenizer.decode(list(decoder.encode(turns)[-16:]))
+            reader = ThoughtReader(thought, str(end))
+        stream = model.stream(turns, shown_ids=shown_ids, **rules, **given)
         # Closed at once where somebody stops it, so that its engine ends before the next.
-        with contextlib.closing(model.stream(turns, **rules, **given)) as events:
+        with contextlib.closing(stream) as events:
             for event in events:
-                show(event.text)
+                show(*(("", event.text) if reader is None else reader.push(event.text)))
+                if event.finish_reason and reader is not None:
+                    show(*reader.finish())
                 if event.finish_reason == "error":
                     raise ValueError("the model could not go on with this text")
 
@@ -59,14 +76,14 @@ def _asking(args: argparse.Namespace) -> Say:
     limits, rendering, name = request_of(args), rendering_of(args), ""
     client_of(args)  # what is wrong with the address is said before anything
 
-    async def ask(turns: Sequence[Turn], show: Callable[[str], None]) -> None:
+    async def ask(turns: Sequence[Turn], show: Show) -> None:
         nonlocal name
         async with client_of(args) as client:
             name = name or await client.model()
             body = chat_body(name, turns, limits, args.seed, rendering)
             async with contextlib.aclosing(client.answer(body)) as pieces:
                 async for piece in pieces:
-                    show(piece.text)
+                    show(piece.thought, piece.text)
 
     return lambda turns, show: asyncio.run(ask(turns, show))
 
@@ -86,16 +103,12 @@ def _talk(say: Say) -> int:
             turns = []
         if not text or text == "/reset":
             continue
-        told: list[str] = []
-
-        def show(piece: str, told: list[str] = told) -> None:
-            told.append(piece)
-            print(CONTROLS.sub("\ufffd", piece), end="", flush=True)
+        screen = Screen()
 
         turns.append({"role": "user", "content": text})
         try:
             check_characters("the message", text)
-            say(turns, show)
+            say(turns, screen.show)
         except KeyboardInterrupt:
             print(" [stopped]", end="", file=sys.stderr)
         except ValueError as error:
@@ -103,12 +116,35 @@ def _talk(say: Say) -> int:
                 raise
             print(f"dspark: {' '.join(str(error).split())}", end="", file=sys.stderr)
         print(flush=True)
-        answer = "".join(told)
-        if answer:
-            turns.append({"role": "assistant", "content": answer})
+        if screen.answer:
+            turns.append({"role": "assistant", "content": screen.answer})
         else:
             turns.pop()  # it has not been answered
     return 0
+
+
+class Screen:
+    """Shows an answer as it comes, and at a terminal what is thought beforehand, dimmed.
+
+    Attributes:
+        answer: so far, without the thoughts.
+    """
+
+    def __init__(self) -> None:
+        self.answer, self._thinking = "", False
+
+    def show(self, thought: str, text: str) -> None:
+        """Further pieces of both."""
+        if thought and sys.stdout.isatty():
+            self._thinking = True
+            self._print(f"{DIM}{CONTROLS.sub(UNSHOWN, thought)}{PLAIN}")
+        if text:
+            self._print("\n\n" * self._thinking + CONTROLS.sub(UNSHOWN, text))
+            self._thinking = False
+            self.answer += text
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)
 
 
 def _message(at_terminal: bool) -> str | None:

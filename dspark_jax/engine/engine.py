@@ -119,6 +119,7 @@ class Engine:
         self._stepping: asyncio.Future[Any] | None = None
         self._bell: Bell | None = None
         self._started = self._closed = False
+        self._lost: Gone | None = None
         self._next: Future[None] | None = None
         self._tokens_at_fault = -1
         self.trace: Trace | None = None  # of some of the rounds, where somebody asks for it
@@ -133,6 +134,11 @@ class Engine:
     def follows(self) -> bool:
         """Whether another process decides for the devices of this one: :meth:`follow` it."""
         return self._peers is not None and self._peers.follows
+
+    @property
+    def lost(self) -> Gone | None:
+        """Why the engine has ended by itself: another process of its mesh is gone."""
+        return self._lost
 
     def follow(self) -> None:
         """Do what process 0 decides until its engine is closed, on a mesh that has devices of
@@ -308,6 +314,7 @@ class Engine:
         if not isinstance(error, Gone):
             error = Gone(f"a round failed ({type(error).__name__}: {error})")
         self._loop.close(error)
+        self._lost = error
 
     def _blame(self, error: Exception) -> None:
         """End the request that is at fault, where that is known, and let the others start over.

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.engine.grammar import Guide
 from dspark_jax.engine.inputs import RoundReport
 from dspark_jax.engine.request import Request, seed_of
-from dspark_jax.engine.text import TextStream, special_id
+from dspark_jax.engine.text import TextStream, special_ids
 from dspark_jax.scheduler.history import Drafted, Kind, decided_drafts
 
 
@@ -125,12 +125,12 @@ class Reader:
         self.request = request
         self.limit = limit
         self.result = Generation(len(request.prompt_ids), seed=seed_of(request.key))
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        shown_ids = frozenset(request.shown_ids)
+        self._stream = None if tokenizer is None else TextStream(tokenizer, shown_ids)
         self._held = ""
         self._ends = set(request.stop_ids)
         if tokenizer is not None:
-            named = (special_id(tokenizer, text) for text in request.stop_strings)
-            self._ends.update(index for index in named if index is not None)
+            self._ends.update(special_ids(tokenizer, request.stop_strings))
         self.guide: Guide | None = None
         if request.grammar is not None:
             self.guide = Guide(request.grammar, tokenizer, num_tokens, self._ends)

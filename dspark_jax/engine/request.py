@@ -65,6 +65,7 @@ class Request:
             has them, ``{"type": "function", "function": {...}}``.
         template_kwargs: further arguments of the chat template, JSON values by name; they go before
             those that the model was loaded with.
+        shown_ids: special tokens whose names the text has; it leaves other special tokens out.
 
     Penalties and bias change the law before temperature and filters, in the order of these fields
     but for the repetition penalty, which comes first; what ``logprobs`` reports they leave alone.
@@ -98,12 +99,13 @@ class Request:
     grammar: Grammar | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    shown_ids: tuple[int, ...] = ()
 
     def __post_init__(self, seed: int | None) -> None:
         def keep(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("prompt_ids", "stop_ids"):
+        for name in ("prompt_ids", "stop_ids", "shown_ids"):
             keep(name, _ids(name, getattr(self, name)))
         for name in ("max_new_tokens", "top_k", "top_logprobs"):
             keep(name, _integer(name, getattr(self, name)))

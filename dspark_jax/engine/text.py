@@ -20,27 +20,44 @@ def special_id(tokenizer: Any, text: str) -> int | None:
     return int(index)
 
 
+def special_ids(tokenizer: Any, names: Sequence[str]) -> tuple[int, ...]:
+    """The ids of those of some names that are special tokens."""
+    found = (special_id(tokenizer, name) for name in names)
+    return tuple(index for index in found if index is not None)
+
+
 @dataclass
 class TextStream:
     """Text of a token stream, given out as soon as its characters are complete.
 
     A token may end in the middle of a UTF-8 character; that text waits for the rest. The pieces
-    add up to what decoding all tokens at once would give.
+    add up to what decoding all tokens at once would give, and the names of special tokens that are
+    to be shown.
     """
 
     tokenizer: Any
+    shown_ids: frozenset[int] = frozenset()
     _ids: list[int] = field(default_factory=list)
     _shown: int = 0  # tokens whose text has been given out
     _context: int = 0  # where decoding starts: some decoders treat the first token differently
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these further tokens complete."""
+        if self.shown_ids and not self.shown_ids.isdisjoint(ids):
+            return "".join(self._push_shown(token) for token in ids)
         self._ids.extend(ids)
         text = self._pending()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""  # behind a token that shows nothing, the next one's space is no first one
         self._context, self._shown = self._shown, len(self._ids)
         return text
+
+    def _push_shown(self, token: int) -> str:
+        if token not in self.shown_ids:
+            return self.push([token])
+        before = self.finish()
+        self._ids, self._shown, self._context = [], 0, 0  # as at the beginning of a text
+        return before + str(self.tokenizer.decode([token]))
 
     def finish(self) -> str:
         """Whatever is left, complete or not."""

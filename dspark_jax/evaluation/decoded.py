@@ -50,7 +50,7 @@ def decoding(
     Returns:
         A function of a run and its weights. It gives ``decoded_length_greedy`` and
         ``decoded_length_sampled``, the accepted lengths at temperatures 0 and 1, bonus token
-        counted (spec section 1), means over the sets; their mean ``decoded_length``, by which the
+        counted, means over the sets; their mean ``decoded_length``, by which the
         best drafter is chosen; and, where there are several sets, those of each by its name.
 
     Raises:

@@ -13,11 +13,11 @@ import numpy as np
 from dspark_jax.engine.reader import Generation, RoundTrace
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.stream import Event
+from dspark_jax.serving.calls import Call, CallReader
 from dspark_jax.serving.marks import finite, token_bytes, token_text
 from dspark_jax.serving.protocol import Asked
 from dspark_jax.serving.reasoning import ThoughtReader
 from dspark_jax.serving.served import Served
-from dspark_jax.serving.tools import Call, CallReader
 
 
 class Choice:
@@ -33,11 +33,11 @@ class Choice:
         self._thoughts: ThoughtReader | None = None
         self._calls: CallReader | None = None
         if asked.chat and served.thought is not None and request.grammar is None:
-            end = served.tokenizer.decode(list(request.prompt_ids[-16:]))
-            opened = str(end).rstrip().endswith(served.thought.opening)
-            self._thoughts = ThoughtReader(served.thought, opened)
+            end = str(served.tokenizer.decode(list(request.prompt_ids[-16:])))
+            self._thoughts = ThoughtReader(served.thought, end)
         if asked.tools:
-            self._calls = CallReader(served.call_form, [tool.name for tool in asked.tools])
+            form = served.call_form.forced if asked.choice.forced else served.call_form
+            self._calls = CallReader(form, [tool.name for tool in asked.tools])
 
     def push(self, text: str, end: bool) -> dict[str, Any]:
         """What further text adds to a message; ``end`` where there will be no more."""

@@ -86,7 +86,7 @@ class Service:
         self.served, self.settings = served, settings or Settings()
         self.ready = self.draining = False
         self.running: set[Running] = set()
-        self._metrics = Metrics(served.engine)
+        self._metrics = Metrics(served.engine, served.name)
         # One thread for templates, tokenizer and grammars: in order, and not in the event loop.
         self._door = ThreadPoolExecutor(1, thread_name_prefix="dspark-door")
         routes = [
@@ -271,7 +271,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await _response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -290,22 +290,23 @@ class Gate:
         return allowing
 
 
-def _response(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
+    """What a client is told of an error."""
     return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _tell(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _response(error)
+    return error_response(error)
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     """No such route, or not by this method."""
     assert isinstance(error, HTTPException)
     told = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return _response(ApiError(error.status_code, told, headers=error.headers))
+    return error_response(ApiError(error.status_code, told, headers=error.headers))
 
 
 async def _tell_fault(_: Request, error: Exception) -> Response:
     """A fault of the server's: what it is stays in its log."""
-    return _response(ApiError(500, "the server made a mistake"))
+    return error_response(ApiError(500, "the server made a mistake"))

@@ -1,7 +1,7 @@
 """What a server tells Prometheus: vLLM's names where they say the same, ``dspark:`` for the rest.
 
 What rounds bring is read off the engine's own statistics whenever somebody asks; what clients see
-is told by the application as it happens.
+is told by the application as it happens. Every sample has vLLM's label ``model_name``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ TOKEN_S = (
 REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of a server, in a registry of their own."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Everything begins at 0 but what the engine has done before."""
+    def __init__(self, engine: Engine, model: str) -> None:
+        """Everything begins at 0 but what the engine has done before; ``model`` is the name that
+        clients know."""
+        self._named = {"model_name": model}
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self._queued = self._counter("dspark:requests", "Requests that were taken in")
@@ -86,7 +88,15 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format, version 0.0.4."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it, each sample under the model's name."""
+        for family in self._registry.collect():
+            family.samples = [
+                one._replace(labels=self._named | one.labels) for one in family.samples
+            ]
+            yield family
 
     def _counter(self, name: str, what: str) -> Counter:
         return Counter(name, what, registry=self._registry)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dspark_jax import __version__
 from dspark_jax.engine.request import ROLES
+from dspark_jax.sampling import HOTTEST
 from dspark_jax.serving.protocol import (
     DEFAULT_TOKENS,
     LABELS,
@@ -123,7 +124,7 @@ def _law(name: str) -> dict[str, Any]:
         "stream_options": options,
         "n": _whole(1, MOST_SAMPLES, default=1),
         "stop": {"oneOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": 16}]},
-        "temperature": {"type": "number", "minimum": 0, "default": 1},
+        "temperature": _number(0, HOTTEST, 1),
         "top_p": _number(0, 1, 1),
         "top_k": _whole(0, default=0),
         "min_p": _number(0, 1, 0),

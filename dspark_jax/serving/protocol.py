@@ -122,7 +122,7 @@ def read_chat(value: dict[str, Any], served: Served) -> Asked:
     shown = tools if choice.kind != "none" else ()
     _check_template(fields, served, kwargs, shown)
     if choice.forced:
-        grammar = forced_grammar(served.call_form, tools, choice)
+        grammar = forced_grammar(served.call_form.forced, tools, choice)
     elif any(tool.strict for tool in shown):
         raise fields.error(
             "tools", 'has a strict function: give "tool_choice": "required", or the function'
@@ -134,6 +134,7 @@ def read_chat(value: dict[str, Any], served: Served) -> Asked:
         "logprobs": logprobs,
         "top_logprobs": top,
         "grammar": grammar,
+        "shown_ids": () if grammar is not None else served.marks(calls=bool(shown)),
     }
     fields.only("modalities", ["text"])
     request = _request(shared.pop("law") | given, fields, value)

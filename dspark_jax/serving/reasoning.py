@@ -1,4 +1,4 @@
-"""Thoughts in front of answers: where a model thinks aloud, clients get that apart."""
+"""Thoughts in front of answers: where a model thinks aloud, readers get that apart."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ class Thought:
 
     Attributes:
         opening, closing: around it.
+        special: names of tokens among these that may be special ones.
     """
 
     opening: str
     closing: str
+    special: tuple[str, ...]
 
 
-THINK = Thought("<think>", "</think>")
+THINK = Thought("<think>", "</think>", ("<think>", "</think>"))
+CHANNEL = Thought("<|channel>thought", "<channel|>", ("<|channel>", "<channel|>"))
+BRACKETS = Thought("[THINK]", "[/THINK]", ("[THINK]", "[/THINK]"))
 
 
 def thought_of(template: str) -> Thought | None:
     """What a chat template knows of thoughts; None where it knows nothing."""
-    return THINK if THINK.closing in template else None
+    return next((one for one in (THINK, CHANNEL, BRACKETS) if one.closing in template), None)
 
 
 class ThoughtReader:
@@ -31,8 +35,9 @@ class ThoughtReader:
     White space around the thought belongs to neither.
     """
 
-    def __init__(self, thought: Thought, opened: bool) -> None:
-        """``opened`` says that the prompt ends within the thought."""
+    def __init__(self, thought: Thought, prompt: str) -> None:
+        """``prompt`` is the end of what the text follows; it may be within the thought."""
+        opened = prompt.rstrip().endswith(thought.opening)
         self._thought, self._state = thought, "thinking" if opened else "start"
         self._held = ""
         self._begun = False  # whether anything of the present part was given out

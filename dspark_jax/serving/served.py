@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.engine.engine import Engine
+from dspark_jax.engine.text import special_ids
 from dspark_jax.model import Model
+from dspark_jax.serving.calls import CallForm, call_form
 from dspark_jax.serving.reasoning import Thought, thought_of
-from dspark_jax.serving.tools import CallForm, call_form
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class Served:
     call_form: CallForm
     thought: Thought | None
 
+    def marks(self, *, calls: bool) -> tuple[int, ...]:
+        """The special tokens that set off thoughts, and calls where these are asked for: a chat's
+        text must show them to be taken apart."""
+        thoughts = () if self.thought is None else self.thought.special
+        return special_ids(self.tokenizer, thoughts + (self.call_form.special if calls else ()))
+
+
+def template_of(tokenizer: Any) -> str:
+    """The chat template of a tokenizer; empty where it has none."""
+    template = tokenizer.chat_template or ""
+    if isinstance(template, dict):  # one for tools, and one for all else
+        template = "\n".join(template.values())
+    return str(template)
+
 
 def serve_model(model: Model, engine: Engine, name: str = "") -> Served:
     """What is known of a model and of its chat template.
@@ -50,9 +65,7 @@ def serve_model(model: Model, engine: Engine, name: str = "") -> Served:
         name: under which clients know it; empty for the target's own.
     """
     decoder = model.decoder
-    template = decoder.tokenizer.chat_template or ""
-    if isinstance(template, dict):  # one for tools, and one for all else
-        template = "\n".join(template.values())
+    template = template_of(decoder.tokenizer)
     return Served(
         name or model.target,
         engine,

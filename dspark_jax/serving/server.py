@@ -17,6 +17,9 @@ from dspark_jax.serving.app import Service
 logger = logging.getLogger(__name__)
 
 WAITING = 128  # connections that nobody has accepted
+# Longer than clients and proxies keep a connection that is idle (5 to 60 seconds): where both sides
+# close one at the same time, a request that was just sent is lost.
+IDLE_S = 75
 STOP_S = 5  # for answers to be sent once they are over
 INTERRUPTED = 130
 
@@ -51,6 +54,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=STOP_S,
             lifespan="on",
         )
@@ -66,6 +70,11 @@ class Server(uvicorn.Server):
         except RuntimeError:  # not in the main thread: whoever made it stops it
             pass
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, asked ten times a second: an engine that is lost answers nobody."""
+        ended = await super().on_tick(counter)
+        return ended or self._service.served.engine.lost is not None
 
     def stop(self) -> None:
         """Drain, and then end; at once when it is called again. In the event loop."""
@@ -94,9 +103,11 @@ def run(service: Service, sock: socket.socket, drain_s: float) -> None:
         drain_s: for these answers.
 
     Raises:
-        RuntimeError: the server did not start.
+        RuntimeError: the server did not start, or its engine has lost another process.
     """
     server = Server(service, drain_s)
     asyncio.run(server.serve([sock]))
+    if service.served.engine.lost is not None:
+        raise service.served.engine.lost
     if not server.started:
         raise RuntimeError("the server did not start")

@@ -1,0 +1,152 @@
+"""Several engines under Ray Serve: where requests go, and what becomes of those of a replica that
+dies."""
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.served_process import CHAT, SAY, free_port
+
+ray = pytest.importorskip("ray")
+ray_app = pytest.importorskip("dspark_jax.serving.ray_app")
+
+
+def test_pages_stay_with_their_replicas():
+    """Each replica has its share, and one that goes changes nothing for the others."""
+    ids = ["a", "b", "c"]
+    pages = [bytes([n, n + 1]) for n in range(200)]
+    firsts = [ids[ray_app.ranked(page, ids)[0]] for page in pages]
+    assert all(firsts.count(one) > 40 for one in ids)
+    assert firsts == [ids[ray_app.ranked(page, ids)[0]] for page in pages]
+    left = ["c", "a"]
+    now = [left[ray_app.ranked(page, left)[0]] for page in pages]
+    assert all(new == old for new, old in zip(now, firsts, strict=True) if old != "b")
+
+
+def test_pages_are_what_conversations_begin_with():
+    def page(*turns, **more):
+        return ray_app.first_page(json.dumps({"messages": [*turns], **more}).encode())
+
+    long = {"role": "system", "content": "You are helpful. " * 20}
+    one, two = {"role": "user", "content": "one"}, {"role": "user", "content": "two"}
+    assert page(long, one) == page(long, two, temperature=1)
+    assert page(one) != page(two)
+    assert page(long, one) != page(long, one, tools=[{"type": "function"}])
+    for raw in (b"", b"[]", b"3", b"{", b"[" * 100_000, b"{}", b'{"model": "a"}'):
+        assert ray_app.first_page(raw) == b""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"colour": 1}, "colour is no option: known are target, .*slots"),
+        ({"slots": "many"}, "slots is 'many': give int"),
+        ({"replicas": 0}, "replicas is 0: give 1 or more"),
+    ],
+)
+def test_options_that_are_not_meant_are_refused(given, told):
+    with pytest.raises(ValueError, match=told):
+        ray_app.build(given)
+    assert ray_app.read_options({"slots": "4", "num_cpus": "0.5"}).slots == 4
+
+
+@pytest.fixture
+def deployed(models):
+    """Two replicas behind a door; its address."""
+    port = free_port()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+        words = dict(zip(("target", "drafter"), models[1::2], strict=True))
+        sizes = {"slots": "4", "positions": "250", "policy": "block", "num_cpus": "0.5"}
+        ray.serve.run(ray_app.build({**words, **sizes, "replicas": "2", "name": "tiny"}))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()
+
+
+def replicas():
+    """The names of the replicas that have engines."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [one["name"] for one in named if "#Replica#" in one["name"]]
+
+
+class Clients:
+    """Clients that ask until they are stopped, and how their requests ended."""
+
+    def __init__(self, url):
+        self._url, self._over, self.ends = url, False, []
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over = True
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+
+    async def _all(self):
+        async with httpx.AsyncClient(timeout=100) as client:
+            await asyncio.gather(*(self._one(client, number) for number in range(6)))
+
+    async def _one(self, client, number):
+        turns = [{"role": "user", "content": f"question of client {number}"}]
+        body = {"messages": turns, "max_tokens": 150, "temperature": 1.0, "stream": number % 2 == 0}
+        while not self._over:
+            self.ends.append(await self._ask(client, body))
+
+    async def _ask(self, client, body):
+        """ "done", or the error that this client was told."""
+        try:
+            async with client.stream("POST", f"{self._url}{CHAT}", json=body) as answer:
+                text = (await answer.aread()).decode()
+        except httpx.TransportError:
+            return "broken"
+        if answer.status_code != 200:
+            return json.loads(text)["error"]["code"]
+        if not body["stream"]:
+            return "done" if json.loads(text)["choices"][0]["finish_reason"] else "half"
+        *_, last, done = text.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        told = json.loads(last.removeprefix("data: "))
+        if "error" in told:
+            return told["error"]["code"]
+        return "done" if told["choices"][0]["finish_reason"] else "half"
+
+
+@pytest.mark.full
+def test_a_replica_that_is_killed_under_load(deployed, record_property):
+    """Whoever was being answered is told, or answered by the other one; nobody waits for ever."""
+    body = {"messages": SAY, "max_tokens": 16, "temperature": 0}
+    said = [httpx.post(f"{deployed}{CHAT}", json=body, timeout=100).json() for _ in range(2)]
+    text = said[0]["choices"][0]["message"]["content"]
+    assert said[1]["choices"][0]["message"]["content"] == text
+    assert httpx.get(f"{deployed}/v1/models").json()["data"][0]["id"] == "tiny"
+    wrong = httpx.post(f"{deployed}{CHAT}", json=body | {"colour": 1})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "colour")
+    with Clients(deployed) as clients:
+        time.sleep(3)
+        before = len(clients.ends)
+        first, second = replicas()
+        ray.kill(ray.get_actor(first, "serve"))
+        time.sleep(6)
+        after = len(clients.ends)
+    assert set(clients.ends[:before]) == {"done"}
+    assert after > before
+    assert set(clients.ends) <= {"done", "replica_gone"}
+    record_property("ends", str({one: clients.ends.count(one) for one in set(clients.ends)}))
+    assert clients.ends.count("replica_gone") <= 6
+    assert second in replicas()
+    again = httpx.post(f"{deployed}{CHAT}", json=body, timeout=100).json()
+    assert again["choices"][0]["message"]["content"] == text
+    end_s = time.monotonic() + 100
+    while len(replicas()) < 2:  # Ray starts another one
+        assert time.monotonic() < end_s
+        time.sleep(0.2)
