@@ -130,7 +130,8 @@ CONFINED = {
     },
 }
 TRACKERS = {"mlflow", "tensorboardX", "trackio", "wandb"}
-OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "ray", "starlette", "uvicorn"} | TRACKERS
+OPTIONAL = {"llguidance", "matplotlib", "prometheus_client", "ray", "starlette", "uvicorn"}
+OPTIONAL |= TRACKERS
 
 # Where families of targets may be named.
 TARGETS = "dspark_jax.models.targets"

@@ -64,7 +64,8 @@ def settings() -> list[tuple[dict[str, str], str]]:
     }
     document = inspect.cleandoc(ast.get_docstring(found) or "")
     groups: list[str] = []
-    for line in document.partition("Attributes:\n")[2].splitlines():
+    attributes = document.partition("Attributes:\n")[2].partition("\n\n")[0]
+    for line in attributes.splitlines():
         if line.startswith(" " * 5):
             groups[-1] += f" {line.strip()}"
         else:
