@@ -63,7 +63,8 @@ class CallForm:
     """How a call is written: JSON between tags, or, where these are empty, all of the answer.
 
     Attributes:
-        opening, closing: the tags.
+        opening: the tag before.
+        closing: the tag behind.
         arguments: the name of the arguments in the JSON.
     """
 

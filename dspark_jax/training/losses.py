@@ -41,8 +41,8 @@ class LossTerms:
     """Sums over slots that the metrics are made of.
 
     Attributes:
-        ce, soft: float32, weighted sums of cross-entropies with the labels, and with the target's
-            distributions.
+        ce: float32, weighted sum of cross-entropies with the labels.
+        soft: of those with the target's distributions.
         l1_BAG: float32 ``|p^d - p^t|_1`` of every slot.
     """
 
@@ -109,7 +109,9 @@ def head_loss(
 
     Args:
         count_size: how many chunks of how many anchors.
-        w2_RU, hidden_BAGD, code_BAGR: what the logits are made of; the gradient is theirs.
+        w2_RU: what the logits are made of; the gradient is theirs.
+        hidden_BAGD: likewise.
+        code_BAGR: likewise.
         vocab: the drafter's LM head, which for a reduced vocabulary is a part of the target's.
         law_TU: of :func:`spell_out`, or None.
         slots: the target's side, labels and weights.
@@ -259,7 +261,8 @@ class LossTotals:
     batch, so that losses, metrics and gradients of the micro-batches add up to the batch's.
 
     Attributes:
-        ce, slot: float32 sums of the slots' weights in the cross-entropy and in the other terms.
+        ce: float32 sum of the slots' weights in the cross-entropy.
+        slot: in the other terms.
         blocks: int32 blocks whose first slot is supervised.
         supervised_G: int32 supervised slots at each place of a block.
     """
@@ -340,7 +343,9 @@ def dspark_loss(
         t2d_V: int32 place of every token in the draft vocabulary, -1 outside it; None where the
             draft vocabulary is all of V.
         law_TU: of :func:`spell_out`, with its teacher.
-        ce_weight, l1_weight, confidence_weight: of the three terms.
+        ce_weight: of the cross-entropy.
+        l1_weight: of the distance.
+        confidence_weight: of the confidences' loss.
         soft_weight: of a fourth one, the cross-entropy with the target's distribution.
         decay: see :func:`slot_weights`.
 
