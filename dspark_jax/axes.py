@@ -103,7 +103,9 @@ def declare(
         name: Hugging Face tensor name.
         out: axes on the output side of a linear layer (``"NH"``); the file holds them, fused, in
             front of the fused inputs (of a bias: alone). Empty: the file holds our layout.
-        init, layers, dtype: see :class:`Param`.
+        init: how it is initialised, see :class:`Param`.
+        layers: whether layers are stacked, likewise.
+        dtype: likewise.
     """
     letters = axes.removeprefix(_spread(axes, name))
     inputs = "".join(letter for letter in letters if letter not in out)

@@ -47,7 +47,8 @@ class Work:
 
     Attributes:
         case: its name.
-        least_bytes, least_flops: that nobody can do without.
+        least_bytes: that nobody can do without.
+        least_flops: likewise.
         ways: by the names of the implementations, "xla" among them.
     """
 
@@ -138,7 +139,8 @@ def measure(work: Work, bytes_per_s: float, flops_per_s: float) -> Iterator[dict
 
     Args:
         work: the case.
-        bytes_per_s, flops_per_s: rates of this device.
+        bytes_per_s: of this device.
+        flops_per_s: likewise.
 
     Yields:
         One row an implementation: ``case, implementation, seconds`` (those that the device counts

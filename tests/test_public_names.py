@@ -79,8 +79,14 @@ def docstrings():
 
 
 def test_docstrings_cite_what_is_there():
-    """No document that the repository has not, and pages that exist."""
+    """No document that the repository has not, pages that exist, each parameter by itself."""
+    entry = re.compile(r"^ +\w+(?:, \w+)+: .*", flags=re.M)
     for path, text in docstrings():
         assert not re.search(r"\bspec(ification)?,? (section|§)", text), path
         for page in re.findall(r"notebooks/[\w/]+\.(?:md|ipynb)", text):
             assert (ROOT / page).is_file(), (path, page)
+        for section in re.findall(r"^(?:Args|Attributes):\n((?: +.*\n|\n)*)", f"{text}\n", re.M):
+            several = [
+                one for one in entry.findall(section) if one.startswith("    ") and one[4] != " "
+            ]
+            assert not several, (path, several)

@@ -169,7 +169,8 @@ def load_drafter(
         source: the directory, or ``owner/name`` on the hub.
         dtype: dtype of the parameters; None keeps that of the file.
         mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
-        num_target_layers, token_id: as in :func:`~dspark_jax.checkpoints.dialects.flat_config`.
+        num_target_layers: as in :func:`~dspark_jax.checkpoints.dialects.flat_config`.
+        token_id: likewise.
 
     Returns:
         Its configuration, its parameters, and what it holds of the vocabulary: embedding and LM

@@ -178,7 +178,8 @@ def load_gguf_target(
     Args:
         path: the file.
         dtype: dtype of the parameters; dequantisation itself is in float32.
-        mesh, weights: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
+        mesh: as in :func:`~dspark_jax.checkpoints.tensors.read_params`.
+        weights: likewise.
         file: the same file where it is open already.
 
     Raises:

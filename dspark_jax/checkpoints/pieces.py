@@ -40,7 +40,9 @@ class Pieces:
     """A vocabulary; piece i has the id i.
 
     Attributes:
-        texts, scores, kinds: of the pieces; spaces are written as U+2581.
+        texts: of the pieces; spaces are written as U+2581.
+        scores: one of each piece.
+        kinds: likewise.
         model_type: SentencePiece's: BPE joins the neighbours whose piece has the highest score.
         prefix: where a space is put in front: of ``"every"`` text between special tokens, of the
             ``"first"`` if the text begins with it, or of ``"none"``.

@@ -57,7 +57,9 @@ class Programs:
     Attributes:
         decoder: whose models they run; the weights are arguments of every call, and only their
             shapes are kept here.
-        config, policy, ladder: of the engine.
+        config: of the engine.
+        policy: likewise.
+        ladder: likewise.
         kinds: what rounds may be asked for, the least first, each with programs of its own. A CPU
             has one program for all, with conditions in it, but those of shaped laws, which are
             compiled for whoever asks.

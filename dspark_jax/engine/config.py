@@ -158,7 +158,9 @@ class Ladder:
     """The sizes that programs are compiled for; slots, rows and chunks are those of a data shard.
 
     Attributes:
-        slots, positions, chunks: ascending.
+        slots: ascending.
+        positions: likewise.
+        chunks: likewise.
         rows_per_slot: rows of a round with drafts, ascending; empty for plain decoding.
         least_rows: fewer are no cheaper.
     """

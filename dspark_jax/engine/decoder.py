@@ -35,7 +35,8 @@ class Decoder:
         weights: single layers, which on a CPU, too, are 1.3x faster than stacks, and whose matrices
             of one input are one (:mod:`~dspark_jax.models.merged`); on a single CPU device by their
             outputs (:mod:`~dspark_jax.models.by_outputs`).
-        target, drafter: sizes; drafter None decodes plainly.
+        target: its sizes.
+        drafter: its sizes; None decodes plainly.
         tokenizer: of the target; None returns ids without text.
         mesh: None for one device.
         calibration: of the drafter's confidences; None leaves them as they are.
@@ -98,7 +99,9 @@ def with_drafter(
 
     Args:
         decoder: of the target.
-        drafter, calibration, donate: as for :func:`make_decoder`.
+        drafter: as for :func:`make_decoder`.
+        calibration: likewise.
+        donate: likewise.
         target_vocab: what the target was given with; rows of it that the drafter has, too, are
             not placed a second time.
     """
@@ -132,7 +135,8 @@ def _shared_vocab(vocab: Vocab, given: Vocab, placed: Vocab, mesh: Mesh | None) 
 
     Args:
         vocab: of the drafter.
-        given, placed: of the target, before and after it was placed.
+        given: of the target, before it was placed.
+        placed: the same afterwards.
         mesh: that everything goes to.
     """
 

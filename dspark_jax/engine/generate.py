@@ -35,7 +35,10 @@ def generate(
     Args:
         decoder: weights; without a drafter every round commits one token.
         requests: in ids.
-        policy, acceptance, draft_law, kernels: of ``EngineConfig``.
+        policy: of ``EngineConfig``.
+        acceptance: likewise.
+        draft_law: likewise.
+        kernels: likewise.
         slots: most requests that are decoded at once.
         profile: of ``Engine``.
         on_text: called with (request, new text) as text is verified.

@@ -35,7 +35,8 @@ class RoundConfig:
         gate: verify nothing of a block whose first confidence lies below; 0 sets no gate. Where
             further drafts cost nothing, as in a program of fixed size, it is the better of the two.
         acceptance: rejection sampling, or coupled by a common noise field, or a rule.
-        lengths, draft_law: rules of ``EngineConfig``; None is the product's own.
+        lengths: a rule for ``policy`` of ``EngineConfig``; None is the product's own.
+        draft_law: likewise, for ``draft_law``.
         kernels: the implementation of the operations of ``pallas_kernels``.
         asks: the most that anybody in the round asks for: "greedy" tokens; "sampled" ones, or
             log-probabilities; "filtered" ones; or a "shaped" law, or the likeliest tokens, in a
@@ -115,7 +116,8 @@ class RoundInput:
         block: drafts that were made already; None drafts in the round.
         page_BX: int32 pages of every slot, of a state in pages; see
             :class:`~dspark_jax.models.cache.KVCache`.
-        shaping, masks: of a round whose law is shaped; None in all others.
+        shaping: of a round whose law is shaped; None in all others.
+        masks: likewise.
     """
 
     keep_B: jax.Array

@@ -99,7 +99,8 @@ class Launcher:
         """The round itself.
 
         Args:
-            plan, given: of the round.
+            plan: of the round.
+            given: likewise.
             block: of :meth:`draft`.
             chosen: since then: the shape of the round, the kind of its program, and masks where
                 that is a shaped one.

@@ -20,7 +20,8 @@ class Move:
     """Other sizes of the state.
 
     Attributes:
-        old, new: sizes; they differ in one.
+        old: sizes.
+        new: other ones, which differ from them in one.
         origin_B: int32, for each new slot the old one that it continues, -1 for a free slot; both
             are counted within their data shard.
     """

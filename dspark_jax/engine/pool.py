@@ -34,7 +34,8 @@ class PoolConfig:
 
     Attributes:
         largest: form of the largest state of the engine.
-        pages, snapshots: that there is room for, over all data shards.
+        pages: that there is room for, over all data shards.
+        snapshots: likewise.
     """
 
     largest: StateConfig
@@ -53,7 +54,8 @@ class Copies:
         page_DX: int32 where they lie in the pool.
         snapshot_D: int32 where a snapshot lies; -1 for none.
         read_D: int32 positions of the text that are there now; 0 for none.
-        from_D, to_D: int32 pages of slots, of which the one is copied to the other; -1 for none.
+        from_D: int32 pages of slots that are copied; -1 for none.
+        to_D: int32 pages that they are copied to.
     """
 
     slot_D: Any

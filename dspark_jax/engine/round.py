@@ -133,7 +133,10 @@ def draft_ahead(
     the rest from the rows that Algorithm 1 asks for, and for grammars, whose masks it makes.
 
     Args:
-        weights, state, given, cfg: as for :func:`decode_round`; the state is not donated.
+        weights: as for :func:`decode_round`.
+        state: likewise, but it is not donated.
+        given: likewise.
+        cfg: likewise.
         steps_per_s_T: float32, of rounds of 0, 1, ... rows; None where the rows are chosen already.
 
     Returns:

@@ -128,7 +128,10 @@ def observe_rows(
     the next round overwrites. None without a drafter.
 
     Args:
-        weights, rows, chunks, cfg: of the round.
+        weights: of the round.
+        rows: likewise.
+        chunks: likewise.
+        cfg: likewise.
         state: with its committed tokens, this round's included.
         feature_TFD: features of all rows, and behind them of those of a window.
     """

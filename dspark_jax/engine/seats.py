@@ -24,7 +24,8 @@ class Tenant:
     """A request in a slot, as far as the host knows.
 
     Attributes:
-        mailbox, reader: where its text goes.
+        mailbox: where its text goes.
+        reader: what makes the text.
         kind: of its confidences.
         arrival: its place among all requests.
         request: what is left of it: its prompt has all tokens that were committed when it entered.

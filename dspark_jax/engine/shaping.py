@@ -38,7 +38,9 @@ class Shaping:
     """What the requests of a round ask for; a slot that asks for nothing has 0, 0, 1, no bias.
 
     Attributes:
-        presence_B, frequency_B, repetition_B: float32, as in ``Request``.
+        presence_B: float32, ``presence_penalty`` of ``Request``.
+        frequency_B: float32, ``frequency_penalty``.
+        repetition_B: float32, ``repetition_penalty``.
         asked_B: int32 length of the prompt as it was asked: what lies behind is new.
         bias_id_BJ: int32 ids, padded with -1.
         bias_BJ: float32.

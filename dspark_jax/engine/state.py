@@ -63,7 +63,8 @@ class StateConfig:
     """The form of a state; one program is compiled for each.
 
     Attributes:
-        target, drafter: sizes; drafter None for plain decoding.
+        target: its sizes.
+        drafter: its sizes; None for plain decoding.
         num_slots: B.
         num_positions: S, room for prompt, new tokens and one block past the limit.
         num_ahead: the most positions that one slot may have been written behind a row that

@@ -98,7 +98,9 @@ class Tally:
 
     Attributes:
         tokens: committed by all requests.
-        prefix_queries, prefix_hits, prefix_tokens: see :class:`Stats`.
+        prefix_queries: see :class:`Stats`.
+        prefix_hits: likewise.
+        prefix_tokens: likewise.
     """
 
     def __init__(self) -> None:

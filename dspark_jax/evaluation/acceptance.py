@@ -57,7 +57,8 @@ def bench_acceptance(
         temperatures: to decode at.
         seed: root of the keys; each set counts its prompts from 0.
         batch: prompts decoded together.
-        acceptance, kernels: of ``EngineConfig``.
+        acceptance: of ``EngineConfig``.
+        kernels: likewise.
 
     Returns:
         ``rows``, one for each set and temperature, their ``mean`` over the sets at each

@@ -50,7 +50,8 @@ def bench_acceptance_by(
         by: what rows are told apart by, of :data:`BY`; the position in the block always is.
         seed: root of the keys.
         batch: talks played at the same time.
-        acceptance, kernels: of ``EngineConfig``.
+        acceptance: of ``EngineConfig``.
+        kernels: likewise.
 
     Returns:
         ``rows``, one for each category, temperature and class that has a round: ``context`` (fewest

@@ -106,7 +106,9 @@ def bench_compare(
         concurrency: how many talks are played at the same time.
         seed: root of the keys.
         repeats: how often every talk is played by each.
-        policy, acceptance, kernels: of ``EngineConfig``.
+        policy: of ``EngineConfig``.
+        acceptance: likewise.
+        kernels: likewise.
         synthetic_acceptance: the chance that every draft is accepted with, whatever it is, for
             studies of throughput; texts are not the target's then.
 

@@ -43,7 +43,8 @@ class Models:
     """A target and a drafter whose weights have not been read.
 
     Attributes:
-        target, drafter: sizes; drafter None for none.
+        target: its sizes.
+        drafter: its sizes; None for none.
         declared: of all weights that decoding holds, as they are stored.
         names: of target and drafter.
     """

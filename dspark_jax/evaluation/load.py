@@ -96,7 +96,8 @@ def bench_load(
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every policy serves at each concurrency.
         requests_per_client: requests that must be over before the clock stops.
-        acceptance, kernels: of the engines.
+        acceptance: of the engines.
+        kernels: likewise.
 
     Returns:
         The measurements as JSON values.

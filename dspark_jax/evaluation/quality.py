@@ -44,12 +44,14 @@ def bench_quality(
     """Compare a target with itself quantised, on the answers of some prompts.
 
     Args:
-        plain, quantised: the same models, with a drafter or without.
+        plain: a model, with a drafter or without.
+        quantised: the same one, quantised.
         sets: the prompts of each set by its name.
         limits: all of a request but prompt and key; greedy.
         seed: root of the keys.
         batch: prompts decoded together.
-        acceptance, kernels: of ``EngineConfig``.
+        acceptance: of ``EngineConfig``.
+        kernels: likewise.
 
     Returns:
         ``rows``, one for each set and, of several, one for ``all`` of them: ``kl``, ``top1`` (share
@@ -96,8 +98,10 @@ def compare_laws(
     """Both targets' laws at every token of an answer.
 
     Args:
-        plain, quantised: of the same sizes.
-        prompt, answer: ids.
+        plain: of some sizes.
+        quantised: of the same.
+        prompt: ids.
+        answer: ids.
 
     Returns:
         float32 divergences ``KL(plain || quantised)`` in nats, and bool whether both choose the

@@ -46,7 +46,8 @@ class RecordedRequest:
 
     Attributes:
         prompt: where the prompt was read; requests of one prompt resemble each other.
-        acceptance, temperature: how it was sampled.
+        acceptance: the rule of its drafts.
+        temperature: how it was sampled.
         logit_NG: float64 confidence logits, before calibration; finite.
         verified_N: drafts whose fate is known: all of the block, or those up to an accepted stop
             token, behind which nothing was decided.
@@ -78,8 +79,9 @@ def record_rounds(
         decoder: models with a drafter that has a confidence head.
         sets: the prompts of each file.
         limits: all of a request but prompt, key and temperature.
-        acceptances, temperatures: every combination is a way; at temperature 0 all rules are the
-            same, and the first stands for them.
+        acceptances: rules.
+        temperatures: every combination with a rule is a way; at 0 all rules are the same, and the
+            first stands for them.
         seed: root of the keys; each set counts its prompts from 0.
         slots: requests decoded together.
         done: numbers of requests that are left out.

@@ -80,7 +80,9 @@ def bench_speed(
         limits: all of a request but prompt and key.
         seed: root of the keys; each set counts its prompts from 0.
         repeats: how often every prompt is decoded either way.
-        policy, acceptance, kernels: of ``EngineConfig``.
+        policy: of ``EngineConfig``.
+        acceptance: likewise.
+        kernels: likewise.
 
     Returns:
         The measurements as JSON values; ``sets`` holds those of each file where there are several.

@@ -69,8 +69,9 @@ class KVCache:
     would copy the whole cache every time otherwise (7 instead of 1 ms for 32 slots of 512).
 
     Attributes:
-        k, v: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers; of a cache
-            in pages [L, Q, K, PAGE, H].
+        k: keys [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unstacked layers; of a
+            cache in pages [L, Q, K, PAGE, H].
+        v: values, likewise.
         page_BX: int32 pages of every slot; None for a cache without pages, and while it is stored.
         paged: whether it lies in pages.
     """

@@ -35,7 +35,9 @@ class Experts(Whole):
     """Weights of the experts of one layer, or of several with the one that is meant.
 
     Attributes:
-        gate_EDM, up_EDM, down_EMD: with a leading L where layers are stacked.
+        gate_EDM: with a leading L where layers are stacked.
+        up_EDM: likewise.
+        down_EMD: likewise.
         layer: int32, place in the stack; None where there is no L.
     """
 
@@ -151,8 +153,9 @@ class _Tiles:
 
     Attributes:
         order_A: int32 pairs by their experts.
-        count_E, first_E, end_E: int32 pairs of every expert, those before them, and tiles up to
-            its own.
+        count_E: int32 pairs of every expert.
+        first_E: those before them.
+        end_E: tiles up to its own.
         per_row: experts of a row.
         size: rows of a tile.
     """

@@ -220,7 +220,9 @@ def split(w: Any, lead: Any, inputs: Any, outputs: Any) -> Any:
 
     Args:
         w: with one leading axis.
-        lead, inputs, outputs: mesh axes of each, or None.
+        lead: mesh axis of what leads, or None.
+        inputs: of the inputs.
+        outputs: of the outputs.
     """
     if isinstance(w, InBlocks):
         spec = P(lead, outputs, inputs)

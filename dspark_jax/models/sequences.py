@@ -34,7 +34,8 @@ def attend_causally(
 
     Args:
         q_BSNH: queries; N is a multiple of K, and query head n reads key head n // (N // K).
-        k_BSKH, v_BSKH: keys and values.
+        k_BSKH: keys.
+        v_BSKH: values.
         window: the last so many positions are seen, the own one included; 0 for all.
         scale: of the scores; None for H ** -0.5.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.

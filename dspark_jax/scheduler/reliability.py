@@ -39,10 +39,12 @@ class PositionReport:
         position: k, the length of the prefix.
         weight: rounds that verified it. Without any, all numbers are None.
         ece: expected calibration error over 20 bins.
-        ece_low, ece_high: bounds of its 95 % bootstrap interval.
+        ece_low: lower bound of its 95 % bootstrap interval.
+        ece_high: upper bound.
         auc: area under the ROC curve over 1000 bins; None where all outcomes are alike.
         brier: mean squared error.
-        predicted, accepted: mean prediction and outcome.
+        predicted: mean prediction.
+        accepted: mean outcome.
         reliability: bins that are not empty.
     """
 

@@ -10,7 +10,8 @@ class Thought:
     """What sets a thought off.
 
     Attributes:
-        opening, closing: around it.
+        opening: before it.
+        closing: behind it.
         special: names of tokens among these that may be special ones.
     """
 

@@ -157,7 +157,8 @@ def sample_lessons(
     Args:
         token_BS: int32 the sequences.
         loss_mask_BS: bool, the supervised tokens.
-        key, turn: as for :func:`sample_anchors`.
+        key: as for :func:`sample_anchors`.
+        turn: likewise.
         sizes: the most anchors of a sequence, and slots behind each.
         lessons: of the drafter's family.
 

@@ -52,8 +52,8 @@ class LossTerms:
     """Sums over slots that the metrics are made of.
 
     Attributes:
-        ce, soft: float32, weighted sums of cross-entropies with the labels, and with the target's
-            distributions.
+        ce: float32, weighted sum of cross-entropies with the labels.
+        soft: of those with the target's distributions.
         others: float32, weighted sums of the terms that jax differentiates, in their order.
         l1_BAG: float32 ``|p^d - p^t|_1`` of every slot.
     """
@@ -126,7 +126,9 @@ def head_loss(
     Args:
         count_size: how many chunks of how many anchors.
         others: terms that jax differentiates, with their weights.
-        w2_RU, hidden_BAGD, code_BAGR: what the logits are made of; the gradient is theirs.
+        w2_RU: what the logits are made of; the gradient is theirs.
+        hidden_BAGD: likewise.
+        code_BAGR: likewise.
         vocab: the drafter's LM head, which for a reduced vocabulary is a part of the target's.
         law_TU: of :func:`spell_out`, or None.
         slots: the target's side, labels and weights.
@@ -281,7 +283,8 @@ class LossTotals:
     batch, so that losses, metrics and gradients of the micro-batches add up to the batch's.
 
     Attributes:
-        ce, slot: float32 sums of the slots' weights in the cross-entropy and in the other terms.
+        ce: float32 sum of the slots' weights in the cross-entropy.
+        slot: in the other terms.
         blocks: int32 blocks whose first slot is supervised.
         supervised_G: int32 supervised slots at each place of a block.
     """

@@ -23,7 +23,8 @@ class LearningRate:
 
     Attributes:
         peak: the recipe's learning rate.
-        warmup, decay: updates.
+        warmup: updates of the warm-up.
+        decay: updates after it.
         scale: 1 + cos(pi / decay), by which the cosine is divided; 0 for the shortest runs.
     """
 

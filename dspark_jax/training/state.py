@@ -58,8 +58,9 @@ class Batch:
     Attributes:
         token_BS: int32 ids.
         loss_mask_BS: bool, the supervised tokens.
-        feature_BSFD, hidden_BSD: bfloat16 outputs of the target out of a cache; None where the
-            step is to run the target.
+        feature_BSFD: bfloat16 outputs of the target out of a cache; None where the step is to run
+            the target.
+        hidden_BSD: likewise.
     """
 
     token_BS: Any

@@ -38,7 +38,8 @@ class Blocks:
         batch: the sequences, where the target has yet to read them; None where it has.
         feature_BSFD: the target's features; None before.
         teacher: its distributions; None before.
-        anchor_BA, keep_BA: anchors, and False for dummy blocks.
+        anchor_BA: anchors.
+        keep_BA: False for dummy blocks.
         labels: what the slots are trained towards.
     """
 

@@ -316,7 +316,8 @@ def _kernel(
     Args:
         body: of a program, told ``num_tokens`` and the ``blocks`` of a share.
         name: of the kernel.
-        num_rows, num_tokens: that are read.
+        num_rows: that are read.
+        num_tokens: likewise.
         outs: a letter for each array [N, T] that comes out, i for int32 and f for float32.
         approx_math: functions may be less exact: not for noise, whose digits decide.
     """

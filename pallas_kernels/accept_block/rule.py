@@ -130,7 +130,8 @@ class Batch(NamedTuple):
 
     Attributes:
         logits_TV: any float dtype.
-        temperature_T, floor_T: float32, as for :func:`accept_block`.
+        temperature_T: float32, as for :func:`accept_block`.
+        floor_T: likewise.
         axis_name: the mesh axis that V is split over; None where the rows are whole.
     """
 

@@ -73,7 +73,8 @@ class Draws(NamedTuple):
     Attributes:
         score_B: float32, log p^t + noise of the token.
         token_B: int32 the first with the highest score.
-        residual_score_B, residual_token_B: likewise of max(0, p^t - p^d), not normalised.
+        residual_score_B: likewise of max(0, p^t - p^d), not normalised.
+        residual_token_B: likewise.
         mass_B: float32 sum of max(0, p^t - p^d).
     """
 
@@ -206,7 +207,10 @@ def sample_rest(
         row_B: int32 rows to draw from.
         without_B: int32 the token of the whole vocabulary that is left out; ``NO_TOKEN`` leaves all
             in. Where nothing else is kept the score is -inf, and the token means nothing.
-        temperature_B, floor_B, key_B2, axis_name: as for :func:`sample`.
+        temperature_B: as for :func:`sample`.
+        floor_B: likewise.
+        key_B2: likewise.
+        axis_name: likewise.
     """
     start = shard_start(logits_TV.shape[-1], axis_name)
     id_V = start + jnp.arange(logits_TV.shape[-1])

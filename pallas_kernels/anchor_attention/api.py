@@ -47,7 +47,8 @@ def anchor_attention(
 
     Args:
         q_BAGNH: queries, rotated; N is a multiple of K.
-        k_BSKH, v_BSKH: the context, in the dtype of the queries. All of it must be finite.
+        k_BSKH: keys of the context, in the dtype of the queries. All of it must be finite.
+        v_BSKH: values, likewise.
         own: keys and values [B, A, W, K, H] that all slots of a block see beside the context:
             those of its own slots, W = G, or with "xla" others.
         anchor_BA: int32 in [0, S], positions of the anchors, ascending in a sequence where a

@@ -15,8 +15,13 @@ class Case:
     """One shape.
 
     Attributes:
-        batch, anchors, slots, positions: B, A, G and S.
-        heads, kv_heads, width: N, K and H.
+        batch: B.
+        anchors: A.
+        slots: G.
+        positions: S.
+        heads: N.
+        kv_heads: K.
+        width: H.
         dtype: of all arrays.
     """
 

@@ -57,9 +57,9 @@ def ragged_attention(
 
     Args:
         q_TNH: queries, rotated; N is a multiple of K.
-        k_BKSH, v_BKSH: the caches of all slots, in the dtype of the queries; with ``layer``, of
-            all layers, [L, B, K, S, H]. Keys that a row may not see can be anything; their values
-            must be finite.
+        k_BKSH: keys of all slots, in the dtype of the queries; with ``layer``, of all layers, [L,
+            B, K, S, H]. Those that a row may not see can be anything.
+        v_BKSH: values, likewise; all of them must be finite.
         groups: which rows attend to which slot (:mod:`~pallas_kernels.ragged_attention.groups`).
         limit_T: int32: row t sees the positions before it; at most S without a window.
         layer: int32, which layer of the caches is meant; None for caches of one layer.

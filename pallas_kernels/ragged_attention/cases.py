@@ -23,7 +23,9 @@ class Case:
         rows: C rows of a group.
         positions: S that a slot has room for, and about twice what it holds on average; a single
             one is full.
-        heads, kv_heads, width: N, K and H.
+        heads: N.
+        kv_heads: K.
+        width: H.
         bidirectional: all rows of a group see what is before the group and W = C own keys;
             otherwise each row sees what is up to itself.
         window: positions that a row sees, or None.

@@ -20,9 +20,11 @@ class Groups:
 
     Attributes:
         slot_P: int32 slots; None where group p is slot p, for all slots in their order.
-        group_T, column_T: int32 place of every row; P marks a row of no group (padding). None
-            where row p * C + c is column c of group p.
-        num_groups, rows_per_group: P and C, static.
+        group_T: int32 group of every row; P marks a row of none (padding). None where row p * C + c
+            is column c of group p.
+        column_T: int32 its column, likewise.
+        num_groups: P, static.
+        rows_per_group: C, static.
     """
 
     slot_P: jax.Array | None

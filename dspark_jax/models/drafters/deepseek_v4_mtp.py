@@ -69,12 +69,15 @@ class Params:
     """Weights of a drafter.
 
     Attributes:
-        token_norm_D, stream_norm_D: of the embedding, and of each stream.
-        token_ID, stream_ID: projections of what they give.
+        token_norm_D: of the embedding.
+        stream_norm_D: of each stream.
+        token_ID: projection of what the first norm gives.
+        stream_ID: of what the second gives.
         layers: the layer, a stack of one.
         norm_D: final norm.
         read_out: of the streams after the layer.
-        head, confidence: None; others have such heads.
+        head: None; others have such a head.
+        confidence: likewise.
     """
 
     token_norm_D: Any

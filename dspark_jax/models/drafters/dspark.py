@@ -288,7 +288,10 @@ def slot_hidden(
     """:func:`block_hidden` where a slot has one anchor: the block behind it, hidden_BGD.
 
     Args:
-        drafter, vocab, context, cfg: as for :func:`block_hidden`.
+        drafter: as for :func:`block_hidden`.
+        vocab: likewise.
+        context: likewise.
+        cfg: likewise.
         anchor_B: int32 anchor tokens.
         position_B: int32 their positions.
         kernels: the implementation of ``ragged_attention``.

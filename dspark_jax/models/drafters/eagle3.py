@@ -64,7 +64,8 @@ class Params:
         fc_FYD: projection of the concatenated features; feature_norm_D follows it.
         layers: the layer, a stack of one, whose queries, keys and values read [2 D].
         norm_D: final norm.
-        head, confidence: None; others have such heads.
+        head: None; others have such a head.
+        confidence: likewise.
     """
 
     fc_FYD: Any

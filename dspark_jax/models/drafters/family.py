@@ -184,7 +184,8 @@ class DrafterFamily(Protocol):
                 target's cache.
             anchor_B: int32 anchor tokens.
             position_B: int32 their positions.
-            choose, law: see :data:`Choose`, :data:`Law`; ``choose`` is given the logits of ``law``.
+            choose: see :data:`Choose`; it is given the logits of ``law``.
+            law: see :data:`Law`.
             cfg: sizes.
             kernels: the implementation of the operations of ``pallas_kernels``.
         """

@@ -1,9 +1,8 @@
 """Prompt lookup: a drafter without a model (Saxena 2023).
 
-Where the last tokens stand earlier in the text, what followed them there is drafted. Of the lengths
-``ngram_min`` to ``ngram_max`` the longest counts that occurs earlier, and of its occurrences the
-first; a block is shorter where the text ends before it does. Prompt lookup as it was published is
-1 to 3 tokens, transformers' 1 to 2, vLLM's usually 2 to 4.
+What followed the last tokens earlier in the text is drafted. Of the lengths ``ngram_min`` to
+``ngram_max`` the longest counts that occurs earlier, and of its occurrences the first; a block ends
+with the text. As published, it is 1 to 3 tokens; in transformers 1 to 2, in vLLM usually 2 to 4.
 
 The index of each length is a hash table of the places where n-grams were first seen. A place says
 nothing by itself: what counts is the text at it, of the request that has the slot now. So nothing
@@ -15,8 +14,7 @@ of drafts that stood, by the length of the match up to them and by how the last 
 confidence in the next ones: a function of the committed text alone, never of the draft that it is
 about. Matches that hardly promise anything are not offered.
 
-Axes beside the legend's: J places of a window, I tokens of an n-gram, X places of an index, or
-kinds of drafts.
+Other axes: J places of a window, I tokens of an n-gram, X places of an index, or kinds of drafts.
 """
 
 from __future__ import annotations
@@ -60,9 +58,11 @@ class Config:
     """Sizes of lookup.
 
     Attributes:
-        vocab_size, max_positions: of the target.
+        vocab_size: of the target.
+        max_positions: likewise.
         block_size: most drafts of a round.
-        ngram_min, ngram_max: tokens that have to match.
+        ngram_min: tokens that have to match, at least.
+        ngram_max: at most.
         confidence: whether drafts come with one, as always here.
         target_layer_ids: features that are read: none.
     """
@@ -116,7 +116,8 @@ class Context:
         position_B: int32 position of that last committed token.
         match_B: int32 tokens of the match.
         held_B: int32, 1 where the first draft of the last match stood, else 0.
-        stood_BX, decided_BX: float32 drafts of each kind that stood, and that were decided about.
+        stood_BX: float32 drafts of each kind that stood.
+        decided_BX: those that were decided about.
     """
 
     first_BX: Any

@@ -80,7 +80,8 @@ class Params:
     Attributes:
         heads: of every slot.
         layers: none.
-        head, confidence: None; others have such heads.
+        head: None; others have such a head.
+        confidence: likewise.
     """
 
     heads: tuple[Head, ...]

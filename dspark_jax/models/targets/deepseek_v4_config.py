@@ -30,12 +30,19 @@ class Config(TargetConfig):
         compressed_rope: of layers with compressed entries.
         rope_dim: rotated channels of a head, the last ones.
         query_rank: I, width of the latent that queries are made of.
-        output_groups, output_rank: groups of heads, and outputs of each, between heads and width.
+        output_groups: groups of heads, between heads and width.
+        output_rank: outputs of each.
         ratios: of every layer, positions of a compressed entry; 0 for none.
         sparse: layers whose rows attend to the best entries alone, by an indexer.
-        index_heads, index_dim, index_top: heads, their width, and chosen entries of an indexer.
-        num_streams, mix_steps, mix_eps: of the residual (:class:`Streams`).
-        num_experts, num_chosen, expert_size: E, experts of a token, and the width of one.
+        index_heads: heads of an indexer.
+        index_dim: their width.
+        index_top: the entries that it chooses.
+        num_streams: of the residual (:class:`Streams`).
+        mix_steps: likewise.
+        mix_eps: likewise.
+        num_experts: E.
+        num_chosen: experts of a token.
+        expert_size: the width of one.
         num_shared: experts of every token, which are one of as many times the width.
         hashed: layers whose experts follow from the token alone, by a table.
         route_scale: what the weights of a token's experts add up to.

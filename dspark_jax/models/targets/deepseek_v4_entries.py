@@ -93,7 +93,8 @@ def index_queries(
 
     Args:
         indexer: weights.
-        u_XD, latent_XI: normed inputs and queries' latent of some rows.
+        u_XD: normed inputs of some rows.
+        latent_XI: their queries' latent.
         table: RoPE at their positions.
         cfg: sizes.
     """
@@ -108,7 +109,8 @@ def choose(
     """The entries that rows attend to: the best of the visible ones.
 
     Args:
-        q_PCNH, head_PCN: of :func:`index_queries`, of C rows of P groups.
+        q_PCNH: of :func:`index_queries`, of C rows of P groups.
+        head_PCN: likewise.
         key_PSH: the indexer's own entries of every group.
         visible_PCS: those that are complete.
         count: K, how many are chosen; there are more.

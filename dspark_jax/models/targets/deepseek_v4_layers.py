@@ -51,10 +51,14 @@ class Heads:
     """Weights of attention.
 
     Attributes:
-        query_a_DI, query_norm_I, query_b_INH: queries, by way of their latent.
-        key_DH, key_norm_H: of the one key.
+        query_a_DI: of the queries, into their latent.
+        query_norm_I: of the latent.
+        query_b_INH: of the queries, out of it.
+        key_DH: of the one key.
+        key_norm_H: likewise.
         sink_N: float32.
-        out_a_KXHO, out_b_KOD: of K groups of X heads each.
+        out_a_KXHO: of K groups of X heads each.
+        out_b_KOD: likewise.
     """
 
     query_a_DI: Any
@@ -73,7 +77,8 @@ class Compressor:
     an entry, or twice that where windows overlap.
 
     Attributes:
-        value_DO, weight_DO: what is summed, and its weights before their softmax.
+        value_DO: what is summed.
+        weight_DO: its weights before their softmax.
         bias_XO: added to the weights, by the place in the window.
         norm_H: of the entry.
     """

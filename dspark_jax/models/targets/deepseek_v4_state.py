@@ -103,7 +103,8 @@ class Run:
         rows: which ones of the pass.
         groups: their places.
         slot_P: int32 slots; ``_NOWHERE`` where there are no rows.
-        first_P, count_P: int32 first position, and how many there are.
+        first_P: int32 first position.
+        count_P: how many there are.
         by_slot: whether group p is slot p; otherwise several may be of one slot.
     """
 
@@ -173,7 +174,8 @@ def store(
     Args:
         state: of the layer's stack.
         index: of the layer in it.
-        layer, kind: weights, and what they are.
+        layer: weights.
+        kind: what they are.
         inputs: of the layer's attention.
         rows: slots and positions.
         runs: the same in groups.

@@ -27,15 +27,21 @@ class Config(TargetConfig):
 
     Attributes:
         generation: 2, 3 or 4.
-        local_heads, local_head_dim, local_rope: K, H and RoPE of layers with a window.
+        local_heads: K of layers with a window.
+        local_head_dim: their H.
+        local_rope: their RoPE.
         scale: of the scores.
-        score_softcap, softcap: of scores and logits; None for none.
+        score_softcap: of scores; None for none.
+        softcap: of logits, likewise.
         value_is_key: in layers without a window the values are the projected keys.
         num_shared: last layers that read the keys and values of the last layer of their kind
             before them.
         wide_shared: these have MLPs of twice the width.
-        token_size, token_vocab: width and number of the layers' own embeddings; 0 for none.
-        num_experts, num_chosen, expert_size: E, experts of a token, and their M; 0 for none.
+        token_size: width of the layers' own embeddings; 0 for none.
+        token_vocab: how many of them there are.
+        num_experts: E; 0 for none.
+        num_chosen: experts of a token.
+        expert_size: their M.
     """
 
     generation: int = 4
