@@ -44,7 +44,9 @@ class Trace:
     def turn(self) -> None:
         """Say that a turn begins."""
         if self._turns == self._first:
-            jax.profiler.start_trace(str(self.directory))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # whose events are many and slow: devices are meant
+            jax.profiler.start_trace(str(self.directory), profiler_options=options)
             self._open = True
         if self._turns == self._end:
             self._stop()

@@ -11,7 +11,7 @@ from tests.test_round_programs import lower
 def calls(monkeypatch):
     """What the profiler is asked for."""
     made = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda place: made.append(place))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda place, **_: made.append(place))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: made.append("stop"))
     return made
 

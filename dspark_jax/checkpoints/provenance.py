@@ -21,9 +21,8 @@ from dspark_jax.files import write_atomically
 FILE_NAME, CARD = "provenance.json", "README.md"
 RECIPE, METRICS = "recipe.json", "metrics.jsonl"  # of a run
 PLACES = ("out", "cache")  # settings that say nothing of a drafter
-# What a card says of the splits of a log.
+# What a card says of the splits of a log; batches that were trained on say little of a drafter.
 SPLITS = {
-    "training": "training batches, expected at temperature 1",
     "held-out": "held-out answers, expected at temperature 1",
     "decoded": "prompts, decoded",
 }
@@ -140,9 +139,9 @@ def write_card(
     if not provenance:
         lines += ["", "How it was trained is not recorded."]
     numbers = [
-        (SPLITS.get(split, split), row.get("step"), name, value)
-        for split, row in figures.items()
-        if isinstance(row, dict)
+        (words, row.get("step"), name, value)
+        for split, words in SPLITS.items()
+        if isinstance(row := figures.get(split), dict)
         for name, value in row.items()
         if name != "step"
     ]

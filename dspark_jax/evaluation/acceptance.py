@@ -153,7 +153,11 @@ def compare(
             label: {
                 "rows": report["rows"],
                 "mean": report["mean"],
-                "curve": [{key: line[key] for key in CURVE if key in line} for line in logs[label]],
+                "curve": [
+                    {key: line[key] for key in CURVE if key in line}
+                    for line in logs[label]
+                    if line.get("split") != "decoded"
+                ],
             }
             for label, report in reports.items()
         },
