@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from dspark_jax.cli import command as cli
 from tests.served_process import CHAT, SAY, free_port
 
 ray = pytest.importorskip("ray")
@@ -52,6 +53,30 @@ def test_options_that_are_not_meant_are_refused(given, told):
     with pytest.raises(ValueError, match=told):
         ray_app.build(given)
     assert ray_app.read_options({"slots": "4", "num_cpus": "0.5"}).slots == 4
+
+
+@pytest.mark.full
+def test_prepare_on_a_cluster_writes_what_one_process_writes(models, tmp_path, own_cache):
+    """And goes on with what a share has written before."""
+    questions, one, spread = (tmp_path / f"{name}.jsonl" for name in ("in", "one", "spread"))
+    rows = [{"turns": [f"number {i}", "and then"]} for i in range(7)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--max-new-tokens", "12", "--temperature", "0.8", "--acceptance", "coupled", *models]
+    assert cli.main(["prepare", str(questions), "--out", str(one), *words]) == 0
+    given = ["prepare", str(questions), "--out", str(spread), *words]
+    assert cli.main([*given, "--processes", "2", "--process", "1"]) == 0
+    assert not spread.exists()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        assert cli.main([*given, "--ray", "2"]) == 0
+    finally:
+        ray.shutdown()
+    assert spread.read_bytes() == one.read_bytes()
+
+
+def test_paths_that_a_cluster_does_not_see_are_refused(capsys):
+    assert cli.main(["prepare", "a.jsonl", "--out", "b.jsonl", "--ray", "2"]) == 2
+    assert "input is a.jsonl: with --ray give a whole path" in capsys.readouterr().err
 
 
 @pytest.fixture
