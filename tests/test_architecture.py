@@ -115,7 +115,7 @@ PURE = {
 CONFINED = {
     **{key: {"dspark_jax.serving"} for key in ("prometheus_client", "starlette", "uvicorn")},
     "httpx": {"dspark_jax.client"},
-    "ray": {"dspark_jax.serving.ray_app"},
+    "ray": {"dspark_jax.cli.spreading", "dspark_jax.serving.ray_app"},
     "gguf": {"dspark_jax.checkpoints.gguf"},
     "llguidance": {"dspark_jax.engine.grammar"},
     "huggingface_hub": {"dspark_jax.checkpoints.hf"},

@@ -1,14 +1,18 @@
-"""A tiny random model of every family through the commands: answers, training, text, export."""
+"""A tiny random model of every family through the commands: answers, training, text, export; and
+through the server."""
 
+import asyncio
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import dspark_jax
 from dspark_jax.cli import command as cli
 from dspark_jax.config import TrainConfig
 from dspark_jax.training import fit
+from tests.small_server import client_of, made_service
 from tests.tiny_model import BLOCK, write_letters, write_target
 
 LAYERS = {"num_hidden_layers": 4}
@@ -88,6 +92,16 @@ def dspark(capsys, *arguments):
     return out
 
 
+async def served(model):
+    """What a server says to the prompt of the command, and says again, with a store of prefixes."""
+    turns = [{"role": "user", "content": "hello there"}]
+    body = {"messages": turns, "max_tokens": 24, "temperature": 0}
+    with made_service(model, prefix_bytes=1 << 20) as service:
+        async with client_of(service) as client:
+            answers = [await client.post("/v1/chat/completions", json=body) for _ in range(2)]
+    return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_training_text_and_export(name, tmp_path, capsys, own_cache):
@@ -126,6 +140,7 @@ def test_answers_training_text_and_export(name, tmp_path, capsys, own_cache):
         dspark(capsys, *command, "--drafter", tmp_path / "exported", "--policy", "block")
     )
     assert (again["text"], again["rounds"]) == (drafted["text"], drafted["rounds"])
+    assert asyncio.run(served(dspark_jax.load(target, drafter))) == [plain["text"]] * 2
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """The page in a browser, against a server that speaks its protocol."""
 
+import contextlib
 import json
 import queue
 import re
@@ -10,6 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 
 import pytest
+
+from dspark_jax import Request
+from tests.small_server import NAME, SAY, listening, load_tiny, made_service
 
 PAGE = resources.files("dspark_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -79,22 +83,33 @@ class Handler(BaseHTTPRequestHandler):
         self._send(said + b"data: [DONE]\n\n", "text/event-stream")
 
 
+@contextlib.contextmanager
+def browsing(folder, url):
+    """A browser that looks at a page."""
+    words = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}"]
+    words += ["--remote-debugging-port=0"]  # or it ends once the page is loaded
+    browser = subprocess.Popen([BROWSER, *words, url], stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        browser.kill()
+        browser.wait()
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
+
+
 @pytest.mark.full
-@pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
+@needs_browser
 def test_a_browser_shows_how_each_token_came(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.heard = queue.Queue()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/?prompt=Why%3F"
-    words = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-    words += ["--remote-debugging-port=0"]  # or it ends once the page is loaded
-    browser = subprocess.Popen([BROWSER, *words, url], stderr=subprocess.DEVNULL)
     try:
-        path, asked = server.heard.get(timeout=60)
-        _, told = server.heard.get(timeout=60)
+        with browsing(tmp_path, f"http://127.0.0.1:{server.server_port}/?prompt=Why%3F"):
+            path, asked = server.heard.get(timeout=60)
+            _, told = server.heard.get(timeout=60)
     finally:
-        browser.kill()
-        browser.wait()
         server.shutdown()
         server.server_close()
     assert path == "/v1/chat/completions"
@@ -107,6 +122,60 @@ def test_a_browser_shows_how_each_token_came(tmp_path):
     assert told["detail"].startswith("Round 3: 1 accepted of 2 verified of 3 drafts; 3 rows")
     assert "no0.80" in told["detail"]
     assert told["error"] == ""
+
+
+class Telling:
+    """The server's application with a page that tells what it shows, which ``heard`` gets."""
+
+    def __init__(self, app):
+        self._app, self.heard = app, queue.Queue()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"] not in ("/", "/done"):
+            await self._app(scope, receive, send)
+            return
+        if scope["path"] == "/done":
+            raw = b""
+            while (message := await receive()).get("body") and message["type"] == "http.request":
+                raw += message["body"]
+                if not message["more_body"]:
+                    break
+            self.heard.put(json.loads(raw))
+
+        async def sending(message):
+            if message["type"] == "http.response.start":
+                kept = [one for one in message["headers"] if one[0] != b"content-length"]
+                message = {**message, "headers": kept}
+            elif scope["path"] == "/":
+                end = b"</script>\n</body>"
+                body = message["body"].replace(end, REPORT.encode() + end)
+                message = {**message, "body": body}
+            await send(message)
+
+        await self._app(scope, receive, sending)
+
+
+@pytest.mark.full
+@needs_browser
+def test_a_browser_shows_what_the_server_says(tmp_path):
+    model = load_tiny(tmp_path)
+    with made_service(model, positions=400, position_buckets=(512,)) as service:
+        service.app = telling = Telling(service.app)
+        with (
+            listening(service) as address,
+            browsing(tmp_path / "browser", f"{address}/?prompt=say%20it"),
+        ):
+            told = telling.heard.get(timeout=120)
+        request = Request(messages=SAY, max_new_tokens=256)
+        expected = service.served.engine.submit(request).wait()
+    assert told["error"] == ""
+    assert told["model"] == NAME
+    assert "".join(text for text, _, _ in told["spans"]) == expected.text
+    accepted = sum(drafts for drafts in expected.accepted_drafts)
+    drafted = sum(place > 0 for _, place, _ in told["spans"])
+    assert accepted - 3 <= drafted <= accepted  # those of the last round may be cut
+    assert told["count"] == str(expected.rounds + 1)
+    assert float(told["length"]) == pytest.approx(expected.accepted_length, abs=0.1)
 
 
 def test_the_page_needs_nobody_else():

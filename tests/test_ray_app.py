@@ -8,7 +8,9 @@ import time
 
 import httpx
 import pytest
+from starlette.requests import Request as StarletteRequest
 
+from dspark_jax.cli import command as cli
 from tests.served_process import CHAT, SAY, free_port
 
 ray = pytest.importorskip("ray")
@@ -52,6 +54,109 @@ def test_options_that_are_not_meant_are_refused(given, told):
     with pytest.raises(ValueError, match=told):
         ray_app.build(given)
     assert ray_app.read_options({"slots": "4", "num_cpus": "0.5"}).slots == 4
+
+
+class Handle:
+    """Replicas of which the first few die, before they say anything or in the middle."""
+
+    def __init__(self, *faults):
+        self.faults, self.asked, self.answer = [*faults], [], self
+
+    def options(self, stream):
+        assert stream
+        return self
+
+    def remote(self, scope, raw, page):
+        self.asked.append((scope["path"], raw, page))
+        return Pieces(self.faults.pop(0) if self.faults else None)
+
+
+class Pieces:
+    """A status, headers and three pieces; an error in the place of one."""
+
+    def __init__(self, fault):
+        head = 200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-a", b"b")]
+        self._left = [head, b"one ", b"two ", b"three"]
+        if fault is not None:
+            place, error = fault
+            self._left[place] = error
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self._left:
+            raise StopAsyncIteration
+        piece = self._left.pop(0)
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def cancel(self):
+        self._left = []
+
+
+DEAD = ray.exceptions.ActorDiedError()
+
+
+@pytest.mark.parametrize(
+    ("faults", "status", "said", "asked"),
+    [
+        ([], 200, "one two three", 1),
+        ([(0, DEAD)], 200, "one two three", 2),
+        ([(0, DEAD), (0, DEAD)], 503, "replica_gone", 2),
+        ([(2, DEAD)], 200, "replica_gone", 1),
+        ([(0, ray_app.BackPressureError(3, 4))], 429, "queue_full", 1),
+    ],
+)
+def test_the_door_tells_what_becomes_of_a_request(faults, status, said, asked):
+    handle, body = Handle(*faults), {"messages": SAY}
+
+    async def ask():
+        door = ray_app.Door(handle)
+
+        async def app(scope, receive, send):
+            answer = await door(StarletteRequest(scope, receive))
+            await answer(scope, receive, send)
+
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(CHAT, json=body)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    assert said in answer.text
+    assert len(handle.asked) == asked
+    assert {one[2] for one in handle.asked} == {ray_app.first_page(json.dumps(body).encode())}
+    if said == "one two three":
+        assert answer.headers["x-a"] == "b"
+    elif status == 200:
+        assert answer.text.startswith("one data: {")
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.full
+def test_prepare_on_a_cluster_writes_what_one_process_writes(models, tmp_path, own_cache):
+    """And goes on with what a share has written before."""
+    questions, one, spread = (tmp_path / f"{name}.jsonl" for name in ("in", "one", "spread"))
+    rows = [{"turns": [f"number {i}", "and then"]} for i in range(7)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--max-new-tokens", "12", "--temperature", "0.8", "--acceptance", "coupled", *models]
+    assert cli.main(["prepare", str(questions), "--out", str(one), *words]) == 0
+    given = ["prepare", str(questions), "--out", str(spread), *words]
+    assert cli.main([*given, "--processes", "2", "--process", "1"]) == 0
+    assert not spread.exists()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        assert cli.main([*given, "--ray", "2"]) == 0
+    finally:
+        ray.shutdown()
+    assert spread.read_bytes() == one.read_bytes()
+
+
+def test_paths_that_a_cluster_does_not_see_are_refused(capsys):
+    assert cli.main(["prepare", "a.jsonl", "--out", "b.jsonl", "--ray", "2"]) == 2
+    assert "input is a.jsonl: with --ray give a whole path" in capsys.readouterr().err
 
 
 @pytest.fixture

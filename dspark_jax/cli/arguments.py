@@ -247,6 +247,8 @@ def _add_prepare(commands: Any, summary: str) -> None:
     add("--out", required=True, metavar="FILE.jsonl", help="the conversations with their answers")
     add("--limit", type=count, metavar="N", help="use the first N lines")
     add("--batch", type=count, default=8, metavar="N", help="decoded together; default 8")
+    add("--ray", type=int, default=0, metavar="N",
+        help="N shares on the machines of a Ray cluster, which all see these files")  # fmt: skip
     add_decoder(command)
     add_rendering(command)
     add_decoding(command)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspark_jax
-from dspark_jax.cli import clients, measuring, serving, training
+from dspark_jax.cli import clients, measuring, serving, spreading, training
 from dspark_jax.cli.arguments import make_parser
 from dspark_jax.cli.given import (
     drafter_of,
@@ -55,6 +55,8 @@ UNCOMPILED = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (wrong usage and ``--help`` raise SystemExit)."""
     args = make_parser(dspark_jax.__version__).parse_args(argv)
+    if args.command == "prepare":
+        args.words = list(sys.argv[1:] if argv is None else argv)  # for others, with --ray
     run = {
         "generate": generate,
         "serve": serving.serve,
@@ -268,6 +270,8 @@ def replay(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> int:
     """Have the target answer a file of prompts or conversations."""
+    if args.ray > 0:
+        return spreading.prepare_spread(args)
     from dspark_jax.checkpoints.conversations import read_questions
     from dspark_jax.evaluation import prepare as data
     from dspark_jax.training.records import sha256

@@ -23,7 +23,7 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.requests import Request
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 PAGE = 256  # characters of what a request begins with: about the 64 tokens of a page
 TRIES = 2
 LOST = (RayError, RayServeException, StopAsyncIteration)
+BUSY = ApiError(
+    429, "all replicas are busy: try again later", code="queue_full", headers={"Retry-After": "1"}
+)
 GONE = ApiError(503, "the replica is gone: ask again", code="replica_gone")
 
 
@@ -54,7 +57,8 @@ class Options:
         target, drafter: of ``dspark_jax.load``; without a drafter, the one that the target has.
         name: under which clients know the model; empty for the target's own.
         replicas: engines.
-        slots, positions, queue, policy, prefix_bytes: of each engine, as ``EngineConfig`` has them.
+        slots, positions, policy, prefix_bytes: of each engine, as ``EngineConfig`` has them.
+        queue: requests that may wait at the door.
         num_cpus, num_gpus: that Ray sets aside for a replica.
 
     Raises:
@@ -108,14 +112,15 @@ def build(given: Mapping[str, Any]) -> serve.Application:
     options = read_options(given)
     engines = serve.deployment(
         num_replicas=options.replicas,
-        # Whoever comes then is put off by a replica itself, which knows why.
-        max_ongoing_requests=options.slots + options.queue,
+        # A replica that has this many has no room: the next in rank is asked.
+        max_ongoing_requests=options.slots,
+        max_queued_requests=options.queue,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         request_router_config=RequestRouterConfig(request_router_class=FirstPageRouter),
         graceful_shutdown_timeout_s=60.0,
     )(Replica)
     door = serve.deployment(
-        max_ongoing_requests=options.replicas * (options.slots + options.queue),
+        max_ongoing_requests=options.replicas * options.slots + options.queue + 1,
         ray_actor_options={"num_cpus": 0},
     )(Door)
     return door.bind(engines.bind(asdict(options)))
@@ -166,7 +171,7 @@ class Replica:
         """Loads the models and starts the engine."""
         options = Options(**given)
         model = load(options.target, options.drafter or None)
-        names = ("slots", "positions", "queue", "policy", "prefix_bytes")
+        names = ("slots", "positions", "policy", "prefix_bytes")
         config = EngineConfig(**{name: getattr(options, name) for name in names})
         self._open = contextlib.ExitStack()
         engine = self._open.enter_context(model.engine_of(config)).start()
@@ -235,6 +240,8 @@ class Door:
             pieces = self._ask.remote(scope, bytes(raw), page=page)
             try:
                 status, headers = await anext(pieces)
+            except BackPressureError:
+                return error_response(BUSY)
             except LOST as error:
                 logger.warning("a replica is gone: %s", type(error).__name__)
                 continue
