@@ -89,13 +89,13 @@ def test_a_mesh_changes_no_loss(recipe, expected, tmp_path, emulated_devices, na
 
 
 @pytest.mark.full
-def test_a_mesh_changes_no_loss_of_chains(recipe, tmp_path, emulated_devices):
+@pytest.mark.parametrize("method", ["eagle3", "mtp", "medusa", "blockwise", "early_exit"])
+def test_a_mesh_changes_no_loss_of_other_methods(recipe, tmp_path, emulated_devices, method):
     lacks = {"markov_rank": 0, "confidence": False, "ce_weight": 0.0, "l1_weight": 0.0}
-    chains = dataclasses.replace(
-        recipe, **lacks, method="eagle3", soft_weight=1.0, num_anchors=48, out=str(tmp_path / "one")
-    )
-    expected = losses_of(chains)
-    found = losses_of(dataclasses.replace(chains, out=str(tmp_path / "all"), **MESHES["all"]))
+    lacks |= {"method": method, "soft_weight": 1.0, "num_anchors": 48}
+    one = dataclasses.replace(recipe, **lacks, out=str(tmp_path / "one"))
+    expected = losses_of(one)
+    found = losses_of(dataclasses.replace(one, out=str(tmp_path / "all"), **MESHES["all"]))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
