@@ -36,7 +36,8 @@ def prepare_spread(args: argparse.Namespace) -> int:
     shares = [f"--processes {args.ray} --process {i}".split() for i in range(args.ray)]
     ray.init(ignore_reinit_error=True)
     gpus = 1 if ray.cluster_resources().get("GPU") else None
-    for tasks in (shares, [[]]):
+    stages: list[list[list[str]]] = [shares, [[]]]
+    for tasks in stages:
         items = [{"words": [*args.words, "--ray", "0", *task]} for task in tasks]
         found = ray.data.from_items(items, override_num_blocks=len(items))
         try:

@@ -68,8 +68,9 @@ class CallForm:
     """How calls are written.
 
     Attributes:
-        opening, closing: around calls; both are empty where a call is all of the answer, closing
-            alone where it ends with the answer or before the next call.
+        opening: before calls; empty where a call is all of the answer.
+        closing: behind them; empty there, too, and where a call ends with the answer or before the
+            next one.
         arguments: the name of the arguments in JSON that a grammar makes.
         values: the calls of the text in between, objects with ``name`` and ``arguments``; raises
             ValueError where there are none.

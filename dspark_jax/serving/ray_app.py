@@ -54,12 +54,17 @@ class Options:
     """What is deployed.
 
     Attributes:
-        target, drafter: of ``dspark_jax.load``; without a drafter, the one that the target has.
+        target: of ``dspark_jax.load``.
+        drafter: likewise; without one, the one that the target has.
         name: under which clients know the model; empty for the target's own.
         replicas: engines.
-        slots, positions, policy, prefix_bytes: of each engine, as ``EngineConfig`` has them.
+        slots: of each engine, as ``EngineConfig`` has them.
+        positions: likewise.
+        policy: likewise.
+        prefix_bytes: likewise.
         queue: requests that may wait at the door.
-        num_cpus, num_gpus: that Ray sets aside for a replica.
+        num_cpus: that Ray sets aside for a replica.
+        num_gpus: likewise.
 
     Raises:
         ValueError: a value has no meaning.

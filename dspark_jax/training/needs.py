@@ -43,7 +43,8 @@ class Needs:
     """What a training needs.
 
     Attributes:
-        sequences, held_out: conversations.
+        sequences: conversations to train on.
+        held_out: conversations that are held out.
         steps: batches.
         updates: of the optimiser, in all of them.
         blocks: training blocks in all of them, at most.

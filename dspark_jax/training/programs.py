@@ -67,7 +67,10 @@ class Programs:
         step: takes state, frozen, batch and the run's learning rate.
         evaluate: takes weights, frozen and batch.
         init: the optimiser's state for weights.
-        state, frozen, sequences, whole: shardings; the last of what is on every device.
+        state: shardings of the state.
+        frozen: of the target.
+        sequences: of sequences.
+        whole: of what is on every device.
     """
 
     step: Any

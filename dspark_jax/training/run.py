@@ -270,7 +270,9 @@ def start_run(
     Args:
         recipe: of the run.
         source: of :func:`open_source`; its last sequences are held out.
-        optimizer, schedule, loss: as for :func:`~dspark_jax.training.fit.fit`.
+        optimizer: as for :func:`~dspark_jax.training.fit.fit`.
+        schedule: likewise.
+        loss: likewise.
 
     Raises:
         ValueError: bad data or configuration; the message names the field and the remedy.

@@ -59,8 +59,8 @@ class Config:
         model: of its layers.
         hidden_size: of the target.
         vocab_size: of both.
-        window_layer, full_layer: layers of the target whose keys and values are read, by layers
-            with a window and by those without.
+        window_layer: the layer of the target whose keys and values layers with a window read.
+        full_layer: the one that the others read.
         block_size: most drafts of a round.
         confidence: in drafts comes of their laws.
         target_layer_ids: features that are read: none.
@@ -91,7 +91,8 @@ class Params:
     """Weights of an assistant.
 
     Attributes:
-        before_ID, after_DO: projections of its input, and of what it predicts for the next one.
+        before_ID: projection of its input.
+        after_DO: of what it predicts for the next one.
         layers: of every stack.
         norm_D: final norm.
     """

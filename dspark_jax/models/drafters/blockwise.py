@@ -69,10 +69,13 @@ class Params:
     """Weights of a drafter.
 
     Attributes:
-        input_DM, input_bias_M: A and a.
-        output_MO, output_bias_O: P and p, all slots side by side.
+        input_DM: A.
+        input_bias_M: a.
+        output_MO: P, all slots side by side.
+        output_bias_O: p, likewise.
         layers: none.
-        head, confidence: None; others have such heads.
+        head: None; others have a sequential one.
+        confidence: None, likewise.
     """
 
     input_DM: Any

@@ -68,7 +68,8 @@ class Params:
     Attributes:
         norm_D: final norm.
         layers: none of its own.
-        head, confidence: None; others have such heads.
+        head: None; others have a sequential one.
+        confidence: None, likewise.
     """
 
     norm_D: Any

@@ -56,7 +56,8 @@ class Config:
     """Sizes of lookahead; by default those of the authors' example.
 
     Attributes:
-        vocab_size, max_positions: of the target.
+        vocab_size: of the target.
+        max_positions: of the target.
         length: N, tokens of an n-gram.
         columns: W, of the window.
         confidence: whether drafts come with one, as always here.

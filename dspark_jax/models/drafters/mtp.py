@@ -91,11 +91,13 @@ class Params:
     """Weights of a drafter.
 
     Attributes:
-        token_norm_D, state_norm_D: of the embedding, and of the state.
+        token_norm_D: norm of the embedding.
+        state_norm_D: norm of the state.
         entry_ID: W, which reads both, the embedding first.
         layers: the layer, a stack of one.
         norm_D: final norm.
-        head, confidence: None; others have such heads.
+        head: None; others have a sequential one.
+        confidence: None, likewise.
     """
 
     token_norm_D: Any
