@@ -21,6 +21,7 @@ from dspark_jax.training import (
     data,
     features,
     fit,
+    programs,
     run,
     step,
     utilisation,
@@ -362,7 +363,7 @@ def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
     recipe, written, tmp_path, sizes, monkeypatch
 ):
     """Whole runs whose step is traced, but logs its batches instead of being compiled."""
-    train_step = run.train_step
+    train_step = programs.train_step
 
     def log_batch(state, frozen, batch, **static):
         jax.eval_shape(partial(train_step, **static), state, frozen, batch)
@@ -372,7 +373,7 @@ def test_training_in_turns_sees_what_training_on_a_whole_cache_sees(
         ones = dict.fromkeys(names, 1.0)
         return state, {**ones, **sums}
 
-    monkeypatch.setattr(run, "train_step", log_batch)
+    monkeypatch.setattr(programs, "train_step", log_batch)
     drafter = str(write_drafter(tmp_path / "drafter"))
     changes = {"init_drafter": drafter, "draft_vocab_size": 0, "eval_sequences": 0}
     quick = dataclasses.replace(recipe, seed=1, **changes)
