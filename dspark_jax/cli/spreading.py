@@ -33,10 +33,12 @@ def prepare_spread(args: argparse.Namespace) -> int:
                 f"{name} is {getattr(args, name)}: with --ray give a whole path, which all "
                 "machines of the cluster see"
             )
-    shares = [f"--processes {args.ray} --process {i}".split() for i in range(args.ray)]
+    number = str(args.ray)
+    shares = [["--processes", number, "--process", str(i)] for i in range(args.ray)]
     ray.init(ignore_reinit_error=True)
     gpus = 1 if ray.cluster_resources().get("GPU") else None
-    for tasks in (shares, [[]]):
+    together: list[list[str]] = [[]]
+    for tasks in (shares, together):
         items = [{"words": [*args.words, "--ray", "0", *task]} for task in tasks]
         found = ray.data.from_items(items, override_num_blocks=len(items))
         try:
