@@ -35,14 +35,16 @@ def prepare_spread(args: argparse.Namespace) -> int:
             )
     number = str(args.ray)
     shares = [["--processes", number, "--process", str(i)] for i in range(args.ray)]
-    ray.init(ignore_reinit_error=True)
+    if not ray.is_initialized():
+        ray.init()
     gpus = 1 if ray.cluster_resources().get("GPU") else None
     together: list[list[str]] = [[]]
     for tasks in (shares, together):
         items = [{"words": [*args.words, "--ray", "0", *task]} for task in tasks]
         found = ray.data.from_items(items, override_num_blocks=len(items))
         try:
-            found.map(answer, num_gpus=gpus, concurrency=len(items)).materialize()
+            compute = ray.data.TaskPoolStrategy(size=len(items))
+            found.map(answer, num_gpus=gpus, compute=compute).materialize()
         except ray.exceptions.RayError as error:
             raise RuntimeError(f"a share has failed: {_cause(error)}") from None
     print(args.out)
