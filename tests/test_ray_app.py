@@ -15,6 +15,8 @@ from tests.served_process import CHAT, SAY, free_port
 
 ray = pytest.importorskip("ray")
 ray_app = pytest.importorskip("dspark_jax.serving.ray_app")
+# Ray starts its processes by forking this one; they do nothing with jax.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 
 def test_pages_stay_with_their_replicas():

@@ -81,8 +81,5 @@ def test_no_process_serves_without_the_other(models, lost):
         assert lost == 0 or "error" in "".join(heard)
         said = both[1 - lost].ended()
     assert both[1 - lost].process.returncode not in (0, None)
-    assert (
-        "another process is gone" in said
-        or "another task died" in said
-        or (lost == 0 and "process 0 is gone" in said)
-    ), said[-2000:]
+    # What fails first depends on the moment: its own connection, a round, or JAX's heartbeats.
+    assert "start all of them again" in said or "another task died" in said, said[-2000:]

@@ -33,15 +33,18 @@ def prepare_spread(args: argparse.Namespace) -> int:
                 f"{name} is {getattr(args, name)}: with --ray give a whole path, which all "
                 "machines of the cluster see"
             )
-    shares = [f"--processes {args.ray} --process {i}".split() for i in range(args.ray)]
-    ray.init(ignore_reinit_error=True)
+    number = str(args.ray)
+    shares = [["--processes", number, "--process", str(i)] for i in range(args.ray)]
+    if not ray.is_initialized():
+        ray.init()
     gpus = 1 if ray.cluster_resources().get("GPU") else None
-    stages: list[list[list[str]]] = [shares, [[]]]
-    for tasks in stages:
+    together: list[list[str]] = [[]]
+    for tasks in (shares, together):
         items = [{"words": [*args.words, "--ray", "0", *task]} for task in tasks]
         found = ray.data.from_items(items, override_num_blocks=len(items))
         try:
-            found.map(answer, num_gpus=gpus, concurrency=len(items)).materialize()
+            compute = ray.data.TaskPoolStrategy(size=len(items))
+            found.map(answer, num_gpus=gpus, compute=compute).materialize()
         except ray.exceptions.RayError as error:
             raise RuntimeError(f"a share has failed: {_cause(error)}") from None
     print(args.out)
