@@ -88,7 +88,10 @@ def test_commands_are_known_with_their_options(block):
     commands = commands_of(block)
     assert commands or block.reason
     for command in commands:
-        make_parser("").parse_args(command)
+        try:
+            make_parser("").parse_args(command)
+        except SystemExit as end:  # what only lists something
+            assert end.code == 0
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -100,10 +103,9 @@ def test_python_runs(monkeypatch, tmp_path, capsys):
     few = {"slot_buckets": (2,), "row_buckets": (BLOCK + 1,), "chunk_buckets": (1,)}
     few_programs = functools.partial(EngineConfig, position_buckets=(576,), **few)
     monkeypatch.setattr("dspark_jax.engine.config.EngineConfig", few_programs)
-    blocks = [block for block in BLOCKS if block.language == "python"]
+    blocks = [block for block in BLOCKS if block.language == "python" and not block.reason]
     assert "README.md" in {block.page for block in blocks}
     for block in blocks:
-        assert not block.reason
         exec(compile(block.text, str(block), "exec"), {})
         assert len(capsys.readouterr().out) > 20
 
