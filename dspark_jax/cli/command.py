@@ -270,7 +270,7 @@ def replay(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> int:
     """Have the target answer a file of prompts or conversations."""
-    if args.ray > 0:
+    if args.ray:
         return spreading.prepare_spread(args)
     from dspark_jax.checkpoints.conversations import read_questions
     from dspark_jax.evaluation import prepare as data

@@ -27,6 +27,8 @@ def prepare_spread(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--ray needs {error.name}, which is not installed: pip install 'dspark-jax[ray]'"
         ) from None
+    if args.ray < 0:
+        raise ValueError(f"--ray is {args.ray}: give a number of shares")
     for name in ("input", "out"):
         if not Path(getattr(args, name)).is_absolute():
             raise ValueError(
