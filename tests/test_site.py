@@ -24,17 +24,20 @@ FENCE = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w+)\n(.*?)^```$", flags
 LANGUAGES = {"json", "python", "sh", "text", "yaml", "bibtex"}
 
 # What makes commands small enough for a tiny model.
+RECIPE = (
+    " --set steps=2 --set eval_sequences=1 --set max_length=64 --set length_buckets=()"
+    " --set tokens_per_batch=128 --set num_anchors=4 --set updates_per_batch=1"
+    " --set sequences_per_update=0 --set init_drafter= --set markov_rank=4 --set block_size=3"
+    " --set min_loss_tokens=2 --set draft_vocab_size=0 --set mask_token_id=-1"
+)
 SMALLER = {
+    **dict.fromkeys(("cache estimate", "cache write", "train"), RECIPE),
     "bench load": "--concurrency 1,2 --requests 1 --repeats 1 --max-new-tokens 4 --policies none",
     "calibrate": "--max-new-tokens 8 --batch 2 --limit 2 --temperature 0",
     "doctor": "--concurrency 1 --max-new-tokens 4",
     "generate": "--max-new-tokens 8",
-    "prepare": "--max-new-tokens 8 --limit 2",
+    "prepare": "--max-new-tokens 8",
     "profile": "--slots 1 --positions 64 --replays 1",
-    "train": "--set steps=2 --set eval_sequences=2 --set max_length=64 --set length_buckets=()"
-    " --set tokens_per_batch=128 --set num_anchors=4 --set updates_per_batch=1"
-    " --set sequences_per_update=0 --set init_drafter= --set markov_rank=4 --set block_size=3"
-    " --set min_loss_tokens=1 --set draft_vocab_size=0 --set mask_token_id=-1",
 }
 
 
