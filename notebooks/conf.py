@@ -39,7 +39,10 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
-nitpick_ignore = [("py:exc", "queue.Full")]  # Python's, whose inventory is not here
+nitpick_ignore = [
+    ("py:exc", "queue.Full"),  # Python's, whose inventory is not here
+    ("py:exc", "SaveError"),  # of dspark_jax.checkpoint, which is no public name
+]
 
 # An inventory is a file on the network: without the tag there is none to wait for.
 intersphinx_mapping = (

@@ -184,16 +184,16 @@ def fit(
 
     Args:
         recipe: what to train, and on what.
-        run: of :func:`~dspark_jax.training.run.start_run` for this recipe and with the same
+        run: of ``dspark_jax.training.run.start_run`` for this recipe and with the same
             optimizer, schedule and loss, whose state is used up; None makes it ready here.
         optimizer: makes an optax transformation of a schedule, as ``optax.lion`` does, in the place
             of AdamW. The recipe's clip of the gradient stays in front of it.
         schedule: learning rate by the number of the update, in the place of the recipe's.
         loss: in the place of the recipe's; its weights of terms are not read then.
-        callbacks: functions of a :class:`~dspark_jax.training.records.Report`, called in this order
+        callbacks: functions of a ``dspark_jax.training.records.Report``, called in this order
             with every line of ``metrics.jsonl``, in the process that writes it. What one raises
             ends the training.
-        decode: asked at every evaluation, as :func:`~dspark_jax.evaluation.decoded.decoding` makes
+        decode: asked at every evaluation, as ``dspark_jax.evaluation.decoded.decoding`` makes
             it; the drafter of the largest ``decoded_length`` is kept in ``out/best``.
         trace: records some of the steps.
 
