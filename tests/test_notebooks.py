@@ -1,6 +1,8 @@
 """The notebooks run from top to bottom, here on models as small as can be."""
 
 import ast
+import asyncio
+import inspect
 import json
 import re
 from pathlib import Path
@@ -48,10 +50,15 @@ def pyplot():
 
 
 def run(name, parameters):
-    """The names that the notebook ends with; its parameters' cell must set each of these."""
+    """The names that the notebook ends with; its parameters' cell must set each of these. A cell
+    may await, as in a notebook."""
     names = {}
     for cell in code_cells(name):
-        exec(compile("".join(cell["source"]), f"{name}:{cell['id']}", "exec"), names)
+        where, source = f"{name}:{cell['id']}", "".join(cell["source"])
+        code = compile(source, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        made = eval(code, names)
+        if code.co_flags & inspect.CO_COROUTINE:
+            asyncio.run(made)
         if "parameters" in cell["metadata"].get("tags", []):
             assert {key for key in names if key.isupper()} >= set(parameters)
             names |= parameters
@@ -128,6 +135,15 @@ def test_rules_that_are_not_lossless_are_seen_to_be(tiny, capsys):
     assert "verify 2" in out
     assert (names["right"].lossless, names["wrong"].lossless) == (True, False)
     assert names["wrong"].accepted_length > names["right"].accepted_length
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("own_cache")
+def test_the_engine_serves_readers_of_one_loop(tiny, capsys):
+    names = run("engine.ipynb", tiny | {"MAX_NEW_TOKENS": 24, "POSITIONS": 128})
+    assert [row[0] for row in names["rows"]] == ["one", "two", "three"]
+    assert names["rows"][1][3] == "cancelled"
+    assert "accepted length" in capsys.readouterr().out
 
 
 def assert_comparison_is_shown(names, out, sets):
