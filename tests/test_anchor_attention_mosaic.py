@@ -180,7 +180,7 @@ def test_a_training_step_splits_the_kernels_over_its_mesh(emulated_devices, stan
 
     def attend_groups(q_PCNH, k_LBKSH, v_LBKSH, layer, slot_P, limit_PC, page_BX, own, window):
         caches = k_LBKSH[layer], v_LBKSH[layer]
-        return xla.attend_groups(q_PCNH, *caches, slot_P, limit_PC, own, window)
+        return xla.attend_groups(q_PCNH, *caches, slot_P, limit_PC, own, None, window)
 
     monkeypatch.setattr(mosaic_gpu, "attend_groups", attend_groups)  # of the target's pass
     target_cfg, cfg = (dataclasses.replace(cfg, num_kv_heads=2) for cfg in (TARGET, DRAFTER))

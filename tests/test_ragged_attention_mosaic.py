@@ -134,7 +134,7 @@ def stand_in(monkeypatch):
         assert page_BX is None
         calls.append((k_LBKSH.shape[2], k_LBKSH.shape[0]))
         caches = k_LBKSH[layer], v_LBKSH[layer]
-        return xla.attend_groups(q_PCNH, *caches, slot_P, limit_PC, own, window)
+        return xla.attend_groups(q_PCNH, *caches, slot_P, limit_PC, own, None, window)
 
     monkeypatch.setattr(mosaic_gpu, "attend_groups", attend_groups)
     return calls
