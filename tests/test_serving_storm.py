@@ -267,7 +267,8 @@ class Client:
         return b"".join(one.get("body", b"") for one in self.sent[1:]).decode()
 
 
-LONG = {"messages": SAY, "max_tokens": 200, "temperature": 2.0}
+# Greedy, since its text has no end: a sampled one may be over at once.
+LONG = {"messages": SAY, "max_tokens": 200, "temperature": 0}
 
 
 async def until(condition):
