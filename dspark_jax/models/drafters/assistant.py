@@ -25,7 +25,7 @@ from dspark_jax.config import TargetConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.chain import for_decoding as for_decoding
 from dspark_jax.models.drafters.family import Borrowed, Choose, Law, Lessons, Reads
-from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_by_law, draw_slot
 from dspark_jax.models.drafters.medusa import declare_context as declare_context
 from dspark_jax.models.drafters.medusa import observe as observe
 from dspark_jax.models.layers import matmul, rms_norm
@@ -211,4 +211,4 @@ def draft(
         hidden_BD = rms_norm(u_BD, drafter.norm_D, cfg.model.rms_norm_eps)
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_B, h_BD = drawn[-1][0], matmul(hidden_BD, drafter.after_DO)
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)

@@ -28,7 +28,7 @@ from dspark_jax.models.drafters.family import (
     Reads,
     only_values,
 )
-from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, block_by_law, draw_slot
 from dspark_jax.models.drafters.medusa import Context, fields_of_heads, states_before
 from dspark_jax.models.drafters.medusa import declare_context as declare_context
 from dspark_jax.models.drafters.medusa import for_decoding as for_decoding
@@ -127,7 +127,7 @@ def draft(
     logits_BGU = unembed(vocab, slot_hidden(drafter, context.hidden_LBD[0], cfg))
     each = enumerate(jnp.moveaxis(logits_BGU, 1, 0))
     drawn = [draw_slot(vocab, logits_BU, slot, choose, law) for slot, logits_BU in each]
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)
 
 
 def train_blocks(

@@ -23,7 +23,7 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.models import cache as kv
 from dspark_jax.models.drafters.dspark import KEEP_PRODUCTS, sections
 from dspark_jax.models.drafters.family import BlockOutputs, Choose, Law, only_values
-from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_by_law, draw_slot
 from dspark_jax.models.layers import rms_norm
 from dspark_jax.models.merged import single_layers
 from dspark_jax.models.reading import Cache, declare_caches
@@ -187,7 +187,7 @@ def draft(
         hidden_BD, state_BD = finish(drafter, entry, out_BNH, at_B, cfg)
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_B = drawn[-1][0]
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)
 
 
 def train_blocks(

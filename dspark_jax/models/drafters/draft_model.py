@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dspark_jax.config import TargetConfig
 from dspark_jax.models.cache import Room, Rows
 from dspark_jax.models.drafters.family import Choose, Law, Lessons, Reads
-from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_by_law, draw_slot
 from dspark_jax.models.merged import single_layers
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.targets.family import TargetParams
@@ -143,4 +143,4 @@ def draft(
         )
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_B = drawn[-1][0]
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)

@@ -28,7 +28,7 @@ from dspark_jax.models.drafters.family import (
     Reads,
     only_values,
 )
-from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, Drawn, block_by_law, draw_slot
 from dspark_jax.models.drafters.medusa import fields_of_heads
 from dspark_jax.models.layers import rms_norm
 from dspark_jax.models.stacks import Sections
@@ -106,21 +106,10 @@ def named(source: str, target: TargetConfig, params: TargetParams) -> tuple[Conf
     family = family_of(target)
     if family.beside is None:
         raise ValueError(f"{source}: layers of such a target cannot draft, name another drafter")
-    cfg = Config(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        intermediate_size=1,
-        num_layers=count,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=2,
-        rms_norm_eps=target.rms_norm_eps,
-        max_positions=target.max_positions,
-        block_size=min(CHAIN, target.max_positions - 1),
-        target_layer_ids=(count - 1,),
-        num_target_layers=target.num_layers,
-        owns_vocab=False,
-    )
+    names = ("vocab_size", "hidden_size", "rms_norm_eps", "max_positions")
+    sizes = {name: getattr(target, name) for name in names}
+    sizes |= {"num_layers": count, "num_target_layers": target.num_layers, "owns_vocab": False}
+    cfg = of_recipe(sizes | {"block_size": min(CHAIN, target.max_positions - 1)})
     # The weight of the norm is what it makes of ones, whatever a family stores.
     ones_D = jnp.ones(target.hidden_size, params.norm_D.dtype)
     return cfg, Params(family.leave(params, ones_D, target))
@@ -193,7 +182,7 @@ def draft(
         hidden_BD = rms_norm(x_BWD[:, -1], drafter.norm_D, cfg.rms_norm_eps)
         drawn.append(draw_slot(vocab, unembed(vocab, hidden_BD), slot, choose, law))
         token_BW = jnp.concatenate([token_BW, drawn[-1][0][:, None]], axis=1)
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)
 
 
 def train_blocks(

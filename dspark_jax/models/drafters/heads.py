@@ -273,3 +273,8 @@ def block_of(drawn: Sequence[Drawn], confidences: Sequence[jax.Array] = ()) -> D
     token_BG, index_BG, logits_BGU = (jnp.stack(each, 1) for each in zip(*drawn, strict=True))
     confidence_logit_BG = jnp.stack(confidences, 1) if confidences else None
     return DraftBlock(token_BG, index_BG, logits_BGU, confidence_logit_BG)
+
+
+def block_by_law(drawn: Sequence[Drawn]) -> DraftBlock:
+    """The block of those who have no head for confidences: each is that of its draft's law."""
+    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])

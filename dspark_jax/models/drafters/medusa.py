@@ -28,7 +28,7 @@ from dspark_jax.models.drafters.family import (
     Reads,
     only_values,
 )
-from dspark_jax.models.drafters.heads import DraftBlock, block_of, draw_slot, law_confidence
+from dspark_jax.models.drafters.heads import DraftBlock, block_by_law, draw_slot
 from dspark_jax.models.layers import add, matmul
 from dspark_jax.models.stacks import Sections
 from dspark_jax.models.vocab import Vocab, unembed
@@ -198,7 +198,7 @@ def draft(
 
     each = enumerate(map(logits, drafter.heads))
     drawn = [draw_slot(vocab, logits_BU, slot, choose, law) for slot, logits_BU in each]
-    return block_of(drawn, [law_confidence(logits_BU) for _, _, logits_BU in drawn])
+    return block_by_law(drawn)
 
 
 def train_blocks(
